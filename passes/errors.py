@@ -1,0 +1,23 @@
+"""The two ways in which something goes wrong: the user's and the run's."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """What was asked for cannot be done as asked.
+
+    The message is one line that names the key, the value, and what is allowed or what to do.
+    The command line prints it and exits with 2; nothing has been created.
+    """
+
+
+class RunError(RuntimeError):
+    """A run that was started could not be finished: exit code 1, and the report says why.
+
+    ``kind`` is a short, stable word for the report and for comparisons (``accuracy``,
+    ``unsupported_op``, ``unproven``, ``build``, ``out_of_memory``, ...).
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind

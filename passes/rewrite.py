@@ -1,0 +1,215 @@
+"""Carries a strategy's decisions out on an exported program, and says for each call what was done and why.
+
+Why the rewrites are legal: a mask is dropped only where it was proved equal to the predicate that replaces it for
+every index, every length of the profile and every content of the inputs (:mod:`passes.masks`), and ``repeat_kv``
+only where it was proved to be the repetition that grouped-query attention means (:func:`passes.attention.unrepeated`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from passes import ops
+from passes.attention import AttentionCall, find_calls, use_native_gqa
+from passes.masks import MaskProof, Prover
+from passes.strategies import Action, Decision, strategy
+from passes.symbolic import symbol_ranges
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One row of the report's table of attention calls."""
+
+    index: int
+    name: str
+    op: str
+    mask: str
+    proof: str
+    depends_on: list[str]
+    action: str
+    reason: str
+    unproved: bool
+    native_gqa: bool
+    profile: dict[str, tuple[int, int]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The program after the strategy and what became of each call.  ``program`` is functional."""
+
+    program: ExportedProgram
+    calls: list[CallRecord]
+
+    def describe(self) -> dict[str, Any]:
+        """The report's ``attention`` section."""
+        return {
+            "calls": [asdict(call) for call in self.calls],
+            "summary": {
+                "by_mask": dict(Counter(call.mask for call in self.calls)),
+                "by_action": dict(Counter(call.action for call in self.calls)),
+                "proof_seconds": round(sum(call.seconds for call in self.calls), 4),
+            },
+        }
+
+
+def prepare(program: ExportedProgram) -> ExportedProgram:
+    """A functional form with attention intact: the form in which masks are read."""
+    return program.run_decompositions({})
+
+
+def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = None) -> Rewritten:
+    """Prove every mask of the prepared ``program`` and rewrite its attention calls by strategy ``name``.
+
+    ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.RunError` of kind
+    ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
+    """
+    from passes.errors import RunError
+
+    calls = find_calls(program.graph_module)
+    if not calls:
+        raise RunError(
+            "no_attention",
+            "the traced graph has no attention op; load the model with attn_implementation=sdpa (eager writes it out)",
+        )
+    ranges = symbol_ranges(program)
+    prover = Prover(ranges, frozenset(program.graph_signature.user_inputs), _constants(program))
+    decide = strategy(name)
+    records, proved = [], set()
+    decisions: list[tuple[AttentionCall, Decision]] = []
+    for call in calls:
+        proof = prover.prove(call)
+        decision = decide(call, proof, unproven)
+        decisions.append((call, decision))
+        key, value = (call.key, call.value)
+        if decision.action not in (Action.UNTOUCHED, Action.DECOMPOSED):
+            key, value = use_native_gqa(call, ranges)
+        first = call.mask not in proved
+        proved.add(call.mask)
+        records.append(_record(call, proof, decision, key is not call.key, proof.seconds if first else 0.0))
+        _REWRITES[decision.action](program, call, key, value)
+    if any(decision.action is not Action.UNTOUCHED for _, decision in decisions):
+        program.graph_module.graph.eliminate_dead_code()
+        program.graph_module.recompile()
+        # Decomposes the marked calls and re-infers every type and shape behind a rewritten one.
+        program = program.run_decompositions({ops.DECOMPOSED: ops.written_out})
+    return Rewritten(program, records)
+
+
+def _record(
+    call: AttentionCall, proof: MaskProof, decision: Decision, native_gqa: bool, seconds: float
+) -> CallRecord:
+    return CallRecord(
+        index=call.index,
+        name=call.name,
+        op=call.op,
+        mask=proof.mask,
+        proof="unproved" if decision.unproved else proof.proof,
+        depends_on=list(proof.depends_on),
+        action=decision.action.value,
+        reason=decision.reason,
+        unproved=decision.unproved,
+        native_gqa=native_gqa,
+        profile=dict(proof.profile),
+        seconds=seconds,
+    )
+
+
+def _constants(program: ExportedProgram) -> Mapping[str, torch.Tensor]:
+    """Lifted constants and buffers that nothing writes, by the name of their placeholder."""
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    found = {}
+    for placeholder, name in {
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_buffers,
+    }.items():
+        tensor = program.constants.get(name, program.state_dict.get(name))
+        if isinstance(tensor, torch.Tensor) and name not in written:
+            found[placeholder] = tensor
+    return found
+
+
+def _replace(program: ExportedProgram, call: AttentionCall, target: Any, args: tuple, kwargs: dict) -> None:
+    graph = program.graph_module.graph
+    with graph.inserting_before(call.node):
+        new = graph.call_function(target, args, kwargs)
+    new.meta = dict(call.node.meta)
+    call.node.replace_all_uses_with(new)
+    graph.erase_node(call.node)
+    _allow_any_layout(new)
+
+
+def _allow_any_layout(node: Node) -> None:
+    """Turn the views that follow ``node`` into reshapes: each attention kernel has its own output strides."""
+    aten = torch.ops.aten
+    for user in node.users:
+        if user.target is aten.view.default:
+            user.target = aten.reshape.default
+        if user.target in (aten.reshape.default, aten.transpose.int, aten.permute.default):
+            _allow_any_layout(user)
+
+
+def _native(causal: str, keep_mask: bool):  # type: ignore[no-untyped-def]
+    def rewrite(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+        mask = _full_mask(program, call) if keep_mask and call.mask is not None else None
+        _replace(program, call, ops.NATIVE, (call.query, key, value, mask, causal, call.scale), {})
+
+    return rewrite
+
+
+def _full_mask(program: ExportedProgram, call: AttentionCall) -> Node:
+    """The mask with its last two dimensions at full size: only batch and heads may broadcast in the native layer."""
+    assert call.mask is not None
+    graph, mask = program.graph_module.graph, call.mask
+    rows, columns = mask.meta["val"].shape[-2:]
+    if not (isinstance(rows, int) and rows == 1) and not (isinstance(columns, int) and columns == 1):
+        return mask
+    with graph.inserting_before(call.node):
+        sizes: list[Any] = [-1] * (mask.meta["val"].dim() - 2)
+        for tensor in (call.query, call.key):
+            size = graph.call_function(torch.ops.aten.sym_size.int, (tensor, 2))
+            size.meta["val"] = tensor.meta["val"].shape[2]
+            sizes.append(size)
+        full = graph.call_function(torch.ops.aten.expand.default, (mask, sizes))
+        full.meta["val"] = mask.meta["val"].expand([-1] * (len(sizes) - 2) + [s.meta["val"] for s in sizes[-2:]])
+    return full
+
+
+def _rewritten(is_causal: bool):  # type: ignore[no-untyped-def]
+    def rewrite(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+        kwargs: dict[str, Any] = {"scale": call.scale}
+        if key is not call.key or call.enable_gqa:
+            kwargs["enable_gqa"] = True
+        _replace(program, call, SDPA, (call.query, key, value, None, 0.0, is_causal), kwargs)
+
+    return rewrite
+
+
+def _decomposed(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+    args = (call.query, call.key, call.value, call.mask, call.is_causal, call.scale)
+    _replace(program, call, ops.DECOMPOSED, args, {})
+
+
+def _untouched(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+    return None
+
+
+_REWRITES = {
+    Action.NATIVE_CAUSAL: _native("upper_left", keep_mask=True),
+    Action.NATIVE_FULL: _native("none", keep_mask=False),
+    Action.NATIVE_MASK: _native("none", keep_mask=True),
+    Action.REWRITTEN_CAUSAL: _rewritten(is_causal=True),
+    Action.REWRITTEN_FULL: _rewritten(is_causal=False),
+    Action.DECOMPOSED: _decomposed,
+    Action.UNTOUCHED: _untouched,
+}

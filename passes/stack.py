@@ -1,0 +1,97 @@
+"""The one place that imports Torch-TensorRT and TensorRT, and the only one that compares versions.
+
+Two flavours share the import names: ``torch-tensorrt`` (TensorRT) and ``torch-tensorrt-rtx``
+(TensorRT-RTX, aliased to ``tensorrt`` by Torch-TensorRT itself).  Neither is imported before a stage
+needs it, and both can be imported, and can build engines, on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from unittest import mock
+
+import torch
+
+from passes.errors import UserError
+
+# TensorRT-RTX's support matrix (documentation, "Support Matrix"): Turing to Blackwell consumer parts.
+RTX_SUPPORTED = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The imported libraries and what of them differs between versions."""
+
+    trt: ModuleType
+    torch_tensorrt: ModuleType
+    flavour: str
+    """``tensorrt`` or ``tensorrt_rtx``."""
+
+    @property
+    def has_attention_v2(self) -> bool:
+        """``add_attention_v2`` with ``CausalMaskKind``: from TensorRT 11 and TensorRT-RTX 1.6."""
+        return hasattr(self.trt, "CausalMaskKind")
+
+    def versions(self) -> dict[str, str]:
+        return {
+            "torch": torch.__version__,
+            "torch_tensorrt": self.torch_tensorrt.__version__,
+            "tensorrt": self.trt.__version__,
+            "flavour": self.flavour,
+        }
+
+
+@contextlib.contextmanager
+def _device_stood_in() -> Iterator[None]:
+    """Torch-TensorRT asks for the current device while it is being imported; answer where there is none."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)),
+        mock.patch.object(torch.cuda, "current_device", lambda: 0),
+    ):
+        yield
+
+
+@functools.cache
+def load_stack() -> Stack:
+    """Import Torch-TensorRT once; raises :class:`UserError` where it is not installed."""
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        raise UserError(
+            "backend=tensorrt: Torch-TensorRT is not installed; pip install 'proved-attention[rtx]' "
+            "(or [tensorrt], with NVIDIA's package index)"
+        )
+    with quiet(), _device_stood_in():
+        if importlib.util.find_spec("tensorrt_rtx_libs") is not None:
+            # An unpacked tree of TensorRT-RTX: this loads its shared libraries, which must come first.
+            importlib.import_module("tensorrt_rtx_libs")
+        torch_tensorrt = importlib.import_module("torch_tensorrt")
+        trt = importlib.import_module("tensorrt")
+    flavour = "tensorrt_rtx" if torch_tensorrt.ENABLED_FEATURES.tensorrt_rtx else "tensorrt"
+    return Stack(trt, torch_tensorrt, flavour)
+
+
+def supported_by_vendor(flavour: str, capability: tuple[int, int]) -> bool:
+    """Whether the vendor supports this flavour on this compute capability (major, minor)."""
+    return capability in RTX_SUPPORTED if flavour == "tensorrt_rtx" else capability >= (7, 5)
+
+
+@contextlib.contextmanager
+def quiet(level: int = logging.ERROR) -> Iterator[None]:
+    """Hold back the libraries' Python warnings and log records up to ``level`` while the block runs."""
+    previous = logging.root.manager.disable
+    logging.disable(level)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(previous)

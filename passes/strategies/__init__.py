@@ -1,0 +1,56 @@
+"""What is done about the mask of each attention call.
+
+A strategy is one module with one function, ``decide(call, proof, unproven) -> Decision``; adding one is adding a
+module here and a YAML file.  :mod:`passes.rewrite` carries the decisions out.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+from passes.attention import AttentionCall
+from passes.masks import MaskProof
+
+
+class Action(Enum):
+    """What becomes of an attention call; the values are the words of the report."""
+
+    NATIVE_CAUSAL = "native_causal"
+    """The native layer with its causal flag."""
+    NATIVE_FULL = "native_full"
+    """The native layer without mask."""
+    NATIVE_MASK = "native_mask"
+    """The native layer with the mask as its input."""
+    REWRITTEN_CAUSAL = "rewritten_causal"
+    """``scaled_dot_product_attention(is_causal=True)`` in the graph; converted to the native layer's causal flag."""
+    REWRITTEN_FULL = "rewritten_full"
+    """``scaled_dot_product_attention`` without mask in the graph."""
+    DECOMPOSED = "decomposed"
+    """Written out as matmul, add, softmax, matmul."""
+    UNTOUCHED = "untouched"
+    """Left to the installed Torch-TensorRT."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Action
+    reason: str
+    unproved: bool = False
+    """The mask is dropped although nothing proves that it may be."""
+
+
+Strategy = Callable[[AttentionCall, MaskProof, "str | None"], Decision]
+
+
+def strategy(name: str) -> Strategy:
+    """The strategy of that name: the ``decide`` of the module ``passes.strategies.NAME``."""
+    decide: Strategy = importlib.import_module(f"{__name__}.{name}").decide
+    return decide
+
+
+def why(proof: MaskProof) -> str:
+    """The proof in one clause, for a decision's reason."""
+    return f"{proof.mask} {proof.proof.replace('_', ' ')}" + (f": {proof.reason}" if proof.reason else "")

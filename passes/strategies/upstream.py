@@ -1,0 +1,11 @@
+"""Nothing: what the installed Torch-TensorRT does by itself."""
+
+from __future__ import annotations
+
+from passes.attention import AttentionCall
+from passes.masks import MaskProof
+from passes.strategies import Action, Decision
+
+
+def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision:
+    return Decision(Action.UNTOUCHED, "left to Torch-TensorRT")

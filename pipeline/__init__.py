@@ -1,0 +1,1 @@
+"""From a YAML file to a verified TensorRT engine of a Hugging Face causal LM."""

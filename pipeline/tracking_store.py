@@ -1,0 +1,185 @@
+"""Opening an MLflow store: is it there, does it take a run, and which experiment; in seconds, with one-line errors."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from passes.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # those that MLflow has schemas for
+SERVER_TIMEOUT_S = 5
+LOCK_TIMEOUT_S = 60  # a sibling run may be creating the tables, about 3 s
+
+
+def check_store(uri: str, must_exist: bool = False) -> str:
+    """Ask the store at ``uri`` whether it takes a run, creating nothing; returns the URI free of the working folder.
+
+    Raises :class:`UserError`.  A server has ``SERVER_TIMEOUT_S`` seconds to answer, where MLflow's client would
+    retry for minutes.
+    """
+    key = f"tracking.uri={redacted(uri)}"
+    dialect = uri.partition(":")[0].partition("+")[0]
+    if "://" in uri and is_server(uri):
+        _check_server(key, uri)
+        return uri
+    if "://" not in uri or dialect not in DATABASES:
+        raise UserError(f"{key}: not a store; name a database or a server, sqlite:///mlflow.db or http://HOST:PORT")
+
+    import sqlalchemy
+
+    try:
+        url = sqlalchemy.make_url(uri)
+        if dialect == "sqlite":
+            if url.host or not url.database or url.database == ":memory:":
+                raise UserError(f"{key}: names no file; write sqlite:///mlflow.db, with three slashes")
+            path = Path(url.database).absolute()
+            _check_sqlite(key, path, must_exist)
+            return f"sqlite:///{path}"
+        engine = sqlalchemy.create_engine(url, poolclass=sqlalchemy.NullPool)
+        with engine.connect():
+            return uri
+    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
+        raise UserError(f"{key}: cannot be opened ({one_line(error)}); check the address and its driver") from None
+
+
+def redacted(uri: str) -> str:
+    """``uri`` with the password of ``user:password@host`` masked: parameters and messages are read by others."""
+    return re.sub(r"(://[^/:@\s]*):[^/@\s]+@", r"\1:***@", uri)
+
+
+def _check_server(key: str, uri: str) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.utils.credentials import get_default_host_creds
+    from mlflow.utils.rest_utils import http_request
+
+    endpoint, remedy = "/api/2.0/mlflow/experiments/search", "start it with `mlflow server`, or use tracking=local"
+    try:
+        answer = http_request(
+            get_default_host_creds(uri),
+            endpoint,
+            "POST",
+            max_retries=0,
+            timeout=SERVER_TIMEOUT_S,
+            raise_on_status=False,
+            json={"max_results": 1},
+        )
+    except MlflowException:
+        raise UserError(f"{key}: no MLflow server answers there within {SERVER_TIMEOUT_S} s; {remedy}") from None
+    if answer.status_code in (401, 403):
+        raise UserError(f"{key}: refuses access (status {answer.status_code}); set MLFLOW_TRACKING_TOKEN")
+    if answer.status_code != 200 or not answer.headers.get("content-type", "").startswith("application/json"):
+        raise UserError(f"{key}: does not answer as an MLflow server does (status {answer.status_code}); {remedy}")
+
+
+def _check_sqlite(key: str, path: Path, must_exist: bool) -> None:
+    if not path.exists():
+        if must_exist:
+            raise UserError(f"{key}: there is no {path}; name the store in which the run was recorded")
+        if not path.parent.is_dir():
+            raise UserError(f"{key}: there is no folder {path.parent}; create it, or name a file in another one")
+        try:
+            with tempfile.TemporaryFile(dir=path.parent):
+                return
+        except OSError as error:
+            raise UserError(f"{key}: cannot write to {path.parent} ({error.strerror}); name another file") from None
+    try:
+        address = f"{path.as_uri()}?mode=rw"  # never creates
+        with closing(sqlite3.connect(address, timeout=LOCK_TIMEOUT_S, uri=True)) as database:
+            database.execute("BEGIN IMMEDIATE")  # takes the write lock, which a file that is read-only refuses
+            database.execute("SELECT count(*) FROM sqlite_master")
+            database.rollback()
+    except sqlite3.Error as error:
+        raise UserError(f"{key}: cannot be used ({error}); repair it, or name another file") from None
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client of the store; the first one in a database creates the tables, one process at a time."""
+    from filelock import FileLock
+    from mlflow import MlflowClient
+
+    if not uri.startswith("sqlite:///"):
+        return MlflowClient(tracking_uri=uri)
+    with FileLock(uri.removeprefix("sqlite:///") + ".lock", timeout=LOCK_TIMEOUT_S):
+        return MlflowClient(tracking_uri=uri)
+
+
+def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
+    """Id of the experiment ``name``, created on first use; artifacts of an SQLite store lie beside its file."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        location = None
+        if uri.startswith("sqlite:///"):
+            folder = re.sub(r"[^\w.-]+", "_", name).strip(".") or "_"
+            location = (Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / folder).as_uri()
+        try:
+            return client.create_experiment(name, artifact_location=location)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise UserError(f"tracking.experiment={name}: {one_line(error)}") from None
+            found = client.get_experiment_by_name(name)  # a sibling run was first
+            assert found is not None
+    if found.lifecycle_stage != "active":
+        raise UserError(
+            f"tracking.experiment={name}: was deleted from this store; take another name, or "
+            f"`mlflow experiments restore --experiment-id {found.experiment_id}`"
+        )
+    if found.artifact_location.startswith("mlflow-artifacts:") and not is_server(uri):
+        raise UserError(
+            f"tracking.experiment={name}: keeps its artifacts on a server; set tracking.uri=http://HOST:PORT "
+            "of that server, or take another name"
+        )
+    return str(found.experiment_id)
+
+
+def is_server(uri: str) -> bool:
+    """Whether the store is a tracking server, not a database opened directly."""
+    return uri.startswith(("http://", "https://"))
+
+
+def store_errors() -> tuple[type[Exception], ...]:
+    """What MLflow's client, its artifact folders and :func:`check_store` raise."""
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException, UserError, OSError
+
+
+@contextmanager
+def as_user_error(key: str) -> Iterator[None]:
+    """Anything the store refuses, as a :class:`UserError` about ``key``."""
+    try:
+        yield
+    except UserError:
+        raise
+    except store_errors() as error:
+        raise UserError(f"{key}: {one_line(error)}") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Log messages below ERROR are held back meanwhile: MLflow and alembic narrate every migration.
+
+    ``logging.disable`` and not the level of their loggers: MLflow sets those anew on import and when it migrates.
+    """
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -1,0 +1,70 @@
+"""Shared fixtures: the real SmolLM2 once a session, and tiny models for what needs no real weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pipeline.config import ModelConfig
+
+if TYPE_CHECKING:
+    from pipeline.model import LoadedModel
+
+CONF = Path(__file__).parent.parent / "conf"
+
+TINY_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def model_config(name: str, **changes: Any) -> ModelConfig:
+    """The ``ModelConfig`` of ``conf/model/NAME.yaml`` with some keys changed."""
+    from omegaconf import OmegaConf
+
+    plain = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
+    assert isinstance(plain, dict)
+    return ModelConfig(**{str(key): value for key, value in plain.items()} | changes)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LoadedModel:
+    """SmolLM2-135M-Instruct, pretrained, float32, CPU; fetched the first time and then kept in the user's cache."""
+    import torch
+
+    from pipeline.model import load
+
+    return load(model_config("smollm2_135m"), "fp32", torch.device("cpu"), 0, print)
+
+
+@pytest.fixture
+def tiny_llama_dir(tmp_path: Path) -> Path:
+    """A Hugging Face folder with a random Llama of 0.1 M parameters (GQA 4/2 heads of 16), no tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path / "tiny-llama"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def messages() -> tuple[list[str], Callable[[str], None]]:
+    """A list, and a progress callback that fills it."""
+    lines: list[str] = []
+    return lines, lines.append
