@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.fx import Node
 
@@ -47,12 +46,14 @@ def has_fused_kernel(dtype: torch.dtype, head_size: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and 16 <= head_size <= 256 and head_size % 8 == 0
 
 
-def convert(stack: Stack, network: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NativeLayer]:
-    """Add the native layer for ``node`` to ``network``; returns its output tensor and what was set.
+def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NativeLayer]:
+    """Add the native layer for ``node`` to the network of Torch-TensorRT's conversion context ``ctx``.
 
+    Returns the layer's output tensor [B, Hq, L, D] and what the layer was set to.
     ``args`` and ``kwargs`` are those of ``node`` with tensors in the place of nodes: query [B, Hq, L, D],
     key [B, Hkv, S, D], value [B, Hkv, S, D], mask broadcastable over [B, H] or None.
     """
+    network = ctx.net
     if node.target is SDPA:
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         is_causal = args[5] if len(args) > 5 else kwargs.get("is_causal", False)
@@ -67,7 +68,7 @@ def convert(stack: Stack, network: Any, node: Node, args: tuple[Any, ...], kwarg
     if scale != 1.0:
         if causal != "none":
             raise RunError("unsafe_scale", f"{node.name}: scale {scale} before a causal native layer may be lost")
-        query = _scaled(stack, network, query, scale, node)
+        query = _scaled(stack, ctx, query, scale, node)
     layer = _add_layer(stack, network, (query, key, value), causal)
     if layer is None:
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
@@ -133,11 +134,11 @@ def _normalised_mask(stack: Stack, network: Any, mask: Any, query: Any) -> Any:
     return mask
 
 
-def _scaled(stack: Stack, network: Any, query: Any, scale: float, node: Node) -> Any:
+def _scaled(stack: Stack, ctx: Any, query: Any, scale: float, node: Node) -> Any:
     """``query * scale`` in the query's own type."""
-    constant = network.add_constant((1, 1, 1, 1), stack.trt.Weights(np.array([scale], np.float32).reshape(1, 1, 1, 1)))
-    constant.name = f"{node.name} [scale]"
-    factor = network.add_cast(constant.get_output(0), query.dtype).get_output(0)
-    layer = network.add_elementwise(query, factor, stack.trt.ElementWiseOperation.PROD)
+    from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
+
+    factor = get_trt_tensor(ctx, scale, f"{node.name} [scale]", query.dtype, min_rank=4)
+    layer = ctx.net.add_elementwise(query, factor, stack.trt.ElementWiseOperation.PROD)
     layer.name = f"{node.name} [scaled query]"
     return layer.get_output(0)

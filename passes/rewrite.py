@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from torch.fx import Node
 
 from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
+from passes.errors import RunError
 from passes.masks import MaskProof, Prover
+from passes.scale import fold_scale
 from passes.strategies import Action, Decision, strategy
 from passes.symbolic import symbol_ranges
 
+DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out}
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
@@ -39,13 +42,18 @@ class CallRecord:
     reason: str
     unproved: bool
     native_gqa: bool
+    scale: str
+    """Where the softmax scale went."""
     profile: dict[str, tuple[int, int]]
     seconds: float
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """The program after the strategy and what became of each call.  ``program`` is functional."""
+    """The program after the strategy and what became of each call.
+
+    ``program`` is functional and runs as it is; lowering must decompose ``DECOMPOSITIONS`` on the way.
+    """
 
     program: ExportedProgram
     calls: list[CallRecord]
@@ -73,8 +81,6 @@ def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = N
     ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.RunError` of kind
     ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
     """
-    from passes.errors import RunError
-
     calls = find_calls(program.graph_module)
     if not calls:
         raise RunError(
@@ -84,29 +90,37 @@ def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = N
     ranges = symbol_ranges(program)
     prover = Prover(ranges, frozenset(program.graph_signature.user_inputs), _constants(program))
     decide = strategy(name)
-    records, proved = [], set()
-    decisions: list[tuple[AttentionCall, Decision]] = []
+    records: list[CallRecord] = []
+    proved: set[Node | None] = set()
     for call in calls:
         proof = prover.prove(call)
         decision = decide(call, proof, unproven)
-        decisions.append((call, decision))
-        key, value = (call.key, call.value)
+        key, value, scale = call.key, call.value, "in the graph"
         if decision.action not in (Action.UNTOUCHED, Action.DECOMPOSED):
             key, value = use_native_gqa(call, ranges)
+            call, scale = _without_scale(program, call)
         first = call.mask not in proved
         proved.add(call.mask)
-        records.append(_record(call, proof, decision, key is not call.key, proof.seconds if first else 0.0))
+        records.append(_record(call, proof, decision, key is not call.key, scale, proof.seconds if first else 0.0))
         _REWRITES[decision.action](program, call, key, value)
-    if any(decision.action is not Action.UNTOUCHED for _, decision in decisions):
-        program.graph_module.graph.eliminate_dead_code()
-        program.graph_module.recompile()
-        # Decomposes the marked calls and re-infers every type and shape behind a rewritten one.
-        program = program.run_decompositions({ops.DECOMPOSED: ops.written_out})
+    program.graph_module.graph.eliminate_dead_code()
+    program.graph_module.graph.lint()
+    program.graph_module.recompile()
     return Rewritten(program, records)
 
 
+def _without_scale(program: ExportedProgram, call: AttentionCall) -> tuple[AttentionCall, str]:
+    """``call`` with its scale folded into the weights behind the query, where that can be done."""
+    if call.scale == 1.0:
+        return call, "none"
+    obstacle = fold_scale(program, call.node, call.query, call.scale)
+    if obstacle is not None:
+        return call, f"in the graph: {obstacle}"
+    return replace(call, scale=1.0), "in the weights"
+
+
 def _record(
-    call: AttentionCall, proof: MaskProof, decision: Decision, native_gqa: bool, seconds: float
+    call: AttentionCall, proof: MaskProof, decision: Decision, native_gqa: bool, scale: str, seconds: float
 ) -> CallRecord:
     return CallRecord(
         index=call.index,
@@ -119,6 +133,7 @@ def _record(
         reason=decision.reason,
         unproved=decision.unproved,
         native_gqa=native_gqa,
+        scale=scale,
         profile=dict(proof.profile),
         seconds=seconds,
     )

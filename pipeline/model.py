@@ -87,22 +87,20 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
     """transformers' own initialisation, drawn in float32 on ``device`` and then rounded to ``dtype``.
 
     So the same seed gives the same weights at every precision.  CPU and GPU draw different ones: a GPU draws
-    a billion of them in a blink, a CPU takes ten seconds.
+    a billion of them in a blink, a CPU takes tens of seconds.  Both steps go through ``from_pretrained``, which
+    fills in what is missing and knows what stays in float32 (rotary frequencies, say; ``model.half()`` does not).
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    with quiet(), _seeded(device, seed), device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
-    # Not model.to(dtype): the rotary frequencies are buffers that are not part of the weights, and
-    # from_pretrained leaves them in float32 too.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
-                module.register_buffer(name, buffer.to(dtype))
-    model.config.dtype = dtype
-    return _ready(model)
+    def build(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
+        )
+
+    with quiet():
+        with _seeded(device, seed):
+            model = build({}, torch.float32)
+        return _ready(model if dtype == torch.float32 else build(model.state_dict(), dtype))
 
 
 @contextmanager
@@ -120,6 +118,7 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 def _pretrained(
     found: checkpoint.Checkpoint, where: str, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
 ) -> PreTrainedModel:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -134,8 +133,9 @@ def _pretrained(
                 local_files_only=True,
                 ignore_mismatched_sizes=True,  # reported below, in one line
                 output_loading_info=True,
+                device_map={"": device},
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{where}: its weights cannot be read ({' '.join(str(error).split())})") from None
     # transformers only warns and draws random numbers for these.
     for what in ("missing_keys", "mismatched_keys"):
@@ -145,7 +145,7 @@ def _pretrained(
     if info["unexpected_keys"]:
         unused = sorted(info["unexpected_keys"])
         progress(f"{len(unused)} tensors of {where} are not part of {type(model).__name__}, {unused[0]} first")
-    return _ready(model.to(device))
+    return _ready(model)
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:
@@ -161,6 +161,6 @@ def _tokenizer(found: checkpoint.Checkpoint, where: str) -> PreTrainedTokenizerB
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(found.tokenizer, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: its tokenizer cannot be read ({reason}); mend or remove its files") from None

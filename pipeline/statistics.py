@@ -43,19 +43,24 @@ def summarise(samples: Sequence[float], seed: int = 0) -> Summary:
 def quantile(samples: Sequence[float], p: float) -> float | None:
     """The ``p``-quantile, or None while fewer than ten samples are expected beyond it (n < 10 / (1-p))."""
     tail = min(p, 1.0 - p)
-    if len(samples) * tail < 10.0 - 1e-9:  # 1-p is not exact in binary: 0.95 must ask for 200 samples, not 201
+    if len(samples) * tail < 10.0 - 1e-9:  # 1-p is not exact in binary: 0.9 must ask for 100 samples, not 101
         return None
     return float(np.quantile(_ordered(samples), p))
 
 
 def median_interval(samples: Sequence[float], seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """Bootstrap percentile interval (95 %) of the median.
+    """Bootstrap percentile interval (95 %) of the median."""
+    low, high = np.quantile(bootstrap_medians(samples, seed, resamples), (0.025, 0.975))
+    return float(low), float(high)
 
-    The median of a resample is drawn without drawing the resample: its k-th smallest index is
-    floor(n U) with U the k-th smallest of n uniform numbers, which is Beta(k, n+1-k), and given that
-    one, the next is U + (1-U) Beta(1, n-k).  (Order statistics of the uniform distribution: David and
-    Nagaraja, Order Statistics, 3rd ed., chapter 2.)  The distribution is the bootstrap's own, at a
-    cost that does not grow with n.
+
+def bootstrap_medians(samples: Sequence[float], seed: int, resamples: int) -> npt.NDArray[np.float64]:
+    """Medians of ``resamples`` resamples [resamples], without drawing the resamples.
+
+    The k-th smallest index of a resample is floor(n U) with U the k-th smallest of n uniform numbers,
+    which is Beta(k, n+1-k); given that one, the next is U + (1-U) Beta(1, n-k).  (Order statistics of the
+    uniform distribution: David and Nagaraja, Order Statistics, 3rd ed., chapter 2.)  The distribution is
+    the bootstrap's own, at a cost that does not grow with n.
     """
     ordered = _ordered(samples)
     n = len(ordered)
@@ -63,9 +68,7 @@ def median_interval(samples: Sequence[float], seed: int = 0, resamples: int = RE
     k = (n + 1) // 2
     lower = random.beta(k, n + 1 - k, resamples)
     upper = lower if n % 2 else lower + (1.0 - lower) * random.beta(1, n - k, resamples)
-    medians = (ordered[_index(lower, n)] + ordered[_index(upper, n)]) / 2
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return float(low), float(high)
+    return (ordered[_index(lower, n)] + ordered[_index(upper, n)]) / 2
 
 
 def drifts(samples: Sequence[float], seed: int = 0) -> bool:

@@ -151,8 +151,9 @@ def is_server(uri: str) -> bool:
 def store_errors() -> tuple[type[Exception], ...]:
     """What MLflow's client, its artifact folders and :func:`check_store` raise."""
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError  # what fails while MLflow creates its tables comes unwrapped
 
-    return MlflowException, UserError, OSError
+    return MlflowException, SQLAlchemyError, UserError, OSError
 
 
 @contextmanager

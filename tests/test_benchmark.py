@@ -21,7 +21,7 @@ from pipeline.benchmark import BenchmarkResult, CudaClock, measure
 from pipeline.config import BenchmarkConfig, BenchmarkShape
 from pipeline.gpu import Ceilings, GpuState
 from pipeline.roofline import DecoderCost, decoder_cost, prefill_bytes, prefill_floor_s, prefill_flops
-from pipeline.statistics import drifts, median_interval, quantile, summarise
+from pipeline.statistics import bootstrap_medians, drifts, median_interval, quantile, summarise
 
 MS = 1_000_000  # ns
 QUIET = GpuState(at_s=0.0, throttle_reasons=(), foreign_processes=0)
@@ -415,13 +415,16 @@ def test_a_summary_scales_with_its_unit(samples: list[float], factor: float) -> 
         )
 
 
-@pytest.mark.parametrize("n", [7, 50, 111])
-def test_the_interval_is_that_of_a_bootstrap_done_the_long_way(n: int) -> None:
-    samples = np.random.default_rng(n).lognormal(size=n)
-    resampled = np.random.default_rng(1).choice(samples, size=(40_000, n))
-    expected = np.quantile(np.median(resampled, axis=1), (0.025, 0.975))
-    near = 0.02 * (samples.max() - samples.min())
-    assert median_interval(samples.tolist(), resamples=40_000) == pytest.approx(expected, abs=near)
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 51])
+def test_medians_are_distributed_as_in_a_bootstrap_done_the_long_way(n: int) -> None:
+    resamples = 40_000
+    short = bootstrap_medians(list(range(n)), seed=0, resamples=resamples)
+    long = np.median(np.random.default_rng(1).integers(n, size=(resamples, n)), axis=1)
+    assert short.mean() == pytest.approx((n - 1) / 2, abs=5 * long.std() / resamples**0.5)
+    assert short.std() == pytest.approx(long.std(), rel=0.03)
+    for value in np.unique(long):
+        expected = (long == value).mean()
+        assert (short == value).mean() == pytest.approx(expected, abs=5 * (2 * expected / resamples) ** 0.5)
 
 
 def test_the_interval_holds_the_true_median_about_as_often_as_it_says() -> None:
@@ -440,6 +443,8 @@ def test_a_tail_quantile_needs_ten_samples_beyond_it(n: int, known: bool) -> Non
     assert (quantile(samples, 0.05) is not None) is known
     if known:
         assert quantile(samples, 0.95) == pytest.approx(0.95 * (n - 1))
+    assert quantile(samples[:100], 0.9) is not None
+    assert quantile(samples[:99], 0.9) is None
 
 
 @pytest.mark.parametrize("samples", [[], [1.0, float("nan")], [float("inf")]])

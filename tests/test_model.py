@@ -26,6 +26,23 @@ from pipeline.model import LoadedModel, load, load_reference
 from pipeline.text import token_batch
 
 CPU = torch.device("cpu")
+TINY_MOE = {
+    "model_type": "deepseek_v3",
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "first_k_dense_replace": 0,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+}
 SHIPPED = ("smollm2_135m", "llama3_1b", "qwen2_5_0_5b", "qwen3_0_6b")
 
 
@@ -132,12 +149,11 @@ def test_rotary_frequencies_stay_float32(tiny_llama_dir: Path, weights: str, pre
         assert torch.allclose(frequencies, expected, rtol=1e-6)
 
 
-def test_persistent_buffers_are_cast_with_the_weights() -> None:
-    bloom_like = {"model_type": "gpt_neox", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
-    config = tiny()
-    config.architecture = bloom_like | {"num_hidden_layers": 1, "num_attention_heads": 2}
-    model = load(config, "fp16", CPU, 0, nothing).model
-    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float16}
+def test_random_weights_stay_float32_where_transformers_wants_them_to() -> None:
+    config = ModelConfig(name="moe", weights="random", architecture=TINY_MOE)
+    router = load(config, "fp16", CPU, 0, nothing).model.model.layers[0].mlp.gate
+    assert router.e_score_correction_bias.dtype == torch.float32
+    assert router.weight.dtype == torch.float16
 
 
 def test_seed_decides_the_random_weights_and_the_global_generator_is_left_alone() -> None:
@@ -308,8 +324,8 @@ def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(128)
     writer.add_tokenizer_model("gpt2")
-    writer.add_token_list([chr(33 + i) for i in range(94)] + [f"<{i}>" for i in range(34)])
-    writer.add_token_merges(["a b"])
+    writer.add_token_list([chr(33 + i) for i in range(94)] + ["ab", "cd", *(f"<{i}>" for i in range(32))])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     names = {
@@ -397,14 +413,14 @@ def test_gguf_that_is_not_the_known_file_is_not_used(gguf_dir: Path) -> None:
     def source() -> Iterator[Path]:
         yield gguf_dir / "tiny.gguf"
 
-    with pytest.raises(UserError, match="sha256 is not 00"):
-        gguf_cache.kept("00", dict(TINY_LLAMA), source, nothing)
+    with pytest.raises(UserError, match=r"sha256 of .* is not 00"):
+        gguf_cache.kept("00", dict(TINY_LLAMA), source, nothing, origin="model.path=x")
     assert not [p for p in gguf_cache.cache_folder().iterdir() if p.is_dir()]
 
 
 def test_broken_gguf_is_refused(gguf_dir: Path) -> None:
     (gguf_dir / "tiny.gguf").write_bytes(b"GGUFnonsense")
-    assert "cannot read this GGUF file" in refusal(local(gguf_dir))
+    assert refusal(local(gguf_dir)).startswith(f"model.path={gguf_dir}: transformers cannot read")
 
 
 def test_unwritable_cache_is_refused(gguf_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,8 +533,10 @@ def hub(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
         def log_message(self, *args: object) -> None: ...
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    template = f"{constants.ENDPOINT}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tiny_llama_dir.parent / "hub"))
     yield tiny_llama_dir
     server.shutdown()

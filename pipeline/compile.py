@@ -1,0 +1,214 @@
+"""The ``lower``, ``interpret`` and ``build`` stages: a rewritten program becomes the bytes of a TensorRT engine.
+
+Torch-TensorRT lowers the graph and converts every op except attention, which is ours (:mod:`passes.converters`).
+The whole graph becomes one engine: an op that TensorRT cannot take ends the run, it never falls back to torch.
+Everything here works without a GPU; that is why the interpreter's own ``run()``, which also deserialises, is not
+used but the two steps inside it (pinned by ``tests/test_compile.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from passes import converters
+from passes.attention import FORMS
+from passes.errors import RunError
+from passes.rewrite import DECOMPOSITIONS
+from passes.stack import Stack, quiet, tensorrt_errors
+from pipeline.config import BackendConfig
+from pipeline.export import InputSpec
+
+Progress = Callable[[str, int, int], bool]
+"""(phase, step, steps) -> whether to go on."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    graph: GraphModule
+    settings: Any
+    inputs: tuple[InputSpec, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A TensorRT network and what is in it, read from it."""
+
+    interpreter: Any
+    native_layers: tuple[converters.NativeLayer, ...]
+    contents: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine: its bytes, and the report's ``engine`` section."""
+
+    data: Any
+    """A buffer of the engine's bytes."""
+    section: dict[str, Any] = field(default_factory=dict)
+
+
+def lower(stack: Stack, program: ExportedProgram, inputs: tuple[InputSpec, ...], backend: BackendConfig, precision: str) -> Lowered:
+    """Torch-TensorRT's own lowering, with attention kept whole for the converter."""
+    dynamo = stack.torch_tensorrt.dynamo
+    from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
+
+    settings = dynamo.CompilationSettings(
+        device=stack.torch_tensorrt.Device(gpu_id=0),  # the default asks CUDA
+        disable_tf32=precision == "fp32",  # fp32 means fp32
+        optimization_level=backend.optimization_level,
+        workspace_size=int((backend.workspace_gib or 0) * 2**30),
+        immutable_weights=True,
+    )
+    with quiet(), torch.no_grad():
+        program = pre_export_lowering(program, settings)
+        table = {**get_decompositions(), **DECOMPOSITIONS}
+        if not torch.cuda.is_available():
+            # torch up to 2.11 would pick the CPU's attention kernel, which has no converter.
+            table.pop(torch.ops.aten.scaled_dot_product_attention.default, None)
+        for target in converters.CONVERTED:
+            if any(node.target is target for node in program.graph.nodes):
+                table.pop(target, None)
+        graph = post_lowering(program.run_decompositions(table).module(), settings)
+    return Lowered(graph, settings, inputs)
+
+
+def interpret(stack: Stack, lowered: Lowered, use_upstream: bool) -> Network:
+    """Convert the lowered graph, op by op, to a TensorRT network."""
+    made: list[converters.NativeLayer] = []
+    interpreter_type = _interpreter_type(stack, made, use_upstream)
+    specs = [_trt_input(stack, spec) for spec in lowered.inputs]
+    with quiet(), torch.no_grad():
+        interpreter = interpreter_type(lowered.graph, specs, compilation_settings=lowered.settings)
+        missing = sorted(str(op) for op in interpreter.validate_conversion())
+        if missing:
+            raise RunError("unsupported_op", f"TensorRT has no converter for {', '.join(missing)}")
+        try:
+            interpreter._construct_trt_network_def()
+        except RunError:
+            raise
+        except Exception as error:
+            raise RunError("conversion", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+    calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
+    return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls))
+
+
+def build(stack: Stack, network: Network, progress: Progress) -> Built:
+    """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error."""
+    interpreter = network.interpreter
+    config = interpreter._populate_trt_builder_config()
+    config.progress_monitor = _monitor(stack, progress)
+    with tensorrt_errors() as errors:
+        data = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
+    if data is None:
+        first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
+        kind = "out_of_memory" if "OutOfMemory" in first else "build"
+        raise RunError(kind, first)
+    section = {
+        "file": "engine.trt",
+        "bytes": data.nbytes,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "target": _target(stack, config),
+        **network.contents,
+    }
+    return Built(data, section)
+
+
+def _trt_input(stack: Stack, spec: InputSpec) -> Any:
+    if not spec.dynamic:
+        return stack.torch_tensorrt.Input(shape=spec.shape(spec.max), dtype=torch.int64, name=spec.name)
+    return stack.torch_tensorrt.Input(
+        min_shape=spec.shape(spec.min),
+        opt_shape=spec.shape(spec.opt),
+        max_shape=spec.shape(spec.max),
+        dtype=torch.int64,
+        name=spec.name,
+    )
+
+
+def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upstream: bool) -> type:
+    """Torch-TensorRT's interpreter with our converter for attention; ``made`` collects the native layers."""
+    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
+
+    if use_upstream:
+        return TRTInterpreter  # type: ignore[no-any-return]
+
+    class Interpreter(TRTInterpreter):  # type: ignore[misc]
+        def validate_conversion(self) -> set[str]:
+            ours = tuple(str(target) for target in converters.CONVERTED)
+            return {op for op in super().validate_conversion() if not op.endswith(ours)}
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target not in converters.CONVERTED:
+                return super().call_function(target, args, kwargs)
+            output, layer = converters.convert(stack, self.ctx, self._cur_node, args, kwargs)
+            made.append(layer)
+            return output
+
+    return Interpreter
+
+
+def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], calls: list[Node]) -> dict[str, Any]:
+    """Counts read from the network, layer by layer."""
+    kinds = stack.trt.LayerType
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    attention = [layer for layer in layers if layer.type == kinds.ATTENTION_INPUT]
+    # Inputs of the entry layer: query, key, value, then the mask.
+    masked = sum(sum(layer.get_input(i) is not None for i in range(layer.num_inputs)) > 3 for layer in attention)
+    causal = sum(layer.causal != "none" for layer in made)
+    if not made:  # upstream's converter: the causal flag can no longer be read, only what it was asked for
+        causal = sum(bool(_asked_causal(node)) for node in calls)
+    notes = []
+    unfused = [layer for layer in made if not layer.fused]
+    if unfused:
+        notes.append(f"{len(unfused)} of {len(made)} attention layers have no fused kernel in this type or head size")
+    return {
+        "layers": len(layers),
+        "iattention": len(attention),
+        "iattention_causal": causal,
+        "iattention_masked": masked,
+        "iattention_fused": sum(layer.fused for layer in made) if made else None,
+        "softmax": sum(layer.type == kinds.SOFTMAX for layer in layers),
+        "torch_fallback_ops": [],
+        "notes": notes,
+    }
+
+
+def _asked_causal(node: Node) -> Any:
+    position = FORMS[node.target][1] if node.target in FORMS else None
+    if position is not None and len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get("is_causal", False)
+
+
+def _target(stack: Stack, config: Any) -> str:
+    """What the engine was built for: this GPU, or, ahead of time, the compute capabilities that were asked for."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    asked = [config.get_compute_capability(i).name for i in range(getattr(config, "num_compute_capabilities", 0))]
+    return f"ahead of time, {', '.join(asked) if asked else 'TensorRT-RTX default targets'}"
+
+
+def _monitor(stack: Stack, progress: Progress) -> Any:
+    class Monitor(stack.trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()

@@ -1,0 +1,108 @@
+"""What a person sees of a run: its stages as they pass, and a short table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+
+
+class StageDisplay:
+    """One line a stage, live while it runs where the console is a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._status: Status | None = None
+        self._stage = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._stage = name
+        with self.console.status(f"[bold]{name}[/]") as self._status:
+            try:
+                yield
+            finally:
+                self._status = None
+
+    def update(self, message: str) -> None:
+        """Replace what is shown beside the running stage."""
+        if self._status is not None:
+            self._status.update(f"[bold]{self._stage}[/]  {message}")
+
+    def steps(self, message: str, done: int, total: int) -> bool:
+        """Progress in steps; the shape of TensorRT's progress monitor (True: go on)."""
+        self.update(f"{message}  {done}/{total}")
+        return True
+
+    def done(self, name: str, seconds: float, detail: str = "") -> None:
+        self.console.print(f"[green]✓[/] {name:<10}{seconds:7.1f} s  [dim]{detail}[/]")
+
+    def failed(self, name: str, seconds: float, message: str) -> None:
+        self.console.print(f"[red]✗[/] {name:<10}{seconds:7.1f} s  [red]{message}[/]", markup=True)
+
+    def note(self, message: str) -> None:
+        self.console.print(f"[yellow]![/] {message}")
+
+    def summary(self, report: dict[str, Any], folder: Path, tracked: str | None) -> None:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="dim")
+        table.add_column()
+        for label, text in _summary_rows(report):
+            table.add_row(label, text)
+        table.add_row("report", str(folder / "report.json"))
+        if tracked:
+            table.add_row("MLflow", tracked)
+        self.console.print()
+        self.console.print(table)
+
+
+def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    colour = {"ok": "green", "not_executed": "yellow", "failed": "red"}[report["status"]]
+    meaning = {"not_executed": "  (no GPU could run the engine: nothing was timed)"}.get(report["status"], "")
+    yield "status", f"[{colour}]{report['status']}[/]{meaning}"
+    if report["failure"]:
+        yield "failure", "{stage}: {kind}: {message}".format(**report["failure"])
+    if attention := report["attention"]:
+        summary = attention["summary"]
+        masks = ", ".join(f"{count} {kind}" for kind, count in summary["by_mask"].items())
+        actions = ", ".join(f"{count} {kind}" for kind, count in summary["by_action"].items())
+        yield "attention", f"{len(attention['calls'])} calls: {masks} → {actions}"
+    if engine := report["engine"]:
+        size = f", {engine['bytes'] / 1e6:.0f} MB" if engine.get("bytes") else ""
+        yield (
+            "network",
+            f"{engine['layers']} layers: {engine['iattention']} native attention "
+            f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), {engine['softmax']} softmax{size}",
+        )
+        for note in engine["notes"]:
+            yield "", note
+    if verify := report["verify"]:
+        worst = max(verify["cases"], key=lambda case: case["relative_error"] / case["tolerance"])
+        yield (
+            "verified",
+            f"{verify['executed']}: {'passed' if verify['passed'] else 'FAILED'}, {len(verify['cases'])} cases; "
+            f"worst {worst['name']}: relative error {worst['relative_error']:.2g} (allowed {worst['tolerance']:.2g}), "
+            f"top-1 {worst['top1_agreement']:.1%}",
+        )
+        if "answer" in verify:
+            yield "answer", f"“{verify['answer']['engine']}”"
+    for entry in _entries(report["benchmark"] or {}):
+        fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
+        tainted = f"  [yellow]tainted: {'; '.join(entry['tainted'])}[/]" if entry["tainted"] else ""
+        yield (
+            "prefill",
+            f"{entry['batch']}×{entry['input_length']}: {entry['device_ms']['median']:.2f} ms on the device, "
+            f"{entry['host_ms']['median']:.2f} ms on the host, {entry['tokens_per_s']:.0f} tokens/s{fraction}{tainted}",
+        )
+    yield "stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages_s"].items())
+
+
+def _entries(benchmark: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "prefill" in benchmark:
+        yield benchmark["prefill"]
+        yield from benchmark.get("prefill_shapes", [])

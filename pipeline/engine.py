@@ -1,0 +1,165 @@
+"""Runs an engine: device buffers, one stream, and where asked for a CUDA graph; greedy generation on top.
+
+:class:`Engine` is what the verification calls, what the benchmark measures and what
+:func:`load_engine` gives back from MLflow.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from passes.errors import RunError, UserError
+from passes.stack import Stack, load_stack
+from pipeline.export import InputSpec, make_inputs
+from pipeline.generate import chat_tokens, greedy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Engine:
+    """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V]."""
+
+    def __init__(self, stack: Stack, data: Any, inputs: tuple[InputSpec, ...], cuda_graph: bool = False) -> None:
+        trt = stack.trt
+        self.inputs = inputs
+        self.cuda_graph = cuda_graph
+        self.generation = 0
+        self.stream = torch.cuda.Stream()
+        self._runtime = trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
+        self._engine = self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise RunError("deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target")
+        self._context = self._make_context(stack)
+        self._output = next(
+            name
+            for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
+            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT
+        )
+        self._dtype = stack.torch_tensorrt.dtype._from(self._engine.get_tensor_dtype(self._output)).to(torch.dtype)
+        self._buffers: dict[str, Tensor] = {}
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def _make_context(self, stack: Stack) -> Any:
+        if stack.flavour != "tensorrt_rtx":
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        # Kernels for a new length are compiled when it is first met, before it runs, not behind the caller's back.
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            stack.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        )
+        return self._engine.create_execution_context(config)
+
+    def prepare(self, batch: int, length: int) -> None:
+        """Allocate and bind everything for [batch, length]; the inputs hold token 0 without padding."""
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device="cuda")
+        self._bind(make_inputs([spec.name for spec in self.inputs], tokens))
+
+    def _bind(self, inputs: dict[str, Tensor]) -> None:
+        self.generation += 1
+        self._graph = None
+        self._buffers = {}
+        for spec in self.inputs:
+            tensor = inputs[spec.name].to(device="cuda", dtype=torch.int64).contiguous().clone()
+            if not self._context.set_input_shape(spec.name, tuple(tensor.shape)):
+                raise UserError(
+                    f"{spec.name} {tuple(tensor.shape)}: outside the engine's profile, "
+                    f"batch {spec.batch} and length {spec.min}..{spec.max}"
+                )
+            self._buffers[spec.name] = tensor
+        shape = tuple(self._context.get_tensor_shape(self._output))
+        # Poisoned: an element that the engine does not write is seen as NaN.
+        self._buffers[self._output] = torch.full(shape, float("nan"), dtype=self._dtype, device="cuda")
+        for name, tensor in self._buffers.items():
+            self._context.set_tensor_address(name, tensor.data_ptr())
+        torch.cuda.current_stream().synchronize()
+        self._execute()  # the first pass at a shape compiles kernels
+        self.stream.synchronize()
+        if self.cuda_graph:
+            self._capture()
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self._execute()
+        except RuntimeError as error:
+            raise RunError("cuda_graph", f"the engine cannot be captured: {str(error).splitlines()[0]}") from error
+        self._graph = graph
+
+    def _execute(self) -> None:
+        if not self._context.execute_async_v3(self.stream.cuda_stream):
+            raise RunError("execute", "TensorRT could not run the engine")
+
+    def enqueue(self) -> None:
+        """Launch one forward pass over the bound buffers; waits for nothing."""
+        if self._graph is None:
+            self._execute()
+        else:
+            self._graph.replay()
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits [batch, 1 or length, vocabulary] for ``inputs``, each [batch, length] int64."""
+        bound = self._buffers.get(self.inputs[0].name)
+        if bound is None or bound.shape != inputs[self.inputs[0].name].shape:
+            self._bind(inputs)
+        for spec in self.inputs:
+            self._buffers[spec.name].copy_(inputs[spec.name])
+        self._buffers[self._output].fill_(float("nan"))
+        torch.cuda.current_stream().synchronize()
+        with torch.cuda.stream(self.stream):
+            self.enqueue()
+        self.stream.synchronize()
+        return self._buffers[self._output].clone()
+
+    def answer(self, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int = 64) -> str:
+        """The model's greedy answer to a chat question (a plain continuation where the tokenizer has no chat form)."""
+        first = self.inputs[0]
+        if first.batch != 1 or not first.dynamic:
+            raise UserError("answer: needs an engine with a dynamic length and batch 1 (shape=dynamic)")
+        names, stop = [spec.name for spec in self.inputs], frozenset({tokenizer.eos_token_id} - {None})
+        tokens = greedy(self, names, chat_tokens(tokenizer, question).cuda(), max_new_tokens, stop, first.max)
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+
+def write_engine(folder: Path, data: Any, section: dict[str, Any], inputs: tuple[InputSpec, ...], environment: dict) -> None:
+    """``engine.trt`` and its manifest ``engine.json``: hash, inputs with their ranges, target and versions."""
+    (folder / section["file"]).write_bytes(data)
+    manifest = {
+        "schema": 1,
+        "file": section["file"],
+        "bytes": section["bytes"],
+        "sha256": section["sha256"],
+        "target": section["target"],
+        "inputs": [asdict(spec) | {"dtype": "int64", "shape": ["batch", "length"]} for spec in inputs],
+        "outputs": [{"name": "output0", "shape": ["batch", "1 or length", "vocabulary"]}],
+        "environment": environment,
+    }
+    (folder / "engine.json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def open_engine(path: Path, cuda_graph: bool = False) -> Engine:
+    """The engine file ``path`` with the manifest beside it; raises :class:`UserError` if its hash is another."""
+    manifest = json.loads(path.with_name("engine.json").read_text())
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
+    if not torch.cuda.is_available():
+        raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
+    names = InputSpec.__dataclass_fields__
+    inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
+    return Engine(load_stack(), data, inputs, cuda_graph)
+
+
+def load_engine(run_id: str, uri: str = "sqlite:///mlflow.db") -> Engine:
+    """The verified engine of an MLflow run, its hash checked before anything else looks at it."""
+    from pipeline.tracking import fetch_engine
+
+    return open_engine(fetch_engine(run_id, uri))

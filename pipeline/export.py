@@ -1,0 +1,108 @@
+"""The ``export`` stage: ``torch.export`` of the chosen call form, with a static or dynamic sequence length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+
+from passes.errors import RunError
+from passes.rewrite import prepare
+from passes.stack import quiet
+from pipeline.config import ModelConfig, ShapeConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One int64 input [batch, length] of the traced program; length is in min..max (tokens)."""
+
+    name: str
+    batch: int
+    min: int
+    opt: int
+    max: int
+
+    @property
+    def dynamic(self) -> bool:
+        return self.min != self.max
+
+    def shape(self, length: int) -> tuple[int, int]:
+        return (self.batch, length)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """``program`` is functional, with attention intact; ``inputs`` are in the order of its arguments."""
+
+    program: ExportedProgram
+    inputs: tuple[InputSpec, ...]
+
+
+class CallForm(nn.Module):
+    """A causal LM called with the chosen inputs and without cache: what is traced, compiled, run and compared."""
+
+    def __init__(self, model: PreTrainedModel, logits: str) -> None:
+        super().__init__()
+        self.model = model
+        self.logits_to_keep = 1 if logits == "last" else 0
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """All [batch, length] int64; returns logits [batch, 1 or length, vocabulary]."""
+        given = {"attention_mask": attention_mask, "position_ids": position_ids}
+        output = self.model(
+            input_ids=input_ids,
+            use_cache=False,
+            logits_to_keep=self.logits_to_keep,
+            **{name: value for name, value in given.items() if value is not None},
+        )
+        return output.logits  # type: ignore[no-any-return]
+
+
+def make_inputs(names: list[str], tokens: Tensor, padding: Tensor | None = None) -> dict[str, Tensor]:
+    """The inputs ``names`` for ``tokens`` [batch, length]; ``padding`` [batch, length] bool is True at padding.
+
+    Positions count the real tokens, as Hugging Face's ``generate`` makes them for left padding.
+    """
+    real = torch.ones_like(tokens) if padding is None else (~padding).to(tokens.dtype)
+    made = {
+        "input_ids": tokens,
+        "attention_mask": real,
+        "position_ids": (real.cumsum(-1) - 1).clamp(min=0),
+    }
+    return {name: made[name] for name in names}
+
+
+def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.device) -> Traced:
+    """Export ``form``; raises :class:`RunError` of kind ``export`` where torch.export cannot."""
+    specs = tuple(InputSpec(name, shape.batch, shape.min, shape.opt, shape.max) for name in model.inputs)
+    # A length that is neither 0, 1 nor a bound of the profile, so that none of them gets specialised.
+    example = shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
+    tokens = torch.zeros(shape.batch, example, dtype=torch.int64, device=device)
+    inputs = make_inputs(model.inputs, tokens)
+    dynamic = None
+    if shape.kind == "dynamic":
+        length = Dim("length", min=shape.min, max=shape.max)
+        dynamic = {name: {1: length} for name in model.inputs}
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(
+                form,
+                (),
+                inputs,
+                dynamic_shapes=dynamic,
+                strict=False,
+                # Guards that torch 2.11 derives from kernel choices would narrow the length; check at run time instead.
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+            program = prepare(program)
+    except Exception as error:
+        raise RunError("export", f"torch.export: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+    return Traced(program, specs)

@@ -1,0 +1,55 @@
+"""report.json (schema 1): what a run did and measured.  Every run leaves one, failed runs too."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+
+SCHEMA = 1
+SECTIONS = ("attention", "engine", "verify", "benchmark")
+
+
+def new_report(config: Config) -> dict[str, Any]:
+    """An empty report of ``config``: nothing has been done yet, and status is ``failed`` until something was."""
+    return {
+        "schema": SCHEMA,
+        "status": "failed",
+        "failure": None,
+        "config": config.to_dict(),
+        "environment": {},
+        "model": {},
+        **dict.fromkeys(SECTIONS),
+        "stages_s": {},
+        "notes": [],
+    }
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Strict JSON: NaN and infinities become null.  Whole or not at all: a reader never sees half a file."""
+    text = json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False)
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def calls_table(calls: Iterable[dict[str, Any]]) -> str:
+    """The attention calls as a Markdown table, one row a call."""
+    columns = ("index", "name", "mask", "proof", "depends_on", "action", "native_gqa", "scale", "reason")
+    rows = [columns, ["---"] * len(columns)]
+    rows += [[", ".join(c[k]) if isinstance(c[k], list) else str(c[k]) for k in columns] for c in calls]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)

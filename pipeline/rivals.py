@@ -1,0 +1,64 @@
+"""Eager PyTorch and ``torch.compile`` behind the engine's interface, so that rivals are rows of the same sweep."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from passes.errors import RunError
+from pipeline.config import BackendConfig
+from pipeline.export import CallForm, make_inputs
+
+
+class TorchRunner:
+    """``form`` on the GPU, eager or compiled at exactly the shape it is called with."""
+
+    cuda_graph = False
+
+    def __init__(self, form: CallForm, names: list[str], backend: BackendConfig) -> None:
+        self.names = names
+        self.generation = 0
+        self.stream = torch.cuda.Stream()
+        self._cudnn = bool(backend.cudnn_attention)
+        self._forward = form
+        if backend.name == "torch_compile":
+            assert backend.mode is not None
+            self._forward = torch.compile(form, mode=backend.mode, dynamic=False)  # type: ignore[assignment]
+            self.cuda_graph = backend.mode in ("reduce-overhead", "max-autotune")
+        self._inputs: dict[str, Tensor] = {}
+
+    @contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """On Hopper torch prefers cuDNN attention, which plans anew for every length; a rival may do without."""
+        before = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
+        try:
+            yield
+        finally:
+            torch.backends.cuda.enable_cudnn_sdp(before)
+
+    def prepare(self, batch: int, length: int) -> None:
+        """Inputs for [batch, length], and one pass, which compiles."""
+        self.generation += 1
+        tokens = torch.zeros(batch, length, dtype=torch.int64, device="cuda")
+        self._inputs = make_inputs(self.names, tokens)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            self.enqueue()
+        self.stream.synchronize()
+
+    def enqueue(self) -> None:
+        """Launch one forward pass on the current stream."""
+        with torch.no_grad(), self._kernels():
+            self._forward(**self._inputs)
+
+    def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Logits [batch, 1 or length, vocabulary]."""
+        try:
+            with torch.no_grad(), self._kernels():
+                return self._forward(**{name: tensor.cuda() for name, tensor in inputs.items()}).clone()  # type: ignore[no-any-return]
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise RunError("torch_compile", str(error).strip().splitlines()[0]) from error

@@ -1,0 +1,217 @@
+"""One run, from its configuration to its report: the whole way, read top to bottom."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import Config
+from pipeline.console import StageDisplay
+from pipeline.record import Record, StopHere
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.benchmark import Runner
+    from pipeline.export import CallForm
+    from pipeline.model import LoadedModel
+    from pipeline.verify import Forward
+
+QUESTION = "What is the capital of France?"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``report`` is what report.json in ``folder`` says."""
+
+    report: dict[str, Any]
+    folder: Path
+
+
+def run(config: Config, display: StageDisplay | None = None) -> Outcome:
+    """Do what ``config`` says.  Raises :class:`passes.errors.UserError`, and then nothing was created; whatever
+    goes wrong later is in the report."""
+    from pipeline import tracking
+
+    record = Record(config, display or StageDisplay())
+    tracking.check_store(config.tracking.uri)
+    with record.stage("load"):
+        loaded, device, environment = _load(record)
+    folder = record.open_folder("-".join(tracking.run_name(config).replace(" · ", "-").split()))
+    record.report |= {"environment": environment, "model": loaded.describe()}
+    with tracking.start(config, folder, environment=environment) as tracked:
+        status = "ok"
+        try:
+            status = _ENGINE_OR_RIVAL[config.backend.name](record, loaded, device)
+        except StopHere:
+            pass
+        except Exception:
+            if record.report["failure"] is None:  # between two stages
+                raise
+        record.close(status)
+        tracked.finish(record.report, folder)
+    record.display.summary(record.report, folder, f"run {tracked.run_id}  ({tracked.where})")
+    return Outcome(record.report, folder)
+
+
+def _load(record: Record) -> tuple[LoadedModel, torch.device, dict[str, Any]]:
+    """Weights, tokenizer, device and environment; whatever the user got wrong must come to light here."""
+    import torch
+
+    from passes.stack import load_stack
+    from pipeline import model
+    from pipeline.environment import environment
+
+    config = record.config
+    gpu = torch.cuda.is_available()
+    versions = load_stack().versions() if config.backend.name == "tensorrt" else None
+    loaded = model.load(
+        config.model, config.precision, torch.device("cuda" if gpu else "cpu"), config.seed, record.display.update
+    )
+    record.detail = f"{loaded.parameters / 1e6:.0f} M parameters from {loaded.source}"
+    return loaded, torch.device("cuda" if gpu else "cpu"), environment(versions)
+
+
+def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
+    """export → strategy → lower → interpret → build → verify → benchmark; returns the report's status."""
+    from passes.rewrite import apply_strategy
+    from passes.stack import load_stack
+    from pipeline import compile, export
+    from pipeline.engine import Engine, write_engine
+    from pipeline.report import calls_table
+    from pipeline.verify import widened
+
+    config, report, stack = record.config, record.report, load_stack()
+    form = export.CallForm(loaded.model, config.model.logits)
+
+    with record.stage("export"):
+        traced = export.trace(form, config.model, config.shape, device)
+        record.keep("graph_before.txt", str(traced.program.graph))
+        record.detail = f"{len(traced.program.graph.nodes)} nodes"
+
+    with record.stage("strategy"):
+        rewritten = apply_strategy(traced.program, config.strategy.name, config.strategy.unproven)
+        report["attention"] = rewritten.describe()
+        record.keep("graph_after.txt", str(rewritten.program.graph))
+        record.keep("attention_calls.md", calls_table(report["attention"]["calls"]))
+        record.detail = str(report["attention"]["summary"]["by_action"]).strip("{}").replace("'", "")
+    for call in rewritten.calls:
+        if call.unproved:
+            record.note(f"{call.name}: mask dropped unproved; right only where it happens to be causal ({call.reason})")
+
+    with record.stage("lower"):
+        lowered = compile.lower(stack, rewritten.program, traced.inputs, config.backend, config.precision)
+
+    with record.stage("interpret"):
+        network = compile.interpret(stack, lowered, use_upstream=config.strategy.name == "upstream")
+        report["engine"] = network.contents
+
+    with record.stage("build"):
+        built = compile.build(stack, network, record.display.steps)
+        report["engine"] = built.section
+        assert record.folder is not None
+        write_engine(record.folder, built.data, built.section, traced.inputs, report["environment"])
+        record.detail = f"{built.section['bytes'] / 1e6:.0f} MB"
+    del lowered, network
+    gc.collect()
+
+    with record.stage("verify"):
+        if device.type == "cuda":
+            runner = Engine(stack, built.data, traced.inputs, bool(config.backend.cuda_graph))
+            _verify(record, loaded, device, form, runner, "engine")
+        else:
+            # Without a GPU the engine cannot run; what can be checked is the graph that it was built from.
+            graph = widened(rewritten.program.module())
+            _verify(record, loaded, device, form, lambda inputs: graph(**inputs), "graph")
+    if device.type != "cuda":
+        return "not_executed"
+    _benchmark(record, loaded, runner)
+    return "ok"
+
+
+def _rival(record: Record, loaded: LoadedModel, device: torch.device) -> str:
+    """verify → benchmark of eager PyTorch or torch.compile; without a GPU nothing is timed."""
+    from pipeline.export import CallForm
+    from pipeline.rivals import TorchRunner
+
+    form = CallForm(loaded.model, record.config.model.logits)
+    record.note(f"backend={record.config.backend.name} runs the model as it is: strategy has no part in this run")
+    if device.type != "cuda":
+        record.note("no GPU: nothing was run")
+        return "not_executed"
+    runner = TorchRunner(form, record.config.model.inputs, record.config.backend)
+    with record.stage("verify"):
+        _verify(record, loaded, device, form, runner, record.config.backend.name)
+    _benchmark(record, loaded, runner)
+    return "ok"
+
+
+def _verify(
+    record: Record, loaded: LoadedModel, device: torch.device, form: CallForm, candidate: Forward, executed: str
+) -> None:
+    """Judge ``candidate`` against wider PyTorch, let it answer a question, and end the run if it failed."""
+    import torch
+
+    from pipeline import verify
+    from pipeline.export import CallForm, make_inputs
+    from pipeline.model import DTYPES, load_reference
+    from pipeline.text import token_batch
+
+    config = record.config
+    names, vocabulary = config.model.inputs, loaded.model.config.get_text_config().vocab_size
+    reference = CallForm(load_reference(config.model, config.precision, device, config.seed), config.model.logits)
+    if executed == "graph":
+        verify.widened_parameters(form)
+
+    def inputs_of(case: verify.Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        seed = config.seed + case.sample
+        tokens = token_batch(loaded.tokenizer, vocabulary, config.shape.batch, case.length, seed).to(device)
+        padding = verify.padding_mask(case, config.shape.batch)
+        return make_inputs(names, tokens, None if padding is None else padding.to(device)), padding
+
+    cases = verify.cases(config.verify, config.shape, padded="attention_mask" in names)
+    section = verify.judge(
+        cases,
+        inputs_of,
+        reference=lambda inputs: reference(**inputs),
+        yardstick=lambda inputs: form(**inputs),
+        candidate=candidate,
+        precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
+        progress=lambda done, total: record.display.steps("case", done, total),
+    )
+    record.report["verify"] = {"executed": executed, "factor": verify.FACTOR, **section}
+    if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
+        record.report["verify"]["answer"] = verify.answers(
+            loaded.tokenizer, QUESTION, candidate, lambda inputs: form(**inputs), names, config.shape.max, device
+        )
+    record.detail = f"{len(cases)} cases on the {executed}"
+    verify.gate(record.report["verify"])
+
+
+def _benchmark(record: Record, loaded: LoadedModel, runner: Runner) -> None:
+    """Time what was verified; nothing else ever reaches this."""
+    from pipeline import benchmark, gpu
+    from pipeline.plots import latency_plot
+    from pipeline.roofline import decoder_cost
+
+    config = record.config
+    if not config.benchmark.shapes:
+        return
+    with record.stage("benchmark"):
+        cost = decoder_cost(loaded.model, config.model.logits)
+        ceilings = gpu.measure_ceilings(config.precision)
+        result = benchmark.measure(runner, config.benchmark, cost, ceilings, config.precision)
+        record.report["benchmark"] = result.report
+        record.keep_json("samples.json", result.samples)
+        assert record.folder is not None
+        latency_plot(result.samples, record.folder / "latency.png")
+
+
+_ENGINE_OR_RIVAL: dict[str, Callable[[Record, LoadedModel, torch.device], str]] = {
+    "tensorrt": _tensorrt,
+    "eager": _rival,
+    "torch_compile": _rival,
+}
