@@ -40,6 +40,7 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     tracking.check_store(config.tracking.uri)
     with record.stage("load"):
         loaded, device, environment = _load(record)
+    gc.freeze()  # a million objects of the libraries that the collector need not walk again and again
     folder = record.open_folder("-".join(tracking.run_name(config).replace(" · ", "-").split()))
     record.report |= {"environment": environment, "model": loaded.describe()}
     with tracking.start(config, folder, environment=environment) as tracked:

@@ -8,7 +8,7 @@ fp32) on weights that were never rounded; the *yardstick*, eager PyTorch at the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,11 +101,8 @@ def judge(
     for number, case in enumerate(cases):
         inputs, padding = inputs_of(case)
         with torch.no_grad():
-            truth = reference(inputs)
-            own = _deviation(yardstick(inputs), truth, padding, None)
-            tolerance = FACTOR * max(own.relative_error, precision_eps)
-            # A token's lead can be turned by the errors of the two that compete.
-            got = _deviation(candidate(inputs), truth, padding, 2 * FACTOR * own.max_abs)
+            own, got = compare(reference(inputs), yardstick(inputs), candidate(inputs), padding)
+        tolerance = FACTOR * max(own.relative_error, precision_eps)
         allowed_kl = FACTOR**2 * max(own.kl, precision_eps**2)  # KL grows with the square of the error
         passed = got.relative_error <= tolerance and got.kl <= allowed_kl and got.unexplained_flips == 0
         rows.append(
@@ -136,48 +133,68 @@ def gate(section: dict[str, Any]) -> None:
     )
 
 
-def _positions(logits: Tensor, truth: Tensor, padding: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks [n, vocabulary] of both, at the real positions, in float64."""
-    if padding is not None and logits.shape[1] == padding.shape[1]:
-        keep = ~padding.to(logits.device)
-    elif padding is not None:  # the last position only: rows that end in padding say nothing
-        keep = ~padding[:, -1:].to(logits.device)
-    else:
-        keep = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    where = keep.nonzero()
-    for part in where.split(CHUNK):
-        yield logits[part[:, 0], part[:, 1]].double(), truth[part[:, 0], part[:, 1]].to(logits.device).double()
+def _real_positions(truth: Tensor, padding: Tensor | None) -> Tensor:
+    """[n, 2]: the (row, position) pairs of ``truth`` [batch, 1 or length, V] that are not padding."""
+    keep = torch.ones(truth.shape[:2], dtype=torch.bool, device=truth.device)
+    if padding is not None:  # with the last position only, rows that end in padding say nothing
+        keep = ~padding[:, -truth.shape[1] :].to(truth.device)
+    return keep.nonzero()
 
 
-def _deviation(logits: Tensor, truth: Tensor, padding: Tensor | None, lead: float | None) -> Deviation:
-    if logits.shape != truth.shape:
-        raise RunError("accuracy", f"logits of shape {tuple(logits.shape)} instead of {tuple(truth.shape)}")
-    difference = norm = own_norm = dot = kl = worst = 0.0
-    same = count = unexplained = 0
-    for got, wanted in _positions(logits, truth, padding):
+class _Sums:
+    """What is added up over chunks of positions for one set of logits."""
+
+    def __init__(self, name: str, logits: Tensor, truth: Tensor) -> None:
+        if logits.shape != truth.shape:
+            raise RunError("accuracy", f"{name}: logits of shape {tuple(logits.shape)}, not {tuple(truth.shape)}")
+        self.logits = logits
+        self.difference = self.square = self.dot = self.kl = self.worst = 0.0
+        self.flipped_leads: list[Tensor] = []
+        self.count = 0
+
+    def add(self, where: tuple[Tensor, Tensor], wanted: Tensor, log_p: Tensor, p: Tensor, lead: Tensor) -> None:
+        got = self.logits[where].to(wanted)
         delta = got - wanted
-        difference += delta.square().sum().item()
-        norm += wanted.square().sum().item()
-        own_norm += got.square().sum().item()
-        dot += (got * wanted).sum().item()
-        worst = max(worst, delta.abs().max().item()) if not delta.isnan().any() else float("nan")
-        log_p, log_q = wanted.log_softmax(-1), got.log_softmax(-1)
-        kl += (log_p.exp() * (log_p - log_q)).sum().item()
-        agree = got.argmax(-1) == wanted.argmax(-1)
-        same, count = same + int(agree.sum()), count + len(agree)
-        if lead is not None:
-            top2 = wanted.topk(2, dim=-1).values
-            unexplained += int((~agree & (top2[:, 0] - top2[:, 1] > lead)).sum())
-    if not count:
-        return Deviation(0.0, 0.0, 1.0, 0.0, 1.0, 0)
-    return Deviation(
-        relative_error=(difference / norm) ** 0.5,
-        max_abs=worst,
-        cosine=dot / (norm * own_norm) ** 0.5 if own_norm else 0.0,
-        kl=max(kl / count, 0.0),
-        top1_agreement=same / count,
-        unexplained_flips=unexplained,
-    )
+        self.difference += float(delta.square().sum(dtype=torch.float64))
+        self.square += float(got.square().sum(dtype=torch.float64))
+        self.dot += float((got * wanted).sum(dtype=torch.float64))
+        self.worst = float(torch.stack([delta.abs().max(), torch.tensor(self.worst).to(delta)]).max())  # keeps NaN
+        self.kl += float((p * (log_p - got.log_softmax(-1))).sum(dtype=torch.float64))
+        self.flipped_leads.append(lead[got.argmax(-1) != wanted.argmax(-1)])
+        self.count += len(got)
+
+    def deviation(self, truth_square: float, explained_lead: float) -> Deviation:
+        flipped = torch.cat(self.flipped_leads)
+        return Deviation(
+            relative_error=(self.difference / truth_square) ** 0.5,
+            max_abs=self.worst,
+            cosine=self.dot / (truth_square * self.square) ** 0.5 if self.square else 0.0,
+            kl=max(self.kl / self.count, 0.0),
+            top1_agreement=1 - len(flipped) / self.count,
+            unexplained_flips=int((flipped > explained_lead).sum()),
+        )
+
+
+def compare(truth: Tensor, own: Tensor, got: Tensor, padding: Tensor | None) -> tuple[Deviation, Deviation]:
+    """How far ``own`` and ``got`` are from ``truth``, all [batch, 1 or length, V], at the real positions.
+
+    The comparison is made in the type of ``truth``.  A lead of the most likely token over the second is taken as
+    explained by rounding up to twice ``FACTOR`` times the largest error of ``own``: two logits compete.
+    """
+    sums = (_Sums("PyTorch", own, truth), _Sums("candidate", got, truth))
+    square = 0.0
+    for chunk in _real_positions(truth, padding).split(CHUNK):
+        where = (chunk[:, 0], chunk[:, 1])
+        wanted = truth[where]
+        square += float(wanted.square().sum(dtype=torch.float64))
+        log_p = wanted.log_softmax(-1)
+        top2 = wanted.topk(2, dim=-1).values
+        for each in sums:
+            each.add(where, wanted, log_p, log_p.exp(), top2[:, 0] - top2[:, 1])
+    if not sums[0].count:
+        raise RunError("accuracy", "a case without a single real position: nothing was compared")
+    explained = 2 * FACTOR * sums[0].worst
+    return sums[0].deviation(square, explained), sums[1].deviation(square, explained)
 
 
 def widened(graph: GraphModule) -> GraphModule:
