@@ -7,8 +7,8 @@ What is known about the layer, and how it is dealt with here:
 * A causal layer takes no mask, and drops one that is assigned without a word: what was set is read back.
 * The mask is rank 4, bool or of the query's type, and full in its last two dimensions.
 * The layer needs static head counts; reshapes with -1 in the traced graph hide them.
-* It does not scale.  A scale multiplied on right before a causal layer is lost by some kernels
-  (:mod:`passes.scale`), so a causal call must come with scale 1.
+* It does not scale.  A factor multiplied on right before a causal layer is lost by some kernels, so it goes into
+  the weights (:mod:`passes.scale`), and where it cannot, it is multiplied on as a vector (:func:`_scaled`).
 * ``decomposable=False`` makes the build fail where no fused kernel exists.  fp32 and head sizes outside
   16..256 in steps of 8 have none (measured with ahead-of-time builds of TensorRT-RTX 1.4 and 1.6).
 """
@@ -66,15 +66,13 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], kwargs: d
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     scale = shape[-1] ** -0.5 if scale is None else scale
     if scale != 1.0:
-        if causal != "none":
-            raise RunError("unsafe_scale", f"{node.name}: scale {scale} before a causal native layer may be lost")
         query = _scaled(stack, ctx, query, scale, node)
     layer = _add_layer(stack, network, (query, key, value), causal)
     if layer is None:
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
     layer.name = f"{node.name} [{'causal' if causal != 'none' else 'masked' if mask is not None else 'full'}]"
     if mask is not None:
-        layer.mask = _normalised_mask(stack, network, mask, query)
+        layer.mask = _normalised_mask(stack, network, as_tensor(ctx, mask, f"{node.name} [mask]"), query)
     dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
     fused = has_fused_kernel(dtype, int(shape[-1]))
     layer.decomposable = not fused
@@ -135,10 +133,20 @@ def _normalised_mask(stack: Stack, network: Any, mask: Any, query: Any) -> Any:
 
 
 def _scaled(stack: Stack, ctx: Any, query: Any, scale: float, node: Node) -> Any:
-    """``query * scale`` in the query's own type."""
-    from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
+    """``query * scale`` in the query's own type, as a product with one equal factor for each channel.
 
-    factor = get_trt_tensor(ctx, scale, f"{node.name} [scale]", query.dtype, min_rank=4)
-    layer = ctx.net.add_elementwise(query, factor, stack.trt.ElementWiseOperation.PROD)
+    A single factor, constant or computed, is taken for the layer's own scale by some causal kernels and lost;
+    a vector is not (:mod:`passes.scale`), and costs nothing either.
+    """
+    factors = as_tensor(ctx, torch.full((1, 1, 1, query.shape[-1]), scale), f"{node.name} [scale]")
+    factors = ctx.net.add_cast(factors, query.dtype).get_output(0)
+    layer = ctx.net.add_elementwise(query, factors, stack.trt.ElementWiseOperation.PROD)
     layer.name = f"{node.name} [scaled query]"
     return layer.get_output(0)
+
+
+def as_tensor(ctx: Any, value: Any, name: str) -> Any:
+    """``value`` as a tensor of the network; lowering folds what does not hang on an input to a torch tensor."""
+    from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
+
+    return get_trt_tensor(ctx, value, name) if isinstance(value, torch.Tensor) else value

@@ -20,14 +20,15 @@ content of the run-time inputs.  The proof belongs to the graph and to the profi
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import z3
 from torch.fx import Node
 
 from passes.attention import AttentionCall
-from passes.symbolic import Evaluator, Term, Unmodelled, in_range
+from passes.symbolic import Evaluator, Term, Unmodelled, in_range, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
@@ -68,18 +69,22 @@ class Prover:
         self.ranges = ranges
         self.inputs = inputs
         self.constants = constants or {}
-        self._known: dict[tuple[Node, Node, Node], MaskProof] = {}
+        self._known: dict[tuple[Any, ...], MaskProof] = {}
 
     def prove(self, call: AttentionCall) -> MaskProof:
+        """The class of the call's mask; ``seconds`` is 0 where an earlier call has paid for the proof."""
         if call.mask is None:
             kind = "causal" if call.is_causal else "none"
             return MaskProof(kind, PROVED, reason="the call says so itself", profile=self.ranges)
-        key = (call.mask, call.query, call.key)
+        # The proof depends on the mask and on the scores' sizes; each layer has a query of its own.
+        batch, heads, queries = call.query.meta["val"].shape[:3]
+        sizes = (batch, heads, queries, call.key.meta["val"].shape[2])
+        key = (call.mask, call.is_causal, *(size_expression(size) for size in sizes))
         if key not in self._known:
             started = time.perf_counter()
-            proof = self._classify(call)
-            seconds = round(time.perf_counter() - started, 4)
-            self._known[key] = MaskProof(**{**vars(proof), "profile": self.ranges, "seconds": seconds})
+            proof = replace(self._classify(call), profile=self.ranges)
+            self._known[key] = proof
+            return replace(proof, seconds=round(time.perf_counter() - started, 4))
         return self._known[key]
 
     def _classify(self, call: AttentionCall) -> MaskProof:

@@ -48,18 +48,19 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: st
 def written_out(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
 ) -> Tensor:
-    """matmul, add, softmax, matmul.  A blocked score becomes the type's lowest value, so a row without any key
-    averages all of them instead of turning into NaN and spreading."""
+    """matmul, mask, softmax, matmul.  A blocked score becomes the type's lowest value, so a row without any key
+    averages all of them instead of turning into NaN and spreading.  It is put in the score's place, not added:
+    in fp16 the sum of the lowest value and a score below -16 is minus infinity."""
+    group = query.shape[1] // key.shape[1]
+    if group > 1:
+        key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
     scores = torch.matmul(query, key.transpose(-2, -1)) * scale
-    lowest = torch.finfo(query.dtype).min
     if is_causal:
         rows = torch.arange(query.shape[2], device=query.device).unsqueeze(1)
         mask = torch.arange(key.shape[2], device=query.device).unsqueeze(0) <= rows
     if mask is not None:
-        if mask.dtype == torch.bool:
-            zero = torch.zeros((), dtype=query.dtype, device=query.device)
-            mask = torch.where(mask, zero, torch.full((), lowest, dtype=query.dtype, device=query.device))
-        scores = scores + mask
+        lowest = torch.full((), torch.finfo(query.dtype).min, dtype=query.dtype, device=query.device)
+        scores = torch.where(mask, scores, lowest) if mask.dtype == torch.bool else scores + mask
     return torch.matmul(torch.softmax(scores, dim=-1), value)
 
 

@@ -91,7 +91,6 @@ def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = N
     prover = Prover(ranges, frozenset(program.graph_signature.user_inputs), _constants(program))
     decide = strategy(name)
     records: list[CallRecord] = []
-    proved: set[Node | None] = set()
     for call in calls:
         proof = prover.prove(call)
         decision = decide(call, proof, unproven)
@@ -99,9 +98,7 @@ def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = N
         if decision.action not in (Action.UNTOUCHED, Action.DECOMPOSED):
             key, value = use_native_gqa(call, ranges)
             call, scale = _without_scale(program, call)
-        first = call.mask not in proved
-        proved.add(call.mask)
-        records.append(_record(call, proof, decision, key is not call.key, scale, proof.seconds if first else 0.0))
+        records.append(_record(call, proof, decision, key is not call.key, scale))
         _REWRITES[decision.action](program, call, key, value)
     program.graph_module.graph.eliminate_dead_code()
     program.graph_module.graph.lint()
@@ -119,9 +116,7 @@ def _without_scale(program: ExportedProgram, call: AttentionCall) -> tuple[Atten
     return replace(call, scale=1.0), "in the weights"
 
 
-def _record(
-    call: AttentionCall, proof: MaskProof, decision: Decision, native_gqa: bool, scale: str, seconds: float
-) -> CallRecord:
+def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gqa: bool, scale: str) -> CallRecord:
     return CallRecord(
         index=call.index,
         name=call.name,
@@ -135,7 +130,7 @@ def _record(
         native_gqa=native_gqa,
         scale=scale,
         profile=dict(proof.profile),
-        seconds=seconds,
+        seconds=proof.seconds,
     )
 
 

@@ -5,9 +5,9 @@ of the graph become unbounded integers, booleans become booleans, and sizes beco
 symbols of ``torch.export``.  An operation without a model becomes an uninterpreted function of its index,
 and so does a run-time input: neither can help a proof, so what is proved is true whatever they hold.
 
-Two things keep "unbounded" honest.  Only 64-bit integers are modelled, and arithmetic on anything that a
-run-time input reaches is given up unless it provably stays within 64 bits.  Out-of-range indices are an
-error in PyTorch, so an element that is read is one that exists.
+Two things keep "unbounded" honest.  Only 64-bit integers are modelled, and arithmetic is given up unless it
+provably stays within 64 bits.  Out-of-range indices are an error in PyTorch, so an element that is read is one
+that exists.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class Evaluator:
             model = MODELS.get(node.target)
             if model is not None and (_exact(value) or node.target in MOVES):
                 try:
-                    return self._bounded(model(self, node, index))
+                    term = model(self, node, index)
+                    return term if node.target in MOVES else self._bounded(term, node, index)
                 except Unmodelled:
                     pass
         constant = self.constants.get(node.name)
@@ -163,11 +164,14 @@ class Evaluator:
         function = z3.Function(name, *[z3.IntSort()] * len(index), z3.BoolSort() if boolean else z3.IntSort())
         return function(*index)
 
-    def _bounded(self, term: Term) -> Term:
-        """``term``, if it cannot leave 64 bits; only terms that run-time inputs reach can."""
-        if z3.is_arith(term) and term.num_args() and not z3.is_int_value(term) and self.reads(term):
-            plain_read = term.decl().kind() == z3.Z3_OP_UNINTERPRETED
-            if not plain_read and not self.proves(z3.And(term >= -INT64_MAX, term <= INT64_MAX)):
+    def _bounded(self, term: Term, node: Node, index: Index) -> Term:
+        """``term``, the element ``node[index]``, if it cannot leave 64 bits where that element exists.
+
+        A term without operator (a number, an index, an element of an input) is not computed and cannot.
+        """
+        if z3.is_arith(term) and term.decl().kind() != z3.Z3_OP_UNINTERPRETED and not z3.is_int_value(term):
+            within = z3.And(term >= -INT64_MAX, term <= INT64_MAX)
+            if not self.proves(within, *in_range(self, node, index)):
                 raise Unmodelled("may overflow 64 bits")
         return term
 
@@ -203,13 +207,13 @@ def _exact(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.bool)
 
 
-def _expression(size: Any) -> sympy.Expr:
+def size_expression(size: Any) -> sympy.Expr:
     """A size as an expression; unlike ``==`` on a SymInt this never asks, or installs, a shape guard."""
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
 
 
 def _same_size(a: Any, b: Any) -> bool:
-    return bool(_expression(a) == _expression(b))
+    return bool(size_expression(a) == size_expression(b))
 
 
 def _align(shape: Sequence[Any], target: Sequence[Any], index: Index) -> Index:
@@ -259,7 +263,7 @@ def _arithmetic(combine: Callable[[Any, Any], Term]) -> Model:
         if node.meta["val"].dtype != torch.int64:
             raise Unmodelled("arithmetic on booleans")
         left, right = (_integer(ev.broadcast(operand, node, index)) for operand in node.args[:2])
-        alpha = node.kwargs.get("alpha", 1)
+        alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
         return combine(left, right if alpha == 1 else right * ev.size(alpha))
 
     return model
@@ -439,8 +443,9 @@ def _where(ev: Evaluator, node: Node, index: Index) -> Term:
 def _cat(ev: Evaluator, node: Node, index: Index) -> Term:
     parts = node.args[0]
     dim = ev.dim(node, node.args[1] if len(node.args) > 1 else 0)
-    if not all(part.meta["val"].dtype == node.meta["val"].dtype for part in parts):
-        raise Unmodelled("a concatenation of mixed types")
+    kind = (node.meta["val"].dtype, node.meta["val"].dim())
+    if not all((part.meta["val"].dtype, part.meta["val"].dim()) == kind for part in parts):
+        raise Unmodelled("a concatenation of mixed types, or with torch's empty 1-D tensor")
     position, pieces = index[dim], []
     for part in parts:
         pieces.append((position, ev.shape(part)[dim], part))
@@ -488,8 +493,8 @@ def _cumsum(ev: Evaluator, node: Node, index: Index) -> Term:
 def _view(ev: Evaluator, node: Node, index: Index) -> Term:
     """Splits and merges of neighbouring dimensions; sizes inside a split or merge must be static but the first."""
     source = node.args[0]
-    before = [_expression(size) for size in source.meta["val"].shape]
-    after = [_expression(size) for size in node.meta["val"].shape]
+    before = [size_expression(size) for size in source.meta["val"].shape]
+    after = [size_expression(size) for size in node.meta["val"].shape]
     rest, result = list(index), []
     while before or after:
         left, right = before[:1], after[:1]  # the smallest runs of dimensions with equal volume

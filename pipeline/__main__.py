@@ -1,14 +1,19 @@
 """``python -m pipeline``: Hydra's command line over :func:`pipeline.run.run`.
 
 Everything that can be wrong with the settings is found before Hydra starts a job, so that it costs one line,
-exit code 2 and no folder.  Exit code 1: a run failed, and its report says how.
+exit code 2 and no folder.  Exit code 1: a run failed, and its report says how.  130 and 143: Ctrl-C and SIGTERM;
+the report of the run that they ended is kept.
 """
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
@@ -30,40 +35,79 @@ def config_dir() -> Path:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, _terminated)
     try:
-        sys.exit(_main(sys.argv[1:]))
+        code = _main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _print_error(error)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
 
 
 def _main(arguments: list[str]) -> int:
     arguments = [_admit(argument) for argument in arguments]
-    parsed = get_args_parser().parse_args(arguments)
-    asks_only = parsed.help or parsed.hydra_help or parsed.cfg or parsed.info is not None or parsed.shell_completion
+    parsed = _parse(arguments)
+    asks_only = parsed.help or parsed.hydra_help or parsed.info is not None or parsed.shell_completion
     if not asks_only:
-        for job in _jobs(parsed.overrides, parsed.multirun):
-            compose_config(job)
-    failed = []
+        for overrides in _jobs(parsed.overrides, parsed.multirun):
+            compose_config(overrides, parsed.config_name or "config", parsed.config_dir)
+    codes = [0]
 
     def job(composed: DictConfig) -> None:
         from pipeline.run import run
 
-        outcome = run(from_hydra(composed))
-        if outcome.report["status"] == "failed":
-            failed.append(outcome.folder)
+        try:
+            outcome = run(from_hydra(composed))
+        except UserError as error:  # found by the load stage; the other jobs of a sweep go on
+            _print_error(error)
+            codes.append(2)
+        else:
+            codes.append(1 if outcome.report["status"] == "failed" else 0)
 
     sys.argv[1:] = arguments
     hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
-    return 1 if failed else 0
+    return max(codes)
 
 
-def compose_config(overrides: list[str]) -> Config:
-    """The validated configuration of one job; raises :class:`UserError`."""
+def _print_error(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that the run that it ends is closed and reported."""
+    raise SystemExit(128 + number)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    """Hydra's own command line; what cannot be taken is refused in one line."""
+
+    def refuse(message: str) -> NoReturn:
+        raise UserError(f"{message}; settings are written key=value, --help shows them")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]  # argparse's way prints its usage over the message
+    parsed = parser.parse_args(arguments)
+    if parsed.config_path is not None:
+        raise UserError(f"--config-path={parsed.config_path}: not taken; --config-dir DIR adds your own YAML to conf/")
+    if parsed.experimental_rerun is not None:
+        raise UserError(f"--experimental-rerun={parsed.experimental_rerun}: not taken; repeat the command instead")
+    if parsed.config_dir is not None and not Path(parsed.config_dir).is_dir():
+        raise UserError(f"--config-dir={parsed.config_dir}: no such folder; name one that is laid out as conf/ is")
+    return parsed
+
+
+def compose_config(overrides: list[str], name: str = "config", own_dir: str | None = None) -> Config:
+    """The validated configuration of one job; raises :class:`UserError`.
+
+    ``name`` is the primary config, ``own_dir`` a folder of the user's that is searched beside ``conf/``.
+    """
+    search = [] if own_dir is None else [f"hydra.searchpath=[file://{Path(own_dir).resolve()}]"]
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose("config", overrides=[item for item in overrides if not item.startswith("hydra")])
-    except (HydraException, OmegaConfBaseException) as error:
+            composed = compose(name, overrides=[*overrides, *search])
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error, overrides)) from None
     return from_hydra(composed)
 
@@ -74,7 +118,10 @@ def _jobs(overrides: list[str], multirun: bool) -> Iterator[list[str]]:
     except OverrideParseException as error:
         raise UserError(f"{error.override}: cannot be read; settings are written key=value") from None
     if multirun:
-        yield from (job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch)
+        try:
+            yield from (job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch)
+        except HydraException as error:
+            raise UserError(f"-m: {error}") from None
         return
     for override in parsed:
         if override.is_sweep_override():
@@ -94,13 +141,15 @@ def _one_line(error: Exception, overrides: list[str]) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     for override in overrides:
         key, _, value = override.partition("=")
+        key = key.lstrip("+~")
         if f"'{key}/{value}'" in lines[0]:  # Could not find 'strategy/foo'
             options = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
-            return f"{override}: allowed are {', '.join(options)}"
-        if f"'{key.lstrip('+~')}'" in lines[0]:
-            group = key.lstrip("+~").rpartition(".")[0]
-            return f"{override}: no such setting; allowed here: {', '.join(schema_keys(group))}"
-    return " ".join(lines)
+            return f"{override}: allowed are {', '.join(options) or 'files of your own, with --config-dir DIR'}"
+        if f"'{key}'" in lines[0]:  # Could not override 'foo'
+            allowed = schema_keys(key.rpartition(".")[0])
+            remedy = f"allowed here: {', '.join(allowed)}" if allowed else f"+{override} would add it"
+            return f"{override}: no such setting; {remedy}"
+    return f"{' '.join(overrides) or '--config-name'}: {' '.join(lines)}"
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ used but the two steps inside it (pinned by ``tests/test_compile.py``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,8 +106,8 @@ def build(stack: Stack, network: Network, progress: Progress) -> Built:
     """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error."""
     interpreter = network.interpreter
     config = interpreter._populate_trt_builder_config()
-    config.progress_monitor = _monitor(stack, progress)
-    with tensorrt_errors() as errors:
+    with tensorrt_errors() as errors, _signals_held() as held:
+        config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
         data = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
     if data is None:
         first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
@@ -118,6 +121,26 @@ def build(stack: Stack, network: Network, progress: Progress) -> Built:
         **network.contents,
     }
     return Built(data, section)
+
+
+@contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, and raised when the block ends.
+
+    TensorRT swallows an exception that is raised in its progress monitor; a monitor that answers False stops it.
+    """
+    held: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers, or needs to
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
 def _trt_input(stack: Stack, spec: InputSpec) -> Any:
@@ -136,8 +159,18 @@ def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upst
     """Torch-TensorRT's interpreter with our converter for attention; ``made`` collects the native layers."""
     from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 
+    class UpstreamInterpreter(TRTInterpreter):  # type: ignore[misc]
+        """Upstream's own converter, handed the mask that a static shape folds to a constant as a tensor of the
+        network: with a torch tensor the converter of Torch-TensorRT 2.11 stops."""
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in FORMS:
+                name = f"{self._cur_node} [constant]"
+                args = tuple(converters.as_tensor(self.ctx, item, name) for item in args)
+            return super().call_function(target, args, kwargs)
+
     if use_upstream:
-        return TRTInterpreter  # type: ignore[no-any-return]
+        return UpstreamInterpreter
 
     class Interpreter(TRTInterpreter):  # type: ignore[misc]
         def validate_conversion(self) -> set[str]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
 from passes.errors import UserError
 
@@ -178,14 +179,8 @@ def from_hydra(composed: DictConfig) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
         config = OmegaConf.to_object(merged)
-    except MissingMandatoryValue as error:
-        raise UserError(f"{error.full_key}=???: has no default; set it, for example {error.full_key}=VALUE") from None
-    except ConfigKeyError as error:
-        raise UserError(f"{error.full_key}: unknown setting; allowed here: {_beside(error.full_key)}") from None
     except OmegaConfBaseException as error:
-        value = OmegaConf.select(plain, error.full_key) if error.full_key else None
-        first_line = str(error.msg or error).splitlines()[0]
-        raise UserError(f"{error.full_key}={value}: {first_line}") from None
+        raise UserError(_refusal(error, plain)) from None
     assert isinstance(config, Config)
     check(config)
     return config
@@ -199,8 +194,35 @@ def schema_keys(prefix: str = "") -> list[str]:
     return sorted(f.name for f in fields(schema)) if is_dataclass(schema) else []
 
 
-def _beside(key: str | None) -> str:
-    return ", ".join(schema_keys((key or "").rpartition(".")[0]))
+def _refusal(error: OmegaConfBaseException, plain: DictConfig) -> str:
+    """One line for what does not fit the schema: key, value and what is allowed."""
+    key, owner = str(error.full_key), error.object_type
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}=???: has no default; set it, for example {key}=VALUE"
+    value: Any = OmegaConf.to_container(plain, resolve=False)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if owner is BenchmarkShape:  # the one that stands in a list, where OmegaConf loses the way
+        key, value = f"benchmark.shapes.{key}", "..."
+    setting = f"{key}={value if error.value is None else error.value}"
+    if isinstance(error, ConfigKeyError):
+        return f"{setting}: no such setting; allowed here: {', '.join(sorted(f.name for f in fields(owner)))}"
+    hint = get_type_hints(owner).get(error.key) if is_dataclass(owner) else None
+    kinds = [_KINDS.get(get_origin(t) or t) for t in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    if isinstance(error, ValidationError) and all(kinds):
+        return f"{setting}: must be {' or '.join(map(str, kinds))}"
+    return f"{setting}: {str(error.msg or error).splitlines()[0]}"
+
+
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    list: "a list, [a, b]",
+    dict: "a mapping, {a: 1}",
+    NoneType: "null",
+}
 
 
 def _one_of(key: str, value: object, allowed: Iterable[object]) -> None:
@@ -224,8 +246,10 @@ def check(config: Config) -> None:
     _check_backend(config)
     _one_of("cache", config.cache.name, ("none",))
     _check_shapes(config)
-    if config.verify.samples < 1:
-        raise UserError(f"verify.samples={config.verify.samples}: must be at least 1")
+    _at_least("seed", config.seed, 0)
+    _at_least("verify.samples", config.verify.samples, 1)
+    if not config.output:
+        raise UserError("output=: name a folder for the runs, for example output=outputs")
     if not config.tracking.uri:
         raise UserError("tracking.uri=: name the MLflow store, for example tracking.uri=sqlite:///mlflow.db")
 
@@ -277,7 +301,7 @@ def _check_backend(config: Config) -> None:
         _one_of("backend.optimization_level", backend.optimization_level, range(6))
     if backend.workspace_gib is not None and backend.workspace_gib <= 0:
         raise UserError(f"backend.workspace_gib={backend.workspace_gib}: must be above 0")
-    if backend.name != "tensorrt" and config.until in ("strategy", "lower", "interpret", "build"):
+    if backend.name != "tensorrt" and config.until in ("export", "strategy", "lower", "interpret", "build"):
         raise UserError(f"until={config.until}: a stage of backend=tensorrt; backend={backend.name} has none")
 
 

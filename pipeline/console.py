@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
@@ -32,7 +33,7 @@ class StageDisplay:
     def update(self, message: str) -> None:
         """Replace what is shown beside the running stage."""
         if self._status is not None:
-            self._status.update(f"[bold]{self._stage}[/]  {message}")
+            self._status.update(f"[bold]{self._stage}[/]  {escape(message)}")
 
     def steps(self, message: str, done: int, total: int) -> bool:
         """Progress in steps; the shape of TensorRT's progress monitor (True: go on)."""
@@ -40,23 +41,23 @@ class StageDisplay:
         return True
 
     def done(self, name: str, seconds: float, detail: str = "") -> None:
-        self.console.print(f"[green]✓[/] {name:<10}{seconds:7.1f} s  [dim]{detail}[/]")
+        self.console.print(f"[green]✓[/] {name:<10}{seconds:7.1f} s  [dim]{escape(detail)}[/]")
 
     def failed(self, name: str, seconds: float, message: str) -> None:
-        self.console.print(f"[red]✗[/] {name:<10}{seconds:7.1f} s  [red]{message}[/]", markup=True)
+        self.console.print(f"[red]✗[/] {name:<10}{seconds:7.1f} s  [red]{escape(message)}[/]")
 
     def note(self, message: str) -> None:
-        self.console.print(f"[yellow]![/] {message}")
+        self.console.print(f"[yellow]![/] {escape(message)}")
 
     def summary(self, report: dict[str, Any], folder: Path, tracked: str | None) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="dim")
-        table.add_column()
+        table.add_column(overflow="fold")  # a path is no use with an ellipsis in it
         for label, text in _summary_rows(report):
             table.add_row(label, text)
-        table.add_row("report", str(folder / "report.json"))
+        table.add_row("report", escape(str(folder / "report.json")))
         if tracked:
-            table.add_row("MLflow", tracked)
+            table.add_row("MLflow", escape(tracked))
         self.console.print()
         self.console.print(table)
 
@@ -66,7 +67,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
     meaning = {"not_executed": "  (no GPU could run the engine: nothing was timed)"}.get(report["status"], "")
     yield "status", f"[{colour}]{report['status']}[/]{meaning}"
     if report["failure"]:
-        yield "failure", "{stage}: {kind}: {message}".format(**report["failure"])
+        yield "failure", escape("{stage}: {kind}: {message}".format(**report["failure"]))
     if attention := report["attention"]:
         summary = attention["summary"]
         masks = ", ".join(f"{count} {kind}" for kind, count in summary["by_mask"].items())
@@ -80,7 +81,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), {engine['softmax']} softmax{size}",
         )
         for note in engine["notes"]:
-            yield "", note
+            yield "", escape(note)
     if verify := report["verify"]:
         worst = max(verify["cases"], key=lambda case: case["relative_error"] / case["tolerance"])
         yield (
@@ -90,7 +91,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"top-1 {worst['top1_agreement']:.1%}",
         )
         if "answer" in verify:
-            yield "answer", f"“{verify['answer']['engine']}”"
+            yield "answer", escape(f"“{verify['answer']['engine']}”")
     for entry in _entries(report["benchmark"] or {}):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
         tainted = f"  [yellow]tainted: {'; '.join(entry['tainted'])}[/]" if entry["tainted"] else ""

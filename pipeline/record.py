@@ -28,6 +28,7 @@ class Record:
         self.display = display
         self.report = new_report(config)
         self.folder: Path | None = None
+        self._at = "load"
         self.detail = ""
         """Shown beside the stage that is ending."""
 
@@ -36,18 +37,18 @@ class Record:
         """Time a stage; raises :class:`StopHere` instead of starting one that lies behind ``until``."""
         if not self.config.reaches(name):
             raise StopHere
-        started, self.detail = time.perf_counter(), ""
+        self._at, started, self.detail = name, time.perf_counter(), ""
         try:
             with self.display.stage(name):
                 yield
-        except Exception as error:
+        finally:
             self.report["stages_s"][name] = time.perf_counter() - started
-            if not isinstance(error, UserError):
-                self.report["failure"] = _failure(name, error)
-                self.display.failed(name, self.report["stages_s"][name], self.report["failure"]["message"])
-            raise
-        self.report["stages_s"][name] = time.perf_counter() - started
         self.display.done(name, self.report["stages_s"][name], self.detail)
+
+    def fail(self, error: BaseException) -> None:
+        """The run ends with ``error``: the report says in which stage, of what kind and why."""
+        failure = self.report["failure"] = _failure(self._at, error)
+        self.display.failed(self._at, self.report["stages_s"].get(self._at, 0.0), failure["message"])
 
     def open_folder(self, name: str) -> Path:
         """A new folder of this run's own under ``config.output``."""
@@ -65,6 +66,14 @@ class Record:
             self.folder = folder
             return folder
         raise UserError(f"output={self.config.output}: holds a thousand runs of this second")
+
+    def discard_folder(self) -> None:
+        """Remove the folder, still empty, and those above it that hold nothing else: the run never began."""
+        assert self.folder is not None
+        for folder in (self.folder, self.folder.parent, Path(self.config.output)):
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
 
     def keep(self, name: str, text: str) -> None:
         """Leave ``text`` as a file of the run."""
@@ -86,12 +95,16 @@ class Record:
         self.keep_json("report.json", self.report)
 
 
-def _failure(stage: str, error: Exception) -> dict[str, str]:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    kind = error.kind if isinstance(error, RunError) else type(error).__name__
-    if type(error).__name__ == "OutOfMemoryError":
-        kind = "out_of_memory"
-    failure = {"stage": stage, "kind": kind, "message": lines[0]}
-    if not isinstance(error, RunError):
-        failure["traceback"] = "".join(traceback.format_exception(error))
-    return failure
+def _failure(stage: str, error: BaseException) -> dict[str, str]:
+    if not isinstance(error, Exception):
+        by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
+        return {"stage": stage, "kind": "interrupted", "message": f"interrupted by {by}"}
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, RunError):
+        return {"stage": stage, "kind": error.kind, "message": message}
+    if isinstance(error, UserError):
+        return {"stage": stage, "kind": "refused", "message": message}
+    # torch.OutOfMemoryError by its name: torch need not be loaded here.
+    out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    kind = "out_of_memory" if out_of_memory else type(error).__name__
+    return {"stage": stage, "kind": kind, "message": message, "traceback": "".join(traceback.format_exception(error))}

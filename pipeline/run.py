@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from passes.errors import UserError
 from pipeline.config import Config
 from pipeline.console import StageDisplay
 from pipeline.record import Record, StopHere
@@ -33,47 +34,68 @@ class Outcome:
 
 def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     """Do what ``config`` says.  Raises :class:`passes.errors.UserError`, and then nothing was created; whatever
-    goes wrong later is in the report."""
+    goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written."""
     from pipeline import tracking
 
     record = Record(config, display or StageDisplay())
     tracking.check_store(config.tracking.uri)
-    with record.stage("load"):
-        loaded, device, environment = _load(record)
+    loaded = interruption = None
+    try:
+        with record.stage("load"):
+            loaded, device = _load(record)
+    except UserError:
+        raise
+    except Exception as error:
+        record.fail(error)
     gc.freeze()  # a million objects of the libraries that the collector need not walk again and again
     folder = record.open_folder("-".join(tracking.run_name(config).replace(" · ", "-").split()))
-    record.report |= {"environment": environment, "model": loaded.describe()}
-    with tracking.start(config, folder, environment=environment) as tracked:
+    try:
+        tracked = tracking.start(config, folder, environment=record.report["environment"])
+    except BaseException:
+        record.discard_folder()
+        raise
+    with tracked:
         status = "ok"
         try:
-            status = _ENGINE_OR_RIVAL[config.backend.name](record, loaded, device)
+            if loaded is not None:
+                status = _ENGINE_OR_RIVAL[config.backend.name](record, loaded, device)
         except StopHere:
             pass
-        except Exception:
-            if record.report["failure"] is None:  # between two stages
-                raise
+        except Exception as error:
+            record.fail(error)
+        except BaseException as error:
+            record.fail(error)
+            interruption = error
         record.close(status)
         tracked.finish(record.report, folder)
     record.display.summary(record.report, folder, f"run {tracked.run_id}  ({tracked.where})")
+    if interruption is not None:
+        raise interruption
     return Outcome(record.report, folder)
 
 
-def _load(record: Record) -> tuple[LoadedModel, torch.device, dict[str, Any]]:
+def _load(record: Record) -> tuple[LoadedModel, torch.device]:
     """Weights, tokenizer, device and environment; whatever the user got wrong must come to light here."""
     import torch
 
     from passes.stack import load_stack
     from pipeline import model
     from pipeline.environment import environment
+    from pipeline.text import token_batch
 
     config = record.config
-    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = load_stack().versions() if config.backend.name == "tensorrt" else None
-    loaded = model.load(
-        config.model, config.precision, torch.device("cuda" if gpu else "cpu"), config.seed, record.display.update
-    )
+    record.report["environment"] = environment(versions)
+    loaded = model.load(config.model, config.precision, device, config.seed, record.display.update)
+    described = loaded.model.config.get_text_config()
+    limit = getattr(described, "max_position_embeddings", None)
+    if limit is not None and config.shape.max > limit:
+        raise UserError(f"shape.max={config.shape.max}: above max_position_embeddings={limit} of {loaded.source}")
+    token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
+    record.report["model"] = loaded.describe()
     record.detail = f"{loaded.parameters / 1e6:.0f} M parameters from {loaded.source}"
-    return loaded, torch.device("cuda" if gpu else "cpu"), environment(versions)
+    return loaded, device
 
 
 def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
@@ -173,12 +195,19 @@ def _verify(
         padding = verify.padding_mask(case, config.shape.batch)
         return make_inputs(names, tokens, None if padding is None else padding.to(device)), padding
 
+    def in_fp16_accumulation(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        with verify.fp16_accumulation():
+            return form(**inputs)
+
+    yardsticks: dict[str, Forward] = {"pytorch": lambda inputs: form(**inputs)}
+    if executed == "engine" and config.precision == "fp16":
+        yardsticks["pytorch_fp16_accumulation"] = in_fp16_accumulation
     cases = verify.cases(config.verify, config.shape, padded="attention_mask" in names)
     section = verify.judge(
         cases,
         inputs_of,
         reference=lambda inputs: reference(**inputs),
-        yardstick=lambda inputs: form(**inputs),
+        yardsticks=yardsticks,
         candidate=candidate,
         precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
         progress=lambda done, total: record.display.steps("case", done, total),

@@ -102,6 +102,8 @@ class TrackedRun:
         A store that is gone by now costs one warning, not the run: everything is in ``folder`` already.
         """
         status = {"ok": "FINISHED", "not_executed": "FINISHED", "failed": "FAILED"}[report["status"]]
+        if (report.get("failure") or {}).get("kind") == "interrupted":
+            status = "KILLED"
         stored = "nothing"
         try:
             with quiet():

@@ -1,0 +1,219 @@
+"""Which masks are recognised, proved against brute force over every small length, and which are not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from passes.attention import find_calls
+from passes.masks import MaskProof, Prover
+from passes.symbolic import symbol_ranges
+
+LONGEST = 12
+
+
+def proofs(program: ExportedProgram) -> list[MaskProof]:
+    prover = Prover(symbol_ranges(program), frozenset(program.graph_signature.user_inputs))
+    return [prover.prove(call) for call in find_calls(program.graph_module)]
+
+
+def proof(name: str, **how: Any) -> MaskProof:
+    first, second = proofs(tiny.traced(name, **how).program)
+    assert (first.mask, first.proof, first.depends_on, first.reason) == (
+        second.mask, second.proof, second.depends_on, second.reason
+    )  # fmt: skip
+    return first
+
+
+# -- Hugging Face's own masks ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", tiny.SHIPPED)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_the_masks_of_the_shipped_models_are_proved_causal(name: str, static: bool) -> None:
+    found = proof(name, static=static)
+    assert (found.mask, found.proof, found.depends_on, found.causal) == ("causal", "proved", (), True)
+    assert list(found.profile.values()) == ([] if static else [(1, 64)])
+
+
+def test_an_attention_mask_makes_padding_that_may_not_be_dropped() -> None:
+    found = proof("llama", inputs=("input_ids", "attention_mask"))
+    assert (found.mask, found.proof, found.depends_on) == ("padding", "proved", ("attention_mask",))
+    assert not found.causal and not found.void
+
+
+def test_given_position_ids_are_not_proved_causal() -> None:
+    found = proof("llama", inputs=("input_ids", "position_ids"))
+    assert (found.mask, found.proof, found.depends_on) == ("arbitrary", "not_proved", ("position_ids",))
+    assert not found.causal and not found.void
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_window_one_shorter_than_the_range_is_a_window(static: bool) -> None:
+    found = proof("mistral", sliding_window=63, static=static)
+    assert (found.mask, found.proof, found.causal) == ("sliding_window", "proved", False)
+    assert "last 63 keys" in found.reason
+
+
+def test_a_window_as_long_as_the_range_is_causal() -> None:
+    assert proof("mistral", sliding_window=64).causal
+
+
+def test_a_mask_that_layers_share_is_proved_and_timed_once() -> None:
+    first, second = proofs(tiny.traced("llama").program)
+    assert first.seconds > 0 and second.seconds == 0
+
+
+# -- masks written by hand ---------------------------------------------------------------------------
+
+Mask = Callable[[int, int], Tensor]  # (queries, keys) -> [queries, keys]
+
+
+def q(length: int) -> Tensor:
+    return torch.arange(length)[:, None]
+
+
+def k(keys: int) -> Tensor:
+    return torch.arange(keys)[None]
+
+
+def causal(length: int, keys: int) -> Tensor:
+    return k(keys) <= q(length)
+
+
+def lower_right(length: int, keys: int) -> Tensor:
+    return k(keys) <= q(length) + (keys - length)
+
+
+# Name -> the mask, its class for 1..LONGEST queries and as many keys.
+SQUARE: dict[str, tuple[Mask, str]] = {
+    "k <= q": (causal, "causal"),
+    "q >= k": (lambda n, m: q(n) >= k(m), "causal"),
+    "k < q + 1": (lambda n, m: k(m) < q(n) + 1, "causal"),
+    "q - k < 0, negated": (lambda n, m: ~(q(n) - k(m) < 0), "causal"),
+    "lower right of a square": (lower_right, "causal"),
+    "where": (lambda n, m: torch.where(k(m) > q(n), False, True), "causal"),
+    "window as long as the range": (lambda n, m: (k(m) <= q(n)) & (q(n) - k(m) < LONGEST), "causal"),
+    "full": (lambda n, m: torch.ones(n, m, dtype=torch.bool), "full"),
+    "full by arithmetic": (lambda n, m: k(m) - q(n) < m, "full"),
+    "window": (lambda n, m: (k(m) <= q(n)) & (k(m) > q(n) - 3), "sliding_window"),
+    "window one short of the range": (lambda n, m: (k(m) <= q(n)) & (q(n) - k(m) < LONGEST - 1), "sliding_window"),
+    "diagonal": (lambda n, m: k(m) == q(n), "sliding_window"),
+    "k < q": (lambda n, m: k(m) < q(n), "arbitrary"),
+    "k <= q + 1": (lambda n, m: k(m) <= q(n) + 1, "arbitrary"),
+    "transposed": (lambda n, m: q(n) <= k(m), "arbitrary"),
+    "one row changed": (lambda n, m: (k(m) <= q(n)) & (q(n) != 3), "arbitrary"),
+    "one column changed": (lambda n, m: (k(m) <= q(n)) & (k(m) != 2), "arbitrary"),
+    "one element more": (lambda n, m: (k(m) <= q(n)) | ((q(n) == 7) & (k(m) == 9)), "arbitrary"),
+    "one element less, at the longest only": (
+        lambda n, m: (k(m) <= q(n)) & ((q(n) != LONGEST - 1) | (k(m) != 1)), "arbitrary"
+    ),
+    "prefix": (lambda n, m: (k(m) <= q(n)) | (k(m) < 4), "arbitrary"),
+    "chunked": (lambda n, m: (k(m) <= q(n)) & (k(m) // 4 == q(n) // 4), "arbitrary"),
+}  # fmt: skip
+PREDICATES: dict[str, Mask] = {
+    "causal": causal,
+    "causal_lower_right": lower_right,
+    "full": lambda n, m: torch.ones(n, m, dtype=torch.bool),
+}
+
+
+def attention_under(mask: Callable[[int, int], Tensor], offset: int = 0) -> Callable[[Tensor], Tensor]:
+    def attention(x: Tensor) -> Tensor:
+        query = x[:, :, offset:]
+        written = mask(query.shape[2], x.shape[2])[None, None]
+        return torch.nn.functional.scaled_dot_product_attention(query, x, x, attn_mask=written)
+
+    return attention
+
+
+def hand_written(mask: Callable[[int, int], Tensor], offset: int = 0, static: int | None = None) -> MaskProof:
+    """The proof of ``mask`` on x [1, 2, length, 16] that attends from x[offset:] to x, for length 1..LONGEST
+    (offset + 2..LONGEST where there is an offset), or ``static``."""
+    x = torch.zeros(1, 2, 7 if static is None else static, 16)
+    dynamic = ({2: tiny.length(offset + 2 if offset else 1, LONGEST)},) if static is None else None
+    (found,) = proofs(tiny.program_of(attention_under(mask, offset), x, dynamic=dynamic))
+    return found
+
+
+@pytest.mark.parametrize("name", SQUARE)
+def test_a_hand_written_mask_has_the_class_that_brute_force_finds(name: str) -> None:
+    mask, kind = SQUARE[name]
+    found = hand_written(mask)
+    assert (found.mask, found.proof) == (kind, "not_proved" if kind == "arbitrary" else "proved")
+    true_of = {
+        each
+        for each, predicate in PREDICATES.items()
+        if all(torch.equal(mask(n, n), predicate(n, n)) for n in range(1, LONGEST + 1))
+    }
+    assert (kind in true_of) if kind in PREDICATES else not true_of
+
+
+@pytest.mark.parametrize("width", [1, 3, LONGEST - 1])
+def test_the_width_of_a_window_is_that_of_its_widest_row(width: int) -> None:
+    found = hand_written(lambda n, m: (k(m) <= q(n)) & (q(n) - k(m) < width))
+    assert found.mask == "sliding_window" and f"last {width} keys" in found.reason
+
+
+def test_fewer_queries_than_keys_are_causal_at_one_end_only() -> None:
+    assert hand_written(lower_right, offset=3).mask == "causal_lower_right"
+    assert hand_written(causal, offset=3).mask == "causal"
+    assert not torch.equal(lower_right(4, 7), causal(4, 7))
+
+
+def test_one_query_sees_every_key_so_its_lower_right_mask_is_void() -> None:
+    found = hand_written(lower_right, offset=6, static=7)
+    assert found.mask == "full" and found.void and not found.causal
+
+
+@pytest.mark.parametrize("length", range(1, LONGEST + 1))
+def test_a_static_length_decides_what_a_mask_is(length: int) -> None:
+    mask, _ = SQUARE["one element more"]
+    found = hand_written(mask, static=length)
+    blocked = mask(length, length)
+    assert found.causal == (length > 1 and torch.equal(blocked, causal(length, length)))
+    assert found.void == bool(blocked.all())
+
+
+def test_a_float_mask_is_not_looked_into() -> None:
+    found = hand_written(lambda n, m: torch.where(k(m) <= q(n), 0.0, -torch.inf))
+    assert (found.mask, found.proof) == ("arbitrary", "not_proved") and "float32" in found.reason
+
+
+def test_an_empty_range_of_indices_proves_nothing() -> None:
+    found = hand_written(causal, static=0)
+    assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+
+
+def test_a_mask_beside_is_causal_is_not_taken_for_either() -> None:
+    program = tiny.program_of(attention_under(causal), torch.zeros(1, 2, 7, 16))
+    (call,) = find_calls(program.graph_module)
+    call.node.args = (*call.node.args, 0.0, True)
+    (found,) = proofs(program)
+    assert (found.mask, found.proof) == ("arbitrary", "not_proved") and "both" in found.reason
+
+
+def test_a_call_without_mask_says_itself_what_it_is() -> None:
+    for is_causal, kind in ((True, "causal"), (False, "none")):
+        program = tiny.program_of(
+            lambda x, flag=is_causal: torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=flag),
+            torch.zeros(1, 2, 7, 16),
+        )
+        (found,) = proofs(program)
+        assert (found.mask, found.causal, found.void) == (kind, is_causal, not is_causal)
+
+
+def test_a_mask_given_as_an_input_is_arbitrary_and_named() -> None:
+    x, mask = torch.zeros(1, 2, 7, 16), torch.ones(1, 1, 7, 7, dtype=torch.bool)
+    program = tiny.program_of(
+        lambda x, mask: torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask), x, mask
+    )
+    (found,) = proofs(program)
+    assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+    assert found.depends_on == (program.graph_signature.user_inputs[1],)

@@ -1,0 +1,133 @@
+"""Tiny random causal LMs and programs traced from them, each made once a session.
+
+``llama``, ``qwen2`` and ``qwen3`` are the architectures of ``conf/model`` with small sizes; the others have what those
+lack: ``mistral`` a sliding window, ``gpt2`` and ``phi3`` one projection for query, key and value.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from conftest import model_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedModel
+
+from passes.rewrite import Rewritten, apply_strategy, prepare
+from passes.stack import quiet
+from pipeline.config import ModelConfig, ShapeConfig
+from pipeline.export import CallForm, Traced, trace
+from pipeline.model import load
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+SHIPPED = {"llama": "llama3_1b", "qwen2": "qwen2_5_0_5b", "qwen3": "qwen3_0_6b"}
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
+    "phi3": {"model_type": "phi3"},
+    "gpt2": {
+        "model_type": "gpt2", "vocab_size": 128, "n_positions": 1024, "n_embd": 64, "n_layer": 2, "n_head": 4,
+        "bos_token_id": 1, "eos_token_id": 2,
+    },
+}  # fmt: skip
+POWER_OF_TWO = {"head_dim": 16}  # scale 1/4
+
+
+def architecture(name: str) -> dict[str, Any]:
+    """The ``transformers`` config of tiny model ``name``; heads of 16, so that the scale 1/4 folds without rounding."""
+    if name == "gpt2":
+        return dict(OTHERS[name])
+    shipped = model_config(SHIPPED[name]).architecture if name in SHIPPED else OTHERS[name]
+    return shipped | SIZES | ({"head_dim": 16} if "head_dim" in shipped else {})
+
+
+def config(name: str, inputs: tuple[str, ...] = ("input_ids",), **changes: Any) -> ModelConfig:
+    return ModelConfig(
+        name=name, weights="random", inputs=list(inputs), logits="all", architecture=architecture(name) | changes
+    )
+
+
+def model(name: str, precision: str = "fp32", **changes: Any) -> PreTrainedModel:
+    """Seeded, in eval mode; shared by every test, so not to be changed."""
+    return _model(name, precision, tuple(sorted(changes.items())))
+
+
+@functools.cache
+def _model(name: str, precision: str, changes: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
+    return load(config(name, **dict(changes)), precision, CPU, 0, lambda _: None).model
+
+
+def traced(
+    name: str,
+    precision: str = "fp32",
+    inputs: tuple[str, ...] = ("input_ids",),
+    batch: int = 1,
+    static: bool = False,
+    longest: int = 64,
+    **changes: Any,
+) -> Traced:
+    """Tiny model ``name`` traced for lengths 1..``longest``, or for ``longest`` alone; the caller's own copy."""
+    made = _traced(name, precision, inputs, batch, static, longest, tuple(sorted(changes.items())))
+    return Traced(copy.deepcopy(made.program), made.inputs)
+
+
+@functools.cache
+def _traced(
+    name: str, precision: str, inputs: tuple[str, ...], batch: int, static: bool, longest: int, changes: tuple
+) -> Traced:
+    shape = ShapeConfig("static" if static else "dynamic", batch, longest if static else 1, longest, longest)
+    form = CallForm(_model(name, precision, changes), "all")
+    return trace(form, config(name, inputs, **dict(changes)), shape, CPU)
+
+
+def rewritten(strategy: str, unproven: str | None, name: str, **how: Any) -> Rewritten:
+    """``traced(name, **how)`` after strategy ``strategy``."""
+    return apply_strategy(traced(name, **how).program, strategy, unproven)
+
+
+def logits(program: ExportedProgram, **inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        return program.module()(**inputs)
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class Function(nn.Module):
+    """A function of tensors as a module, for ``torch.export``."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(*inputs)
+
+
+def program_of(function: Callable[..., Any], *inputs: Tensor, dynamic: Any = None) -> ExportedProgram:
+    """``function`` of positional tensors, exported and prepared.
+
+    ``dynamic`` is ``torch.export``'s dynamic_shapes, one entry an input.
+    """
+    with torch.no_grad(), quiet():
+        return prepare(torch.export.export(Function(function), inputs, dynamic_shapes=(dynamic,) if dynamic else None))
+
+
+def length(least: int = 1, most: int = 12) -> Any:
+    return Dim("length", min=least, max=most)
