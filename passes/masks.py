@@ -154,7 +154,7 @@ class _Claims:
         if width is not None:
             return MaskProof("sliding_window", PROVED, depends_on, f"sees the last {width} keys, itself included")
         if depends_on and self._is_padding():
-            return MaskProof("padding", PROVED, depends_on, "causal, and a condition on the key from the inputs")
+            return MaskProof("padding", PROVED, depends_on, f"causal, and keys hang on {', '.join(depends_on)}")
         unmodelled = sorted(reads - inputs)
         hangs = f"hangs on {', '.join(depends_on)}" if depends_on else "is not causal"
         return MaskProof(

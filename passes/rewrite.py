@@ -100,10 +100,18 @@ def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = N
             call, scale = _without_scale(program, call)
         records.append(_record(call, proof, decision, key is not call.key, scale))
         _REWRITES[decision.action](program, call, key, value)
-    program.graph_module.graph.eliminate_dead_code()
+    program.graph_module.graph.eliminate_dead_code(_keeps_alive)
     program.graph_module.graph.lint()
     program.graph_module.recompile()
     return Rewritten(program, records)
+
+
+def _keeps_alive(node: Node) -> bool:
+    """Whether ``node`` stays although nothing reads it: not an assertion about a tensor that nothing else reads."""
+    metadata = torch.ops.aten._assert_tensor_metadata.default
+    if node.target is metadata:
+        return any(user.target is not metadata for user in node.all_input_nodes[0].users)
+    return node.is_impure()
 
 
 def _without_scale(program: ExportedProgram, call: AttentionCall) -> tuple[AttentionCall, str]:
@@ -178,9 +186,15 @@ def _native(causal: str, keep_mask: bool):  # type: ignore[no-untyped-def]
 
 
 def _full_mask(program: ExportedProgram, call: AttentionCall) -> Node:
-    """The mask with its last two dimensions at full size: only batch and heads may broadcast in the native layer."""
+    """The mask with four dimensions, the last two at full size: only batch and heads may broadcast in the native
+    layer."""
     assert call.mask is not None
     graph, mask = program.graph_module.graph, call.mask
+    with graph.inserting_before(call.node):
+        for _ in range(4 - mask.meta["val"].dim()):
+            lifted = graph.call_function(torch.ops.aten.unsqueeze.default, (mask, 0))
+            lifted.meta["val"] = mask.meta["val"].unsqueeze(0)
+            mask = lifted
     rows, columns = mask.meta["val"].shape[-2:]
     if not (isinstance(rows, int) and rows == 1) and not (isinstance(columns, int) and columns == 1):
         return mask

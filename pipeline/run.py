@@ -202,7 +202,7 @@ def _verify(
     yardsticks: dict[str, Forward] = {"pytorch": lambda inputs: form(**inputs)}
     if executed == "engine" and config.precision == "fp16":
         yardsticks["pytorch_fp16_accumulation"] = in_fp16_accumulation
-    cases = verify.cases(config.verify, config.shape, padded="attention_mask" in names)
+    cases = verify.cases(config.verify, config.shape, names, config.model.logits)
     section = verify.judge(
         cases,
         inputs_of,

@@ -75,12 +75,18 @@ def fp16_accumulation() -> Iterator[None]:
         matmul.allow_fp16_accumulation = before
 
 
-def cases(config: VerifyConfig, shape: ShapeConfig, padded: bool) -> list[Case]:
-    """Both ends of the profile, odd lengths, around 512, and the maximum; with padding where there is a mask for it."""
+def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: str) -> list[Case]:
+    """Both ends of the profile, odd lengths, around 512, and the maximum; with padding where there is a mask for it.
+
+    Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
+    """
+    paddings = ["none"]
+    if "attention_mask" in inputs:
+        paddings += ["left"] if logits == "last" else ["left", "right"]
     lengths = config.lengths or [n for n in (shape.min, 7, 77, 511, 512, 513, shape.max) if shape.min <= n <= shape.max]
     found = []
     for length in sorted(set(lengths)):
-        for padding in ("none", "left", "right") if padded and length > 2 else ("none",):
+        for padding in paddings if length > 2 else ("none",):
             for sample in range(config.samples):
                 suffix = ("" if padding == "none" else f"_{padding}_padding") + (f"_{sample}" if sample else "")
                 found.append(Case(f"length_{length}{suffix}", length, padding, sample))
@@ -205,7 +211,10 @@ def compare(truth: Tensor, logits: list[Tensor], padding: Tensor | None) -> list
     """
     sums = [_Sums(each, truth) for each in logits]
     square = 0.0
-    for chunk in _real_positions(truth, padding).split(CHUNK):
+    positions = _real_positions(truth, padding)
+    if not len(positions):
+        raise RunError("accuracy", "a case without a single real position: nothing was compared")
+    for chunk in positions.split(CHUNK):
         where = (chunk[:, 0], chunk[:, 1])
         wanted = truth[where]
         square += float(wanted.square().sum(dtype=torch.float64))
@@ -214,8 +223,6 @@ def compare(truth: Tensor, logits: list[Tensor], padding: Tensor | None) -> list
         p, lead = log_p.exp(), top2[:, 0] - top2[:, 1]
         for each in sums:
             each.add(where, wanted, log_p, p, lead)
-    if not sums[0].count:
-        raise RunError("accuracy", "a case without a single real position: nothing was compared")
     explained = 2 * FACTOR * sums[-2].worst
     return [each.deviation(square, explained) for each in sums]
 

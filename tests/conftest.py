@@ -50,17 +50,21 @@ def smollm2() -> LoadedModel:
     return load(model_config("smollm2_135m"), "fp32", torch.device("cpu"), 0, print)
 
 
-@pytest.fixture
-def tiny_llama_dir(tmp_path: Path) -> Path:
-    """A Hugging Face folder with a random Llama of 0.1 M parameters (GQA 4/2 heads of 16), no tokenizer."""
+def save_tiny_llama(folder: Path, **changes: Any) -> Path:
+    """Make ``folder`` that of a random Llama of 0.1 M parameters (GQA 4/2 heads of 16), no tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path / "tiny-llama"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**TINY_LLAMA)).save_pretrained(folder)
+        LlamaForCausalLM(LlamaConfig(**TINY_LLAMA | changes)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tiny_llama_dir(tmp_path: Path) -> Path:
+    """A Hugging Face folder with a random Llama, see :func:`save_tiny_llama`."""
+    return save_tiny_llama(tmp_path / "tiny-llama")
 
 
 @pytest.fixture

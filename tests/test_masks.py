@@ -43,7 +43,7 @@ def test_the_masks_of_the_shipped_models_are_proved_causal(name: str, static: bo
 
 
 def test_an_attention_mask_makes_padding_that_may_not_be_dropped() -> None:
-    found = proof("llama", inputs=("input_ids", "attention_mask"))
+    found = proof("llama", inputs=("input_ids", "attention_mask"), batch=2)
     assert (found.mask, found.proof, found.depends_on) == ("padding", "proved", ("attention_mask",))
     assert not found.causal and not found.void
 
@@ -54,9 +54,8 @@ def test_given_position_ids_are_not_proved_causal() -> None:
     assert not found.causal and not found.void
 
 
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_a_window_one_shorter_than_the_range_is_a_window(static: bool) -> None:
-    found = proof("mistral", sliding_window=63, static=static)
+def test_a_window_one_shorter_than_the_range_is_a_window() -> None:
+    found = proof("mistral", sliding_window=63)
     assert (found.mask, found.proof, found.causal) == ("sliding_window", "proved", False)
     assert "last 63 keys" in found.reason
 

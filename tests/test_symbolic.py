@@ -280,17 +280,17 @@ def test_the_value_of_an_input_without_dimensions_is_an_unknown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "inputs", "changes"),
+    ("name", "how"),
     [
-        ("llama", ("input_ids",), {}),
-        ("llama", ("input_ids", "attention_mask"), {}),
-        ("mistral", ("input_ids",), {"sliding_window": 63}),
+        ("llama", {}),
+        ("llama", {"inputs": ("input_ids", "attention_mask"), "batch": 2}),
+        ("mistral", {"sliding_window": 63}),
     ],
 )
 def test_a_missing_operation_model_costs_proofs_and_never_changes_one(
-    name: str, inputs: tuple[str, ...], changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    program = tiny.traced(name, inputs=inputs, **changes).program
+    program = tiny.traced(name, **how).program
     call = find_calls(program.graph_module)[0]
 
     def proof() -> tuple[str, str]:

@@ -1,0 +1,251 @@
+"""Real engines of tiny models, built ahead of time where there is no GPU, and what their networks hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding, scaled_dot_product_attention
+
+from passes import converters, ops
+from passes.errors import RunError
+from passes.rewrite import apply_strategy
+from passes.stack import Stack, load_stack
+from pipeline import compile
+from pipeline.compile import Built, Network
+from pipeline.config import BackendConfig
+from pipeline.export import InputSpec, Traced
+
+BACKEND = BackendConfig("tensorrt")
+
+
+def on(phase: str, step: int, steps: int) -> bool:
+    return True
+
+
+def network(traced: Traced, strategy: str, unproven: str | None = None, precision: str = "fp16", **how: Any) -> Network:
+    stack = how.pop("stack", None) or load_stack()
+    program = apply_strategy(traced.program, strategy, unproven).program
+    return compile.interpret(stack, compile.lower(stack, program, traced.inputs, BACKEND, precision), strategy == "upstream")
+
+
+def layers(made: Network, kind: str) -> list[Any]:
+    net = made.interpreter.ctx.net
+    found = [net.get_layer(i) for i in range(net.num_layers)]
+    return [layer for layer in found if layer.type == getattr(load_stack().trt.LayerType, kind)]
+
+
+# strategy, unproven, what the network must hold: native layers, causal, masked, fused, softmax
+HOLDS = [
+    ("detect_causal", "mask", 2, 2, 0, 2, 0),
+    ("mask_input", None, 2, 0, 2, 2, 0),
+    ("lowering", "keep", 2, 2, 0, 2, 0),
+    ("decompose", None, 0, 0, 0, None, 2),
+    ("upstream", None, 2, 0, 2, None, 0),
+]
+
+
+@pytest.mark.parametrize(("strategy", "unproven", "native", "causal", "masked", "fused", "softmax"), HOLDS)
+def test_an_engine_holds_the_attention_that_the_strategy_promises(
+    strategy: str, unproven: str | None, native: int, causal: int, masked: int, fused: int | None, softmax: int
+) -> None:
+    made = network(tiny.traced("llama", "fp16"), strategy, unproven)
+    steps: list[tuple[str, int, int]] = []
+    built = compile.build(load_stack(), made, lambda *step: steps.append(step) or True)
+    section = built.section
+    keys = ("iattention", "iattention_causal", "iattention_masked", "iattention_fused", "softmax")
+    assert tuple(section[key] for key in keys) == (native, causal, masked, fused, softmax)
+    assert len(layers(made, "ATTENTION_INPUT")) == native and len(layers(made, "SOFTMAX")) == softmax
+    assert section["layers"] == made.interpreter.ctx.net.num_layers and section["torch_fallback_ops"] == []
+    assert [layer.heads for layer in made.native_layers] == [(4, 2)] * (native if strategy != "upstream" else 0)
+    assert_consistent(built)
+    assert steps and all(0 < step <= total for _, step, total in steps)
+
+
+def assert_consistent(built: Built) -> None:
+    data = bytes(built.data)
+    assert (built.section["bytes"], built.section["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert built.section["bytes"] > 10_000 and built.section["target"]
+
+
+def test_fp32_says_that_there_is_no_fused_kernel() -> None:
+    made = network(tiny.traced("llama"), "lowering", "keep", "fp32")
+    assert (made.contents["iattention"], made.contents["iattention_causal"]) == (2, 2)
+    assert made.contents["iattention_fused"] == 0 and "2 of 2 attention layers have no fused kernel" in made.contents["notes"][0]
+    assert_consistent(compile.build(load_stack(), made, on))
+
+
+def test_padding_reaches_the_native_layer_as_a_mask() -> None:
+    made = network(tiny.traced("llama", inputs=("input_ids", "attention_mask"), batch=2), "detect_causal", "mask", "fp32")
+    assert (made.contents["iattention_causal"], made.contents["iattention_masked"]) == (0, 2)
+    net = made.interpreter.ctx.net
+    assert [net.get_input(i).name for i in range(net.num_inputs)] == ["input_ids", "attention_mask"]
+
+
+# -- small graphs ------------------------------------------------------------------------------------
+
+
+class Heads(nn.Module):
+    """Token ids [1, length] -> ``function`` of query, key and value, each [1, 2, length, size]."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype, size: int) -> None:
+        super().__init__()
+        self.function, self.size = function, size
+        self.table = nn.Parameter(torch.ones(8, 6 * size, dtype=dtype), requires_grad=False)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        split = embedding(input_ids, self.table).view(1, -1, 3, 2, self.size)
+        query, key, value = (part.transpose(1, 2) for part in split.unbind(2))
+        return self.function(query, key, value)
+
+
+def small(
+    function: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float16, size: int = 16,
+    static: bool = False,
+) -> Traced:  # fmt: skip
+    from passes.rewrite import prepare
+    from passes.stack import quiet
+
+    tokens = torch.zeros(1, 12, dtype=torch.int64)
+    dynamic = None if static else {"input_ids": {1: tiny.length(1, 32)}}
+    with torch.no_grad(), quiet():
+        program = prepare(
+            torch.export.export(Heads(function, dtype, size), (), {"input_ids": tokens}, dynamic_shapes=dynamic)
+        )
+    return Traced(program, (InputSpec("input_ids", 1, 12, 12, 12) if static else InputSpec("input_ids", 1, 1, 16, 32),))
+
+
+def lowered(traced: Traced, precision: str = "fp16") -> compile.Lowered:
+    return compile.lower(load_stack(), traced.program, traced.inputs, BACKEND, precision)
+
+
+def claiming(causal: str) -> compile.Lowered:
+    return lowered(small(lambda q, k, v: ops.native(q, k, v, None, causal, 1.0)))
+
+
+class FirstApi(Stack):
+    """The same libraries through ``add_attention``, the only one before TensorRT 11 and TensorRT-RTX 1.6."""
+
+    has_attention_v2 = False  # type: ignore[assignment]
+
+
+@pytest.fixture(params=["the newest API", "add_attention"])
+def stack(request: pytest.FixtureRequest) -> Stack:
+    found = load_stack()
+    return found if request.param == "the newest API" else FirstApi(found.trt, found.torch_tensorrt, found.flavour)
+
+
+@pytest.mark.parametrize("causal", ["none", "upper_left"])
+def test_a_layer_is_what_was_asked_for_through_either_api(stack: Stack, causal: str) -> None:
+    (layer,) = compile.interpret(stack, claiming(causal), False).native_layers
+    assert (layer.causal, layer.masked, layer.fused, layer.heads) == (causal, False, True, (2, 2))
+
+
+def test_lower_right_needs_the_second_api(stack: Stack) -> None:
+    if stack.has_attention_v2:
+        made = compile.interpret(stack, claiming("lower_right"), False)
+        assert [layer.causal for layer in made.native_layers] == ["lower_right"]
+        assert_consistent(compile.build(stack, made, on))
+        return
+    with pytest.raises(RunError, match="add_attention_v2") as error:
+        compile.interpret(stack, claiming("lower_right"), False)
+    assert error.value.kind == "conversion"
+
+
+def test_torchs_is_causal_becomes_upper_left() -> None:
+    given = small(lambda q, k, v: scaled_dot_product_attention(q[:, :, 8:], k, v, is_causal=True), static=True)
+    (layer,) = network(given, "lowering", "keep").native_layers
+    assert layer.causal == "upper_left"
+
+
+MASKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bool, 4-D": lambda q: (torch.arange(q.shape[2])[:, None] < torch.arange(q.shape[2]) + 2)[None, None],
+    "bool, 2-D": lambda q: torch.arange(q.shape[2])[:, None] < torch.arange(q.shape[2]) + 2,
+    "one row for all queries": lambda q: (torch.arange(q.shape[2]) < 5)[None, None, None],
+    "float of the query's type": lambda q: (q @ q.transpose(-2, -1)),
+    "float, one head for all": lambda q: (q @ q.transpose(-2, -1))[:, :1],
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_a_mask_of_any_form_reaches_the_layer(name: str, static: bool) -> None:
+    given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=MASKS[name](q)), static=static)
+    made = network(given, "mask_input")
+    assert [(layer.causal, layer.masked) for layer in made.native_layers] == [("none", True)]
+    (layer,) = layers(made, "ATTENTION_INPUT")
+    assert len(layer.get_input(3).shape) == 4
+    assert_consistent(compile.build(load_stack(), made, on))
+
+
+def test_a_layer_that_dropped_its_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What TensorRT itself does with a mask that is assigned to a causal layer: nothing, and says nothing.
+    add_layer = converters._add_layer
+    monkeypatch.setattr(
+        converters, "_add_layer", lambda stack, net, qkv, causal: add_layer(stack, net, qkv, "upper_left")
+    )
+    given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=MASKS["bool, 4-D"](q)))
+    with pytest.raises(RunError, match=r"asked for causal=none, mask=True; got .*causal='upper_left', masked=False") as e:
+        network(given, "mask_input")
+    assert e.value.kind == "conversion"
+
+
+def test_a_scale_that_cannot_be_folded_is_a_factor_for_each_channel() -> None:
+    given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3), size=32)
+    made = network(given, "detect_causal", "mask")
+    assert [layer.causal for layer in made.native_layers] == ["upper_left"]
+    (scaled,) = (layer for layer in layers(made, "ELEMENTWISE") if layer.name.endswith("[scaled query]"))
+    assert tuple(scaled.get_input(1).shape) == (1, 1, 1, 32)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "fused"),
+    [(torch.float16, 16, True), (torch.bfloat16, 256, True), (torch.float16, 8, False), (torch.float32, 64, False)],
+)
+def test_the_build_finds_a_fused_kernel_exactly_where_one_is_promised(
+    dtype: torch.dtype, size: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert converters.has_fused_kernel(dtype, size) == fused
+    monkeypatch.setattr(converters, "has_fused_kernel", lambda dtype, size: True)  # the build fails without one
+    given = small(lambda q, k, v: ops.native(q, k, v, None, "upper_left", 1.0), dtype, size)
+    made = compile.interpret(load_stack(), lowered(given), False)
+    if fused:
+        assert_consistent(compile.build(load_stack(), made, on))
+        return
+    with pytest.raises(RunError) as error:
+        compile.build(load_stack(), made, on)
+    assert error.value.kind == "build"
+    assert "native" in str(error.value) or "attention" in str(error.value).lower(), "TensorRT's own words"
+
+
+def test_an_op_without_converter_ends_the_run_by_name() -> None:
+    given = small(lambda q, k, v: torch.linalg.svdvals(scaled_dot_product_attention(q, k, v)), torch.float32)
+    with pytest.raises(RunError, match="svd") as error:
+        network(given, "mask_input", precision="fp32")
+    assert error.value.kind == "unsupported_op"
+
+
+def test_a_build_that_is_told_to_stop_stops() -> None:
+    made = compile.interpret(load_stack(), claiming("upper_left"), False)
+    with pytest.raises(RunError) as error:
+        compile.build(load_stack(), made, lambda *step: False)
+    assert error.value.kind == "build"
+
+
+def test_a_network_can_be_built_again() -> None:
+    made = compile.interpret(load_stack(), claiming("upper_left"), False)
+    for _ in range(2):
+        assert_consistent(compile.build(load_stack(), made, on))
+
+
+def test_the_interpreters_private_methods_that_are_used_exist() -> None:
+    load_stack()
+    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
+
+    for name in ("_construct_trt_network_def", "_populate_trt_builder_config", "validate_conversion", "call_function"):
+        assert callable(getattr(TRTInterpreter, name))

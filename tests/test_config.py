@@ -1,0 +1,312 @@
+"""Settings: what composes, what is refused and how, and how fast the command line answers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import CONF
+
+from passes.errors import UserError
+from pipeline.__main__ import _main, compose_config
+from pipeline.config import STAGES, schema_keys
+
+ROOT = CONF.parent
+LOCAL = f"model.path={Path(__file__).parent / 'data-that-is-not-there'}"
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The real command line, from a folder that is not the checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def refusal(*overrides: str) -> str:
+    """The one line with which the settings are refused."""
+    with pytest.raises(UserError) as caught:
+        _main(list(overrides))
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message
+
+
+@pytest.fixture
+def model_dir(tmp_path: Path) -> Path:
+    """As much of a model folder as the settings are checked against."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def empty_cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cwd"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# What composes
+
+
+def test_the_default_job_is_the_one_that_the_readme_names() -> None:
+    config = compose_config([])
+
+    assert (config.model.name, config.strategy.name, config.precision) == ("smollm2_135m", "detect_causal", "fp16")
+    assert (config.shape.kind, config.shape.min, config.shape.max) == ("dynamic", 2, 2048)
+    assert config.reaches("benchmark")
+
+
+@pytest.mark.parametrize("group", ["model", "strategy", "backend", "shape", "cache", "benchmark", "tracking"])
+def test_every_choice_of_a_group_composes_with_the_defaults_of_the_others(group: str, model_dir: Path) -> None:
+    needed = {"local": [f"model.path={model_dir}"], "server": ["tracking.uri=http://127.0.0.1:5000"]}
+    for choice in choices(group):
+        config = compose_config([f"{group}={choice}", *needed.get(choice, [])])
+
+        owner = getattr(config, group)
+        assert choice.startswith(getattr(owner, "kind", None) or owner.name)
+
+
+@pytest.mark.parametrize("groups", [("strategy", "backend", "shape"), ("model", "shape")], ids=" × ".join)
+def test_every_combination_of_groups_that_know_of_each_other_composes(groups: tuple[str, ...]) -> None:
+    combinations = list(itertools.product(*map(choices, groups)))
+    assert len(combinations) >= 10
+    for combination in combinations:
+        if "local" in combination:
+            continue
+        config = compose_config([f"{group}={choice}" for group, choice in zip(groups, combination, strict=True)])
+
+        chosen = [getattr(config, group) for group in groups]
+        assert tuple(getattr(owner, "kind", None) or owner.name for owner in chosen) == combination
+
+
+def test_every_experiment_of_the_checkout_composes(model_dir: Path) -> None:
+    for name in choices("experiment"):
+        compose_config([f"experiment={name}"])
+
+
+def test_an_experiment_of_the_users_own_is_found_through_config_dir(
+    empty_cwd: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    (tmp_path / "mine" / "experiment" / "long.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - override /model: llama3_1b\nshape: {max: 4096}\n"
+    )
+
+    code = _main(["--config-dir", str(tmp_path / "mine"), "experiment=long", "--cfg", "job"])
+
+    printed = capsys.readouterr().out
+    assert code == 0 and "name: llama3_1b" in printed and "max: 4096" in printed
+
+
+def test_a_setting_of_the_schema_need_not_stand_in_the_yaml() -> None:
+    assert "fp32" not in (CONF / "backend" / "eager.yaml").read_text()
+    sparse = set(schema_keys("benchmark")) - {"name", "shapes"}
+
+    assert sparse and "min_iterations" not in (CONF / "benchmark" / "none.yaml").read_text()
+    assert _composed_through_the_command_line("benchmark=none", "benchmark.min_iterations=77") == 77
+
+
+def _composed_through_the_command_line(*overrides: str) -> int:
+    from pipeline.__main__ import _admit
+
+    return compose_config([_admit(override) for override in overrides]).benchmark.min_iterations
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_until_reaches_its_stage_and_no_further(stage: str) -> None:
+    config = compose_config([f"until={stage}"])
+
+    reached = [name for name in STAGES if config.reaches(name)]
+    assert reached == list(STAGES[: STAGES.index(stage) + 1])
+
+
+def test_a_report_can_hold_every_config() -> None:
+    assert json.loads(json.dumps(compose_config([]).to_dict()))["shape"]["opt"] == 2048
+
+
+# What is refused: one line that names key, value, and what is allowed or what to do
+
+REFUSED: list[tuple[list[str], list[str]]] = [
+    (["strategy=foo"], ["strategy=foo", "decompose, detect_causal, lowering, mask_input, upstream"]),
+    (["model=foo"], ["model=foo", "smollm2_135m"]),
+    (["backend=onnx"], ["backend=onnx", "eager, tensorrt, torch_compile"]),
+    (["shape=ragged"], ["shape=ragged", "dynamic, static"]),
+    (["cache=paged"], ["cache=paged", "none"]),
+    (["precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["until=lunch"], ["until=lunch", ", ".join(STAGES)]),
+    (["experiment=foo"], ["experiment=foo"]),
+    (["strategy=null"], ["strategy=null"]),
+    (["+strategy=lowering"], ["strategy=lowering", "override"]),
+    (["~strategy"], ["strategy=???", "set it"]),
+    (["foo=1"], ["foo=1", "allowed here", "precision"]),
+    (["+foo=1"], ["foo=1", "allowed here", "precision"]),
+    (["model.foo=1"], ["model.foo=1", "allowed here", "weights"]),
+    (["+model.foo=1"], ["model.foo=1", "allowed here", "weights"]),
+    (["model.architecture.foo=1"], ["model.architecture.foo=1", "+model.architecture.foo=1"]),
+    (["hydra.foo=1"], ["hydra.foo=1", "no such setting"]),
+    (["model.weights=half"], ["model.weights=half", "pretrained, random"]),
+    (["model.logits=first"], ["model.logits=first", "last, all"]),
+    (["model.inputs=[input_ids,labels]"], ["model.inputs=labels", "input_ids, attention_mask, position_ids"]),
+    (["model.inputs=[attention_mask]"], ["model.inputs=['attention_mask']", "input_ids"]),
+    (["model.inputs=[input_ids,input_ids]"], ["model.inputs=", "once"]),
+    (["model.inputs=input_ids"], ["model.inputs=input_ids", "a list"]),
+    (["model=local"], ["model.path", "model.path=DIR"]),
+    (["model=local", LOCAL], [LOCAL, "no such folder"]),
+    (["model=local", f"model.path={CONF}"], [f"model.path={CONF}", "config.json"]),
+    (["model.weights=random", "model.architecture=null"], ["model.architecture"]),
+    (["strategy.unproven=force"], ["strategy.unproven=force", "strategy=lowering", "mask, decompose, error"]),
+    (["strategy=mask_input", "strategy.unproven=mask"], ["strategy.unproven=mask", "strategy=mask_input"]),
+    (["strategy=lowering", "strategy.unproven=mask"], ["strategy.unproven=mask", "keep, error, force"]),
+    (["strategy=lowering", "strategy.unproven=null"], ["strategy.unproven=null", "keep, error, force"]),
+    (["backend=eager", "backend.cuda_graph=true"], ["backend.cuda_graph=True", "backend=tensorrt", "backend=eager"]),
+    (["backend=eager", "backend.optimization_level=3"], ["backend.optimization_level=3", "backend=tensorrt"]),
+    (["backend.mode=default"], ["backend.mode=default", "torch_compile"]),
+    (["backend.cudnn_attention=true"], ["backend.cudnn_attention=True", "backend=eager"]),
+    (["backend.optimization_level=6"], ["backend.optimization_level=6", "0, 1, 2, 3, 4, 5"]),
+    (["backend.workspace_gib=0"], ["backend.workspace_gib=0", "above 0"]),
+    (["backend.workspace_gib=much"], ["backend.workspace_gib=much", "a number or null"]),
+    (["backend=torch_compile", "backend.mode=fast"], ["backend.mode=fast", "reduce-overhead"]),
+    (["backend=eager", "until=build"], ["until=build", "backend=tensorrt"]),
+    (["backend=eager", "until=export"], ["until=export", "backend=tensorrt"]),
+    (["shape.max=16384"], ["shape.max=16384", "max_position_embeddings=8192"]),
+    (["shape.max=many"], ["shape.max=many", "a whole number"]),
+    (["shape.max=2.5"], ["shape.max=2.5", "a whole number"]),
+    (["shape.max=null"], ["shape.max=None", "a whole number"]),
+    (["shape.max=1"], ["shape.min=2", "shape.max=1"]),
+    (["shape.min=0"], ["shape.min=0", "at least 1"]),
+    (["shape.min=2048"], ["shape.min=2048", "shape=static"]),
+    (["shape.opt=4096"], ["shape.opt=4096", "shape.max=2048"]),
+    (["shape=static", "shape.min=5", "shape.opt=5"], ["shape.min=5", "static"]),
+    (["shape.batch=0"], ["shape.batch=0", "at least 1"]),
+    (["benchmark=prefill_lengths", "shape.max=1024"], ["benchmark.shapes.input_length=2048", "shape.max=1024"]),
+    (["benchmark.shapes=[{batch: 1, input_length: 4096}]"], ["benchmark.shapes.input_length=4096", "shape.max=2048"]),
+    (["benchmark.shapes=[{batch: 2, input_length: 64}]"], ["benchmark.shapes.batch=2", "shape.batch=1"]),
+    (["benchmark.shapes=[{length: 64}]"], ["benchmark.shapes.length", "batch, input_length"]),
+    (["benchmark.shapes=[{batch: x}]"], ["benchmark.shapes.batch=x", "a whole number"]),
+    (["benchmark.min_iterations=1"], ["benchmark.min_iterations=1", "at least 10"]),
+    (["verify.lengths=[4096]"], ["verify.lengths=4096", "shape.max=2048"]),
+    (["verify.lengths=[long]"], ["verify.lengths[0]=long"]),
+    (["verify.samples=0"], ["verify.samples=0", "at least 1"]),
+    (["seed=-1"], ["seed=-1", "at least 0"]),
+    (["seed=${nowhere}"], ["seed=${nowhere}", "nowhere"]),
+    (["output="], ["output=", "name a folder"]),
+    (["tracking.uri="], ["tracking.uri=", "sqlite:///"]),
+    (["tracking=server"], ["tracking.uri", "set it"]),
+    (["tracking.log_engine=perhaps"], ["tracking.log_engine=perhaps", "true or false"]),
+    (["strategy"], ["strategy", "key=value"]),
+    (["strategy=lowering,upstream"], ["strategy=lowering,upstream", "-m"]),
+    (["-m", "strategy=lowering,foo"], ["strategy=foo", "allowed are"]),
+    (["-m", "precision=fp16,fp8", "strategy=lowering,upstream"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["-m", "seed=interval(1,2)"], ["INTERVAL"]),
+    (["--cfg", "job", "precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["--cfg", "everything"], ["everything", "--help"]),
+    (["--fast"], ["--fast", "--help"]),
+    (["--config-dir", "nowhere"], ["--config-dir=nowhere", "no such folder"]),
+    (["--config-path", "nowhere"], ["--config-path=nowhere", "--config-dir"]),
+    (["--config-name", "nowhere"], ["nowhere"]),
+    (["--experimental-rerun", "nowhere"], ["--experimental-rerun=nowhere"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "named"), REFUSED, ids=[" ".join(overrides) for overrides, _ in REFUSED])
+def test_a_bad_setting_is_refused_in_one_line_and_nothing_is_created(
+    overrides: list[str], named: list[str], empty_cwd: Path
+) -> None:
+    message = refusal(*overrides)
+
+    for part in named:
+        assert part in message
+    assert list(empty_cwd.iterdir()) == []
+
+
+# The command line itself
+
+
+def test_help_lists_every_group_choice_and_setting(capsys: pytest.CaptureFixture[str], empty_cwd: Path) -> None:
+    with pytest.raises(SystemExit) as left:
+        _main(["--help"])
+    shown = capsys.readouterr().out
+
+    assert left.value.code == 0
+    for group in ("model", "strategy", "backend", "shape", "benchmark", "tracking"):
+        assert f"{group}: {', '.join(choices(group))}" in shown
+    for key in schema_keys():
+        assert key in shown
+        for setting in set(schema_keys(key)) - {"name", "kind"}:  # those are what GROUP=CHOICE sets
+            assert setting in shown, f"{key}.{setting}"
+    assert max(map(len, shown.splitlines())) <= 120
+    assert list(empty_cwd.iterdir()) == []
+
+
+def test_the_help_asks_for_no_setting_that_does_not_exist() -> None:
+    import re
+
+    text = (CONF / "hydra" / "help" / "pipeline.yaml").read_text()
+    groups = [key for key in schema_keys() if schema_keys(key)]
+    written = re.findall(rf"\b({'|'.join(groups)})\.(\w+)", text)
+    assert len(written) > 10
+    for group, setting in written:
+        assert setting in schema_keys(group)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["precision=fp8"], 2), (["-m", "strategy=lowering,foo"], 2)]
+)
+def test_help_and_a_mistake_answer_within_three_seconds(arguments: list[str], code: int, tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(2):  # the first may have to read the files from disk, and others use this machine too
+        started = time.perf_counter()
+        done = command(*arguments, cwd=tmp_path)
+        seconds.append(time.perf_counter() - started)
+
+    assert done.returncode == code, done.stderr
+    assert min(seconds) <= 3
+    assert len((done.stderr if code else done.stdout).splitlines()) == 1 or code == 0
+    assert done.stderr.startswith("error: ") or code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_is_found_without_heavy_imports(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from pipeline.__main__ import _main\n"
+        "try:\n"
+        "    _main(['model.weights=random', 'verify.lengths=[9999]'])\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "heavy = {'torch', 'transformers', 'mlflow', 'matplotlib', 'tensorrt', 'z3', 'numpy', 'pynvml'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+    assert done.stdout.splitlines() == ["verify.lengths=9999: outside the profile shape.min=2..shape.max=2048", "[]"]
+
+
+def test_every_field_of_the_schema_can_be_set_from_the_command_line() -> None:
+    from pipeline.config import Config
+
+    assert {field.name for field in fields(Config)} == set(schema_keys())
+    assert schema_keys("model.architecture") == [] and schema_keys("nowhere.at.all") == []

@@ -1,0 +1,22 @@
+"""The README says what the repository holds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_the_result_tables_are_those_of_the_reports() -> None:
+    made = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "table.py")], capture_output=True, text=True, check=True
+    ).stdout
+    assert made.strip() in (ROOT / "README.md").read_text()
+
+
+def test_the_two_commands_are_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert "pip install -e '.[rtx]' && python -m pipeline" in readme
+    assert "pip install -e '.[rtx,test]' && pytest" in readme
