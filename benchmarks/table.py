@@ -1,7 +1,7 @@
 """Prints the README's result tables from the report.json files in ``benchmarks/results``.
 
-    python benchmarks/table.py            # the tables
-    python benchmarks/table.py --write    # into README.md, between its markers
+python benchmarks/table.py            # the tables
+python benchmarks/table.py --write    # into README.md, between its markers
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def tables() -> str:
         text.append(
             f"**{model}**, {weights} weights, {reports[0]['config']['precision']}, prefill of 2048 tokens, batch 1; "
             f"{environment['gpu']}, compute capability {environment['compute_capability']}, "
-            f"{environment['flavour']} {reports[0]['environment']['tensorrt'] or ''}{support}, torch {environment['torch']}\n\n"
+            f"{environment['flavour']} {environment['tensorrt']}{support}, torch {environment['torch']}\n\n"
         )
         reports.sort(key=lambda report: report["benchmark"]["prefill"]["device_ms"]["median"])
         text.append(header + "".join("| " + " | ".join(rows(report)) + " |\n" for report in reports) + "\n")

@@ -93,13 +93,14 @@ def _view(index: int, node: Node) -> AttentionCall:
         mask = node.kwargs.get("attn_bias")
     if node.target is aten.scaled_dot_product_attention.default and argument(4, "dropout_p", 0.0):
         raise RunError("unsupported_op", f"{node.name}: attention with dropout; trace the model in eval mode")
-    scale = node.kwargs.get("scale")
+    scale: Any = node.kwargs.get("scale")
+    query: Any = node.args[0]
     return AttentionCall(
         index=index,
         node=node,
         mask=mask,
         is_causal=bool(argument(causal_at, "is_causal", False)),
-        scale=float(scale) if scale is not None else 1 / math.sqrt(node.args[0].meta["val"].shape[-1]),  # type: ignore[union-attr]
+        scale=float(scale) if scale is not None else 1 / math.sqrt(query.meta["val"].shape[-1]),
         enable_gqa=bool(node.kwargs.get("enable_gqa", False)),
     )
 

@@ -46,7 +46,9 @@ def has_fused_kernel(dtype: torch.dtype, head_size: int) -> bool:
     return dtype in (torch.float16, torch.bfloat16) and 16 <= head_size <= 256 and head_size % 8 == 0
 
 
-def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, NativeLayer]:
+def convert(
+    stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, NativeLayer]:
     """Add the native layer for ``node`` to the network of Torch-TensorRT's conversion context ``ctx``.
 
     Returns the layer's output tensor [B, Hq, L, D] and what the layer was set to.
@@ -87,7 +89,9 @@ def _add_layer(stack: Stack, network: Any, qkv: tuple[Any, Any, Any], causal: st
     if stack.has_attention_v2:
         return network.add_attention_v2(*qkv, trt.AttentionNormalizationOp.SOFTMAX, _causal_kinds(trt)[causal])
     if causal == "lower_right":
-        raise RunError("conversion", "lower-right causal attention needs add_attention_v2 (TensorRT 11, TensorRT-RTX 1.6)")
+        raise RunError(
+            "conversion", "lower-right causal attention needs add_attention_v2 (TensorRT 11, TensorRT-RTX 1.6)"
+        )
     return network.add_attention(*qkv, trt.AttentionNormalizationOp.SOFTMAX, causal == "upper_left")
 
 

@@ -28,7 +28,7 @@ import z3
 from torch.fx import Node
 
 from passes.attention import AttentionCall
-from passes.symbolic import Evaluator, Term, Unmodelled, in_range, size_expression
+from passes.symbolic import Evaluator, Term, Unmodelled, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
@@ -62,7 +62,10 @@ class Prover:
     """Proves each distinct mask of one graph once, however many calls share it."""
 
     def __init__(
-        self, ranges: dict[str, tuple[int, int]], inputs: frozenset[str], constants: dict[str, torch.Tensor] | None = None
+        self,
+        ranges: dict[str, tuple[int, int]],
+        inputs: frozenset[str],
+        constants: dict[str, torch.Tensor] | None = None,
     ) -> None:
         """``ranges``: inclusive bounds of the shape symbols; ``inputs``: names of the run-time inputs;
         ``constants``: the lifted constants by the name of their placeholder."""
@@ -132,7 +135,8 @@ class _Claims:
         shape = self.mask.meta["val"].shape
         index = (self.b, self.h, query, key)[4 - len(shape) :]
         index = tuple(
-            z3.IntVal(0) if isinstance(size, int) and size == 1 else item for size, item in zip(shape, index, strict=True)
+            z3.IntVal(0) if isinstance(size, int) and size == 1 else item
+            for size, item in zip(shape, index, strict=True)
         )
         return self.evaluator.at(self.mask, index)
 

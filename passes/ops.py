@@ -65,9 +65,7 @@ def written_out(
 
 
 @torch.library.custom_op("proved_attention::decomposed", mutates_args=())
-def decomposed(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
-) -> Tensor:
+def decomposed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
     """A marker with the meaning of :func:`written_out`; the strategy stage decomposes it away."""
     return written_out(query, key, value, mask, is_causal, scale)
 

@@ -8,7 +8,6 @@ only where it was proved to be the repetition that grouped-query attention means
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -142,7 +141,7 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
     )
 
 
-def _constants(program: ExportedProgram) -> Mapping[str, torch.Tensor]:
+def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
     """Lifted constants and buffers that nothing writes, by the name of their placeholder."""
     signature = program.graph_signature
     written = set(signature.buffers_to_mutate.values())

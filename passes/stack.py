@@ -21,6 +21,7 @@ import torch
 
 from passes.errors import UserError
 
+
 @dataclass(frozen=True)
 class Stack:
     """The imported libraries and what of them differs between versions."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -22,8 +22,9 @@ import z3
 from torch.fx import Node
 
 aten = torch.ops.aten
-Term = z3.ExprRef
-Index = tuple[z3.ArithRef, ...]
+Term: TypeAlias = Any
+"""A z3 expression; z3 ships no types."""
+Index: TypeAlias = tuple[Any, ...]
 
 INT64_MAX = 2**63 - 1
 SOLVER_TIMEOUT_MS = 2000
@@ -259,7 +260,7 @@ def _models(*targets: Any) -> Callable[[Model], Model]:
 
 
 def _arithmetic(combine: Callable[[Any, Any], Term]) -> Model:
-    def model(ev: Evaluator, node: Node, index: Index) -> Term:
+    def model(ev: Evaluator, node: Any, index: Index) -> Term:
         if node.meta["val"].dtype != torch.int64:
             raise Unmodelled("arithmetic on booleans")
         left, right = (_integer(ev.broadcast(operand, node, index)) for operand in node.args[:2])
@@ -276,7 +277,7 @@ def _product(left: z3.ArithRef, right: z3.ArithRef) -> Term:
 
 
 def _comparison(compare: Callable[[Any, Any], Any]) -> Model:
-    def model(ev: Evaluator, node: Node, index: Index) -> Term:
+    def model(ev: Evaluator, node: Any, index: Index) -> Term:
         # The result is boolean whatever the operands are, so they must be exact themselves.
         if not all(_exact(arg.meta["val"]) for arg in node.args[:2] if _is_tensor(arg)):
             raise Unmodelled("a comparison of inexact numbers")
@@ -286,12 +287,17 @@ def _comparison(compare: Callable[[Any, Any], Any]) -> Model:
     return model
 
 
+def _arguments(node: Any, *defaults: Any) -> tuple[Any, ...]:
+    """The arguments of ``node`` with those that it leaves out; the first has no default."""
+    return (*node.args, *defaults[len(node.args) - 1 :])
+
+
 def _is_tensor(argument: Any) -> bool:
     return isinstance(argument, Node) and isinstance(argument.meta.get("val"), torch.Tensor)
 
 
 def _logical(combine: Callable[..., Any]) -> Model:
-    def model(ev: Evaluator, node: Node, index: Index) -> Term:
+    def model(ev: Evaluator, node: Any, index: Index) -> Term:
         operands = [ev.broadcast(operand, node, index) for operand in node.args[:2]]
         if node.target not in LOGICAL and not all(z3.is_bool(operand) for operand in operands):
             raise Unmodelled("bitwise arithmetic")
@@ -311,15 +317,13 @@ for _name, _compare in (
 ):  # fmt: skip
     for _overload in ("Tensor", "Scalar"):
         MODELS[getattr(getattr(aten, _name), _overload)] = _comparison(_compare)
-MODELS.update(
-    dict.fromkeys((aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default), _logical(z3.And))
-)
+MODELS.update(dict.fromkeys((aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default), _logical(z3.And)))
 MODELS.update(dict.fromkeys((aten.__or__.Tensor, aten.bitwise_or.Tensor, aten.logical_or.default), _logical(z3.Or)))
 MODELS.update(dict.fromkeys((aten.bitwise_not.default, aten.logical_not.default), _logical(z3.Not)))
 
 
 @_models(aten.arange.default, aten.arange.start, aten.arange.start_step)
-def _arange(ev: Evaluator, node: Node, index: Index) -> Term:
+def _arange(ev: Evaluator, node: Any, index: Index) -> Term:
     args = node.args
     if len(args) == 1:
         return index[0]
@@ -328,7 +332,7 @@ def _arange(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.full.default, aten.new_full.default)
-def _full(ev: Evaluator, node: Node, index: Index) -> Term:
+def _full(ev: Evaluator, node: Any, index: Index) -> Term:
     fill = node.args[-1]
     if not isinstance(fill, int | Node):
         raise Unmodelled("a fraction")
@@ -337,22 +341,22 @@ def _full(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.new_ones.default, aten.ones.default, aten.ones_like.default)
-def _ones(ev: Evaluator, node: Node, index: Index) -> Term:
+def _ones(ev: Evaluator, node: Any, index: Index) -> Term:
     return z3.BoolVal(True) if node.meta["val"].dtype == torch.bool else z3.IntVal(1)
 
 
 @_models(aten.new_zeros.default, aten.zeros.default, aten.zeros_like.default)
-def _zeros(ev: Evaluator, node: Node, index: Index) -> Term:
+def _zeros(ev: Evaluator, node: Any, index: Index) -> Term:
     return z3.BoolVal(False) if node.meta["val"].dtype == torch.bool else z3.IntVal(0)
 
 
 @_models(aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
-def _same(ev: Evaluator, node: Node, index: Index) -> Term:
+def _same(ev: Evaluator, node: Any, index: Index) -> Term:
     return ev.at(node.args[0], index)
 
 
 @_models(aten._to_copy.default)
-def _convert(ev: Evaluator, node: Node, index: Index) -> Term:
+def _convert(ev: Evaluator, node: Any, index: Index) -> Term:
     source = node.args[0]
     if not _exact(source.meta["val"]):
         raise Unmodelled("a conversion from an inexact type")
@@ -361,18 +365,18 @@ def _convert(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.expand.default)
-def _expand(ev: Evaluator, node: Node, index: Index) -> Term:
+def _expand(ev: Evaluator, node: Any, index: Index) -> Term:
     return ev.broadcast(node.args[0], node, index)
 
 
 @_models(aten.unsqueeze.default)
-def _unsqueeze(ev: Evaluator, node: Node, index: Index) -> Term:
+def _unsqueeze(ev: Evaluator, node: Any, index: Index) -> Term:
     dim = ev.dim(node, node.args[1])
     return ev.at(node.args[0], index[:dim] + index[dim + 1 :])
 
 
 @_models(aten.squeeze.dim, aten.squeeze.dims)
-def _squeeze(ev: Evaluator, node: Node, index: Index) -> Term:
+def _squeeze(ev: Evaluator, node: Any, index: Index) -> Term:
     source = node.args[0]
     dims = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])
     gone = {ev.dim(source, dim) for dim in dims}
@@ -383,7 +387,7 @@ def _squeeze(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.permute.default, aten.transpose.int)
-def _permute(ev: Evaluator, node: Node, index: Index) -> Term:
+def _permute(ev: Evaluator, node: Any, index: Index) -> Term:
     rank = len(index)
     if node.target is aten.transpose.int:
         order = list(range(rank))
@@ -398,8 +402,8 @@ def _permute(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.slice.Tensor)
-def _slice(ev: Evaluator, node: Node, index: Index) -> Term:
-    source, dim, start, _end, step = (*node.args, *[0, None, None, 1][len(node.args) - 1 :])
+def _slice(ev: Evaluator, node: Any, index: Index) -> Term:
+    source, dim, start, _end, step = _arguments(node, 0, None, None, 1)
     dim, start = ev.dim(source, dim), 0 if start is None else start
     if step != 1:
         raise Unmodelled("a slice with a step")
@@ -410,7 +414,7 @@ def _slice(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.select.int)
-def _select(ev: Evaluator, node: Node, index: Index) -> Term:
+def _select(ev: Evaluator, node: Any, index: Index) -> Term:
     source, dim, position = node.args
     dim, chosen = ev.dim(source, dim), ev.size(position)
     chosen = z3.If(chosen < 0, chosen + ev.shape(source)[dim], chosen)
@@ -418,7 +422,7 @@ def _select(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.index.Tensor)
-def _index(ev: Evaluator, node: Node, index: Index) -> Term:
+def _index(ev: Evaluator, node: Any, index: Index) -> Term:
     source, positions = node.args
     if any(position is None or position.meta["val"].dtype != torch.int64 for position in positions):
         raise Unmodelled("an index with gaps or of another type")
@@ -432,7 +436,7 @@ def _index(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
-def _where(ev: Evaluator, node: Node, index: Index) -> Term:
+def _where(ev: Evaluator, node: Any, index: Index) -> Term:
     condition, yes, no = (ev.broadcast(operand, node, index) for operand in node.args)
     if node.meta["val"].dtype == torch.bool:
         return z3.If(_boolean(condition), _boolean(yes), _boolean(no))
@@ -440,7 +444,7 @@ def _where(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.cat.default)
-def _cat(ev: Evaluator, node: Node, index: Index) -> Term:
+def _cat(ev: Evaluator, node: Any, index: Index) -> Term:
     parts = node.args[0]
     dim = ev.dim(node, node.args[1] if len(node.args) > 1 else 0)
     kind = (node.meta["val"].dtype, node.meta["val"].dim())
@@ -457,9 +461,9 @@ def _cat(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.diff.default)
-def _diff(ev: Evaluator, node: Node, index: Index) -> Term:
+def _diff(ev: Evaluator, node: Any, index: Index) -> Term:
     """First difference with an optional prepended slice of length 1."""
-    source, order, dim, prepend, append = (*node.args, *[1, -1, None, None][len(node.args) - 1 :])
+    source, order, dim, prepend, append = _arguments(node, 1, -1, None, None)
     if order != 1 or append is not None or source.meta["val"].dtype != torch.int64:
         raise Unmodelled("a difference of another order")
     dim = ev.dim(source, dim)
@@ -477,7 +481,7 @@ def _diff(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.cumsum.default)
-def _cumsum(ev: Evaluator, node: Node, index: Index) -> Term:
+def _cumsum(ev: Evaluator, node: Any, index: Index) -> Term:
     """Modelled where the operand is provably one constant on the whole row: then it is that many times it."""
     source, dim = node.args[0], ev.dim(node, node.args[1])
     step = z3.FreshInt("step")
@@ -490,7 +494,7 @@ def _cumsum(ev: Evaluator, node: Node, index: Index) -> Term:
 
 
 @_models(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_copy.default)
-def _view(ev: Evaluator, node: Node, index: Index) -> Term:
+def _view(ev: Evaluator, node: Any, index: Index) -> Term:
     """Splits and merges of neighbouring dimensions; sizes inside a split or merge must be static but the first."""
     source = node.args[0]
     before = [size_expression(size) for size in source.meta["val"].shape]
@@ -521,6 +525,6 @@ def _view(ev: Evaluator, node: Node, index: Index) -> Term:
     return ev.at(source, tuple(z3.simplify(item) for item in result))
 
 
-def in_range(ev: Evaluator, node: Node, index: Index) -> list[z3.BoolRef]:
+def in_range(ev: Evaluator, node: Any, index: Index) -> list[z3.BoolRef]:
     """``0 <= index < size`` for every dimension of ``node``."""
     return [z3.And(item >= 0, item < size) for item, size in zip(index, ev.shape(node), strict=True)]

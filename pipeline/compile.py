@@ -57,7 +57,9 @@ class Built:
     section: dict[str, Any] = field(default_factory=dict)
 
 
-def lower(stack: Stack, program: ExportedProgram, inputs: tuple[InputSpec, ...], backend: BackendConfig, precision: str) -> Lowered:
+def lower(
+    stack: Stack, program: ExportedProgram, inputs: tuple[InputSpec, ...], backend: BackendConfig, precision: str
+) -> Lowered:
     """Torch-TensorRT's own lowering, with attention kept whole for the converter."""
     dynamo = stack.torch_tensorrt.dynamo
     from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
@@ -159,7 +161,7 @@ def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upst
     """Torch-TensorRT's interpreter with our converter for attention; ``made`` collects the native layers."""
     from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 
-    class UpstreamInterpreter(TRTInterpreter):  # type: ignore[misc]
+    class UpstreamInterpreter(TRTInterpreter):
         """Upstream's own converter, handed the mask that a static shape folds to a constant as a tensor of the
         network: with a torch tensor the converter of Torch-TensorRT 2.11 stops."""
 
@@ -172,7 +174,7 @@ def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upst
     if use_upstream:
         return UpstreamInterpreter
 
-    class Interpreter(TRTInterpreter):  # type: ignore[misc]
+    class Interpreter(TRTInterpreter):
         def validate_conversion(self) -> set[str]:
             ours = tuple(str(target) for target in converters.CONVERTED)
             return {op for op in super().validate_conversion() if not op.endswith(ours)}
@@ -230,7 +232,7 @@ def _target(stack: Stack, config: Any) -> str:
 
 
 def _monitor(stack: Stack, progress: Progress) -> Any:
-    class Monitor(stack.trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+    class Monitor(stack.trt.IProgressMonitor):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.steps: dict[str, int] = {}

@@ -196,7 +196,8 @@ def schema_keys(prefix: str = "") -> list[str]:
 
 def _refusal(error: OmegaConfBaseException, plain: DictConfig) -> str:
     """One line for what does not fit the schema: key, value and what is allowed."""
-    key, owner = str(error.full_key), error.object_type
+    key: str = str(error.full_key)
+    owner: Any = error.object_type
     if isinstance(error, MissingMandatoryValue):
         return f"{key}=???: has no default; set it, for example {key}=VALUE"
     value: Any = OmegaConf.to_container(plain, resolve=False)
@@ -278,9 +279,7 @@ def _check_strategy(strategy: StrategyConfig) -> None:
         takes = f"allowed are {', '.join(allowed)}" if allowed else "it takes none; leave it out"
         owners = [name for name, values in STRATEGIES.items() if strategy.unproven in values]
         hint = f" (it belongs to strategy={owners[0]})" if owners else ""
-        raise UserError(
-            f"strategy.unproven={strategy.unproven}: not for strategy={strategy.name}{hint}; {takes}"
-        )
+        raise UserError(f"strategy.unproven={strategy.unproven}: not for strategy={strategy.name}{hint}; {takes}")
     if allowed and strategy.unproven is None:
         raise UserError(f"strategy.unproven=null: strategy={strategy.name} needs one of {', '.join(allowed)}")
 
@@ -322,7 +321,9 @@ def _check_shapes(config: Config) -> None:
     for item in config.benchmark.shapes:
         _within("benchmark.shapes.input_length", item.input_length, shape)
         if item.batch != shape.batch:
-            raise UserError(f"benchmark.shapes.batch={item.batch}: the profile has shape.batch={shape.batch}; make them equal")
+            raise UserError(
+                f"benchmark.shapes.batch={item.batch}: the profile has shape.batch={shape.batch}; make them equal"
+            )
     for length in config.verify.lengths or []:
         _within("verify.lengths", length, shape)
     _at_least("benchmark.min_iterations", config.benchmark.min_iterations, 10)

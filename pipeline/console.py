@@ -78,7 +78,8 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield (
             "network",
             f"{engine['layers']} layers: {engine['iattention']} native attention "
-            f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), {engine['softmax']} softmax{size}",
+            f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), "
+            f"{engine['softmax']} softmax{size}",
         )
         for note in engine["notes"]:
             yield "", escape(note)

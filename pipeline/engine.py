@@ -36,7 +36,9 @@ class Engine:
         self._runtime = trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
         self._engine = self._runtime.deserialize_cuda_engine(data)
         if self._engine is None:
-            raise RunError("deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target")
+            raise RunError(
+                "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
+            )
         self._context = self._make_context(stack)
         self._output = next(
             name
@@ -52,9 +54,7 @@ class Engine:
             return self._engine.create_execution_context()
         config = self._engine.create_runtime_config()
         # Kernels for a new length are compiled when it is first met, before it runs, not behind the caller's back.
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            stack.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        )
+        config.dynamic_shapes_kernel_specialization_strategy = stack.trt.DynamicShapesKernelSpecializationStrategy.EAGER
         return self._engine.create_execution_context(config)
 
     def prepare(self, batch: int, length: int) -> None:
@@ -129,7 +129,9 @@ class Engine:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
 
-def write_engine(folder: Path, data: Any, section: dict[str, Any], inputs: tuple[InputSpec, ...], environment: dict) -> None:
+def write_engine(
+    folder: Path, data: Any, section: dict[str, Any], inputs: tuple[InputSpec, ...], environment: dict
+) -> None:
     """``engine.trt`` and its manifest ``engine.json``: hash, inputs with their ranges, target and versions."""
     (folder / section["file"]).write_bytes(data)
     manifest = {

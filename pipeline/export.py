@@ -63,7 +63,7 @@ class CallForm(nn.Module):
             logits_to_keep=self.logits_to_keep,
             **{name: value for name, value in given.items() if value is not None},
         )
-        return output.logits  # type: ignore[no-any-return]
+        return output.logits
 
 
 def make_inputs(names: list[str], tokens: Tensor, padding: Tensor | None = None) -> dict[str, Tensor]:
@@ -104,5 +104,7 @@ def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.
             )
             program = prepare(program)
     except Exception as error:
-        raise RunError("export", f"torch.export: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise RunError(
+            "export", f"torch.export: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
     return Traced(program, specs)

@@ -59,6 +59,6 @@ class TorchRunner:
         """Logits [batch, 1 or length, vocabulary]."""
         try:
             with torch.no_grad(), self._kernels():
-                return self._forward(**{name: tensor.cuda() for name, tensor in inputs.items()}).clone()  # type: ignore[no-any-return]
+                return self._forward(**{name: tensor.cuda() for name, tensor in inputs.items()}).clone()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RunError("torch_compile", str(error).strip().splitlines()[0]) from error

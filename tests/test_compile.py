@@ -172,8 +172,9 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", MASKS)
-@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("name", "static"), [*((name, False) for name in MASKS), ("bool, 4-D", True), ("one row for all queries", True)]
+)
 def test_a_mask_of_any_form_reaches_the_layer(name: str, static: bool) -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=MASKS[name](q)), static=static)
     made = network(given, "mask_input")

@@ -28,7 +28,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
@@ -41,19 +41,20 @@ OTHERS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
     "phi3": {"model_type": "phi3"},
     "gpt2": {
-        "model_type": "gpt2", "vocab_size": 128, "n_positions": 1024, "n_embd": 64, "n_layer": 2, "n_head": 4,
+        "model_type": "gpt2", "vocab_size": 128, "n_positions": 1024, "n_embd": 64, "n_layer": 1, "n_head": 4,
         "bos_token_id": 1, "eos_token_id": 2,
     },
 }  # fmt: skip
-POWER_OF_TWO = {"head_dim": 16}  # scale 1/4
 
 
 def architecture(name: str) -> dict[str, Any]:
-    """The ``transformers`` config of tiny model ``name``; heads of 16, so that the scale 1/4 folds without rounding."""
+    """The ``transformers`` config of tiny model ``name``: one layer (``llama`` two, which share their mask), and heads
+    of 16, so that the scale 1/4 folds without rounding."""
     if name == "gpt2":
         return dict(OTHERS[name])
     shipped = model_config(SHIPPED[name]).architecture if name in SHIPPED else OTHERS[name]
-    return shipped | SIZES | ({"head_dim": 16} if "head_dim" in shipped else {})
+    layers = {"num_hidden_layers": 2} if name == "llama" else {}
+    return shipped | SIZES | layers | ({"head_dim": 16} if "head_dim" in shipped else {})
 
 
 def config(name: str, inputs: tuple[str, ...] = ("input_ids",), **changes: Any) -> ModelConfig:

@@ -14,5 +14,7 @@ def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decis
     if proof.void:
         return Decision(Action.NATIVE_FULL, why(proof))
     if unproven == "error":
-        raise RunError("unproven", f"{call.name}: the mask is not proved causal ({why(proof)}); strategy.unproven=error")
+        raise RunError(
+            "unproven", f"{call.name}: the mask is not proved causal ({why(proof)}); strategy.unproven=error"
+        )
     return Decision(Action.DECOMPOSED if unproven == "decompose" else Action.NATIVE_MASK, why(proof))

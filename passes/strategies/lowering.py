@@ -17,7 +17,9 @@ def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decis
     if proof.void:
         return Decision(Action.REWRITTEN_FULL, why(proof))
     if unproven == "error":
-        raise RunError("unproven", f"{call.name}: the mask is not proved causal ({why(proof)}); strategy.unproven=error")
+        raise RunError(
+            "unproven", f"{call.name}: the mask is not proved causal ({why(proof)}); strategy.unproven=error"
+        )
     if unproven == "force":
         return Decision(Action.REWRITTEN_CAUSAL, f"dropped unproved, as asked; {why(proof)}", unproved=True)
     return Decision(Action.NATIVE_MASK, f"kept; {why(proof)}")
