@@ -147,6 +147,7 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
             _verify(record, loaded, device, form, runner, "engine")
         else:
             # Without a GPU the engine cannot run; what can be checked is the graph that it was built from.
+            del built  # hundreds of megabytes, and on disk
             graph = widened(rewritten.program.module())
             _verify(record, loaded, device, form, lambda inputs: graph(**inputs), "graph")
     if device.type != "cuda":

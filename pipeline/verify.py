@@ -14,9 +14,10 @@ arithmetic, on the same inputs; the error of PyTorch as it ships stands beside i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -127,7 +128,7 @@ def judge(
     for number, case in enumerate(cases):
         inputs, padding = inputs_of(case)
         with torch.no_grad():
-            logits = [forward(inputs) for forward in (*yardsticks.values(), candidate)]
+            logits = (forward(inputs) for forward in (*yardsticks.values(), candidate))
             *owns, got = compare(reference(inputs), logits, padding)
         own = owns[-1]
         tolerance = FACTOR * max(own.relative_error, precision_eps)
@@ -177,62 +178,54 @@ def _dot(left: Tensor, right: Tensor) -> float:
 
 
 class _Sums:
-    """What is added up over chunks of positions for one set of logits."""
+    """What is added up over the real positions, a chunk of them at a time."""
 
-    def __init__(self, logits: Tensor, truth: Tensor) -> None:
+    def __init__(self, truth: Tensor, padding: Tensor | None, logits: Tensor) -> None:
         if logits.shape != truth.shape:
             raise RunError("accuracy", f"logits of shape {tuple(logits.shape)}, not {tuple(truth.shape)}")
-        self.logits = logits
-        self.difference = self.square = self.dot = self.kl = self.worst = 0.0
-        self.flipped_leads: list[Tensor] = []
-        self.count = 0
+        positions = _real_positions(truth, padding)
+        self.count = len(positions)
+        if not self.count:
+            raise RunError("accuracy", "a case without a single real position: nothing was compared")
+        self.truth_square = self.difference = self.square = self.dot = self.kl = 0.0
+        worst, flipped_leads = [], []
+        for chunk in positions.split(CHUNK):
+            where = (chunk[:, 0], chunk[:, 1])
+            wanted, got = truth[where], logits[where].to(truth)
+            delta, log_p = got - wanted, wanted.log_softmax(-1)
+            self.truth_square += _dot(wanted, wanted)
+            self.difference += _dot(delta, delta)
+            self.square += _dot(got, got)
+            self.dot += _dot(got, wanted)
+            self.kl += _dot(log_p.exp(), log_p - got.log_softmax(-1))
+            worst.append(delta.abs().max())
+            lead = wanted.topk(2, dim=-1).values
+            flipped_leads.append((lead[:, 0] - lead[:, 1])[got.argmax(-1) != wanted.argmax(-1)])
+        self.worst = float(torch.stack(worst).max())  # keeps NaN
+        self.flipped_leads = torch.cat(flipped_leads)
 
-    def add(self, where: tuple[Tensor, Tensor], wanted: Tensor, log_p: Tensor, p: Tensor, lead: Tensor) -> None:
-        got = self.logits[where].to(wanted)
-        delta = got - wanted
-        self.difference += _dot(delta, delta)
-        self.square += _dot(got, got)
-        self.dot += _dot(got, wanted)
-        self.worst = float(torch.stack([delta.abs().max(), torch.tensor(self.worst).to(delta)]).max())  # keeps NaN
-        self.kl += _dot(p, log_p - got.log_softmax(-1))
-        self.flipped_leads.append(lead[got.argmax(-1) != wanted.argmax(-1)])
-        self.count += len(got)
-
-    def deviation(self, truth_square: float, explained_lead: float) -> Deviation:
-        flipped = torch.cat(self.flipped_leads)
+    def deviation(self, explained_lead: float) -> Deviation:
         return Deviation(
-            relative_error=(self.difference / truth_square) ** 0.5,
+            relative_error=(self.difference / self.truth_square) ** 0.5,
             max_abs=self.worst,
-            cosine=self.dot / (truth_square * self.square) ** 0.5 if self.square else 0.0,
+            cosine=self.dot / (self.truth_square * self.square) ** 0.5 if self.square else 0.0,
             kl=max(self.kl / self.count, 0.0),
-            top1_agreement=1 - len(flipped) / self.count,
-            unexplained_flips=int((flipped > explained_lead).sum()),
+            top1_agreement=1 - len(self.flipped_leads) / self.count,
+            unexplained_flips=int((self.flipped_leads > explained_lead).sum()),
         )
 
 
-def compare(truth: Tensor, logits: list[Tensor], padding: Tensor | None) -> list[Deviation]:
+def compare(truth: Tensor, logits: Iterable[Tensor], padding: Tensor | None) -> list[Deviation]:
     """How far each of ``logits`` is from ``truth``, all [batch, 1 or length, V], at the real positions.
 
+    Of ``logits`` only one is held at a time: full logits are what most memory goes into.
     The comparison is made in the type of ``truth``.  The last of ``logits`` is the candidate, the one before it
     its yardstick: a lead of the most likely token over the second is taken as explained by rounding up to twice
     ``FACTOR`` times the largest error of the yardstick, since two logits compete.
     """
-    sums = [_Sums(each, truth) for each in logits]
-    square = 0.0
-    positions = _real_positions(truth, padding)
-    if not len(positions):
-        raise RunError("accuracy", "a case without a single real position: nothing was compared")
-    for chunk in positions.split(CHUNK):
-        where = (chunk[:, 0], chunk[:, 1])
-        wanted = truth[where]
-        square += _dot(wanted, wanted)
-        log_p = wanted.log_softmax(-1)
-        top2 = wanted.topk(2, dim=-1).values
-        p, lead = log_p.exp(), top2[:, 0] - top2[:, 1]
-        for each in sums:
-            each.add(where, wanted, log_p, p, lead)
+    sums = list(map(partial(_Sums, truth, padding), logits))  # the variable of a loop would keep the last ones
     explained = 2 * FACTOR * sums[-2].worst
-    return [each.deviation(square, explained) for each in sums]
+    return [each.deviation(explained) for each in sums]
 
 
 def widened(graph: GraphModule) -> GraphModule:

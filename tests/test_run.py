@@ -20,7 +20,7 @@ from rich.console import Console
 
 from passes.errors import UserError
 from pipeline import tracking
-from pipeline.__main__ import _main, compose_config
+from pipeline.__main__ import _main, _terminated, compose_config
 from pipeline.config import STAGES
 from pipeline.console import StageDisplay
 from pipeline.engine import load_engine
@@ -305,8 +305,7 @@ def test_a_mask_dropped_against_the_proof_fails_verification_and_is_not_measured
     )  # fmt: skip
 
     assert code == 1
-    (folder,) = (cwd / "outputs").glob("*/*")
-    outcome = Outcome(json.loads((folder / "report.json").read_text()), folder)
+    outcome = outcome_in(cwd / "outputs")
     report, kept = outcome.report, mlflow_run(store, outcome)
     assert failure(outcome) == ("verify", "accuracy")
     assert not report["verify"]["passed"] and report["benchmark"] is None
@@ -348,9 +347,7 @@ def test_an_engine_that_tensorrt_refuses_to_build_fails_with_its_message(
     assert mlflow_run(store, outcome).info.status == "FAILED"
 
 
-def test_strategy_unproven_error_ends_the_run_before_anything_is_built(
-    store: str, tiny: Path, tmp_path: Path
-) -> None:
+def test_strategy_unproven_error_ends_the_run_before_anything_is_built(store: str, tiny: Path, tmp_path: Path) -> None:
     unproved = ["strategy.unproven=error", "model.inputs=[input_ids,attention_mask]"]
     outcome = do(store, tmp_path, tiny, *unproved, *SMALL)
 
@@ -476,10 +473,9 @@ def test_an_experiment_that_was_deleted_is_refused_and_the_run_folder_is_gone(
 
 
 def test_a_sweep_makes_a_run_of_each_combination(store: str, tiny: Path, cwd: Path) -> None:
-    code = _main(
-        ["-m", "strategy=detect_causal,lowering", "model=local", f"model.path={tiny}", "until=strategy"]
-        + [f"tracking.uri={store}", *SMALL]
-    )
+    settings = ["model=local", f"model.path={tiny}", "until=strategy", f"tracking.uri={store}", *SMALL]
+
+    code = _main(["-m", "strategy=detect_causal,lowering", *settings])
 
     reports = [json.loads(path.read_text()) for path in sorted((cwd / "outputs").glob("*/*/report.json"))]
     assert code == 0
@@ -501,25 +497,53 @@ def test_a_job_that_is_refused_does_not_keep_the_rest_of_a_sweep_from_running(
     assert report["model"]["name"] == "tiny-llama" and report["status"] == "ok"
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "by"), [(signal.SIGINT, 130, "Ctrl-C"), (signal.SIGTERM, 143, "SIGTERM")], ids=["int", "term"]
-)
-def test_an_interrupted_run_is_closed_and_reported(
-    number: signal.Signals, code: int, by: str, store: str, tiny: Path, tmp_path: Path
-) -> None:
-    process = start("model=local", f"model.path={tiny}", f"tracking.uri={store}", *SMALL, cwd=tmp_path)
-    while not list(tmp_path.glob("outputs/*/*/graph_before.txt")) and process.poll() is None:
-        time.sleep(0.05)
-    process.send_signal(number)
-    process.communicate(timeout=120)
-
-    (folder,) = (tmp_path / "outputs").glob("*/*")
-    outcome = Outcome(json.loads((folder / "report.json").read_text()), folder)
+def is_closed_as_interrupted(outcome: Outcome, by: str, store: str) -> None:
     kept = mlflow_run(store, outcome)
-    assert process.returncode == code
     assert failure(outcome)[1] == "interrupted" and by in outcome.report["failure"]["message"]
     assert kept.info.status == "KILLED" and kept.data.tags["failure.kind"] == "interrupted"
     assert "report.json" in artifacts(store, kept.info.run_id)
+
+
+def outcome_in(output: Path) -> Outcome:
+    """What the only run under ``output`` left."""
+    (folder,) = output.glob("*/*")
+    return Outcome(json.loads((folder / "report.json").read_text()), folder)
+
+
+def test_ctrl_c_ends_a_run_with_code_130_and_its_report_and_mlflow_run_are_closed(
+    store: str, one_layer: Path, tmp_path: Path
+) -> None:
+    process = start("model=local", f"model.path={one_layer}", f"tracking.uri={store}", *SMALL, cwd=tmp_path)
+    while not list(tmp_path.glob("outputs/*/*/graph_before.txt")) and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+
+    assert process.returncode == 130
+    is_closed_as_interrupted(outcome_in(tmp_path / "outputs"), "Ctrl-C", store)
+
+
+class Killed(StageDisplay):
+    """Has the process terminated while TensorRT builds."""
+
+    def steps(self, message: str, done: int, total: int) -> bool:
+        signal.raise_signal(signal.SIGTERM)
+        return True
+
+
+def test_sigterm_during_an_engine_build_stops_it_and_closes_the_run(
+    store: str, one_layer: Path, tmp_path: Path
+) -> None:
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        with pytest.raises(SystemExit) as left:
+            do(store, tmp_path, one_layer, *SMALL, display=Killed(Console(file=io.StringIO())))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    outcome = outcome_in(tmp_path)
+    assert left.value.code == 143 and failure(outcome)[0] == "build"
+    is_closed_as_interrupted(outcome, "SIGTERM", store)
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
@@ -543,8 +567,8 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(tmp_path: Path) -> N
     _, shown = process.communicate(timeout=800)
 
     assert process.returncode == 0, shown
-    (folder,) = (tmp_path / "outputs").glob("*/*")
-    report = json.loads((folder / "report.json").read_text())
+    outcome = outcome_in(tmp_path / "outputs")
+    report = outcome.report
     assert report["status"] == DONE and report["failure"] is None
     assert report["model"]["parameters"] == 134_515_008 and report["model"]["weights"] == "pretrained"
     assert report["attention"]["summary"]["by_mask"] == {"causal": 30}
@@ -560,7 +584,7 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(tmp_path: Path) -> N
     assert "30 causal → 30 native_causal" in shown and "Paris" in shown
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    kept = mlflow_run(store, Outcome(report, folder))
+    kept = mlflow_run(store, outcome)
     assert kept.info.run_name == "smollm2_135m · detect_causal · fp16 · dynamic 2..2048"
     assert kept.info.status == "FINISHED" and kept.data.metrics["verify.passed"] == 1
     files = {"report.json", "engine.trt", "engine.json", "graph_before.txt", "graph_after.txt", "attention_calls.md"}
