@@ -94,7 +94,7 @@ def prepare(program: ExportedProgram) -> ExportedProgram:
 def _is_functional(node: Node) -> bool:
     """Whether ``run_decompositions({})`` would keep ``node``, or :func:`prepare` can do what it would do."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return node.op == "call_function" and getattr(node.target, "__module__", None) in ("_operator", "math")
+        return node.op == "call_function" and getattr(node.target, "__module__", None) in ("_operator", "math", "torch")
     if node.target in CASTS:
         return bool(node.all_input_nodes[0].meta["val"].device == node.meta["val"].device)
     schema = node.target._schema

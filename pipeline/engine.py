@@ -149,8 +149,10 @@ def write_engine(
 
 def open_engine(path: Path, cuda_graph: bool = False) -> Engine:
     """The engine file ``path`` with the manifest beside it; raises :class:`UserError` if its hash is another."""
-    manifest = json.loads(path.with_name("engine.json").read_text())
-    data = path.read_bytes()
+    try:
+        manifest, data = json.loads(path.with_name("engine.json").read_text()), path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: not there; an engine is engine.trt with engine.json beside it") from None
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
     if not torch.cuda.is_available():

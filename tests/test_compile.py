@@ -31,7 +31,9 @@ def on(phase: str, step: int, steps: int) -> bool:
 def network(traced: Traced, strategy: str, unproven: str | None = None, precision: str = "fp16", **how: Any) -> Network:
     stack = how.pop("stack", None) or load_stack()
     program = apply_strategy(traced.program, strategy, unproven).program
-    return compile.interpret(stack, compile.lower(stack, program, traced.inputs, BACKEND, precision), strategy == "upstream")
+    return compile.interpret(
+        stack, compile.lower(stack, program, traced.inputs, BACKEND, precision), strategy == "upstream"
+    )
 
 
 def layers(made: Network, kind: str) -> list[Any]:
@@ -76,12 +78,17 @@ def assert_consistent(built: Built) -> None:
 def test_fp32_says_that_there_is_no_fused_kernel() -> None:
     made = network(tiny.traced("llama"), "lowering", "keep", "fp32")
     assert (made.contents["iattention"], made.contents["iattention_causal"]) == (2, 2)
-    assert made.contents["iattention_fused"] == 0 and "2 of 2 attention layers have no fused kernel" in made.contents["notes"][0]
+    assert (
+        made.contents["iattention_fused"] == 0
+        and "2 of 2 attention layers have no fused kernel" in made.contents["notes"][0]
+    )
     assert_consistent(compile.build(load_stack(), made, on))
 
 
 def test_padding_reaches_the_native_layer_as_a_mask() -> None:
-    made = network(tiny.traced("llama", inputs=("input_ids", "attention_mask"), batch=2), "detect_causal", "mask", "fp32")
+    made = network(
+        tiny.traced("llama", inputs=("input_ids", "attention_mask"), batch=2), "detect_causal", "mask", "fp32"
+    )
     assert (made.contents["iattention_causal"], made.contents["iattention_masked"]) == (0, 2)
     net = made.interpreter.ctx.net
     assert [net.get_input(i).name for i in range(net.num_inputs)] == ["input_ids", "attention_mask"]
@@ -167,7 +174,7 @@ MASKS: dict[str, Callable[[Tensor], Tensor]] = {
     "bool, 4-D": lambda q: (torch.arange(q.shape[2])[:, None] < torch.arange(q.shape[2]) + 2)[None, None],
     "bool, 2-D": lambda q: torch.arange(q.shape[2])[:, None] < torch.arange(q.shape[2]) + 2,
     "one row for all queries": lambda q: (torch.arange(q.shape[2]) < 5)[None, None, None],
-    "float of the query's type": lambda q: (q @ q.transpose(-2, -1)),
+    "float of the query's type": lambda q: q @ q.transpose(-2, -1),
     "float, one head for all": lambda q: (q @ q.transpose(-2, -1))[:, :1],
 }
 
@@ -191,7 +198,9 @@ def test_a_layer_that_dropped_its_mask_is_noticed(monkeypatch: pytest.MonkeyPatc
         converters, "_add_layer", lambda stack, net, qkv, causal: add_layer(stack, net, qkv, "upper_left")
     )
     given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=MASKS["bool, 4-D"](q)))
-    with pytest.raises(RunError, match=r"asked for causal=none, mask=True; got .*causal='upper_left', masked=False") as e:
+    with pytest.raises(
+        RunError, match=r"asked for causal=none, mask=True; got .*causal='upper_left', masked=False"
+    ) as e:
         network(given, "mask_input")
     assert e.value.kind == "conversion"
 

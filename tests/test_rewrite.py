@@ -78,7 +78,9 @@ def test_a_causal_model_is_computed_as_pytorch_does(
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-@pytest.mark.parametrize(("strategy", "unproven"), [("detect_causal", "mask"), ("lowering", "keep"), ("decompose", None)])
+@pytest.mark.parametrize(
+    ("strategy", "unproven"), [("detect_causal", "mask"), ("lowering", "keep"), ("decompose", None)]
+)
 def test_the_other_shipped_architectures_are_too(name: str, strategy: str, unproven: str | None) -> None:
     assert_as_pytorch(
         tiny.rewritten(strategy, unproven, name).program.module(), name, {"input_ids": tiny.tokens(1, LENGTH)}
@@ -101,7 +103,9 @@ def test_packed_positions_are_respected(strategy: str, unproven: str | None, pro
     rewritten = tiny.rewritten(strategy, unproven, "llama", inputs=("input_ids", "position_ids"))
     assert [(call.proof, call.action) for call in rewritten.calls] == [("not_proved", unproved)] * 2
     packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0, 1]])
-    assert_as_pytorch(rewritten.program.module(), "llama", {"input_ids": tiny.tokens(1, LENGTH), "position_ids": packed})
+    assert_as_pytorch(
+        rewritten.program.module(), "llama", {"input_ids": tiny.tokens(1, LENGTH), "position_ids": packed}
+    )
 
 
 def test_a_window_within_the_range_is_respected() -> None:
@@ -231,7 +235,9 @@ def qkv(dtype: torch.dtype, length: int = 4, keys: int = 4) -> list[Tensor]:
     return [torch.randn(1, 2, n, 16, generator=generator).to(dtype) for n in (length, keys, keys)]
 
 
-@pytest.mark.parametrize(("kind", "length"), [("upper_left", 4), ("lower_right", 4), ("upper_left", 2), ("lower_right", 2)])
+@pytest.mark.parametrize(
+    ("kind", "length"), [("upper_left", 4), ("lower_right", 4), ("upper_left", 2), ("lower_right", 2)]
+)
 def test_the_native_op_computes_from_its_claim_and_checks_the_mask_against_it(kind: str, length: int) -> None:
     q, k, v = qkv(torch.float32, length)
     mask = ops.causal_mask(kind, length, 4, tiny.CPU)

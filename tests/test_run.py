@@ -23,7 +23,7 @@ from pipeline import tracking
 from pipeline.__main__ import _main, _terminated, compose_config
 from pipeline.config import STAGES
 from pipeline.console import StageDisplay
-from pipeline.engine import load_engine
+from pipeline.engine import load_engine, open_engine
 from pipeline.run import Outcome, run
 from pipeline.tracking_names import parameters
 
@@ -185,6 +185,12 @@ def test_the_engine_comes_back_from_mlflow_only_with_the_hash_that_was_recorded(
     if not GPU:
         with pytest.raises(UserError, match="needs an NVIDIA GPU"):
             load_engine(run_id, store)
+    fetched.write_bytes(fetched.read_bytes()[:-1])
+    with pytest.raises(UserError, match="its sha256 is not the manifest's"):
+        open_engine(fetched)
+    fetched.unlink()
+    with pytest.raises(UserError, match=r"engine\.trt: not there"):
+        open_engine(fetched)
 
 
 def test_the_summary_shows_attention_network_verification_and_where_everything_is(finished: Outcome) -> None:

@@ -83,7 +83,9 @@ def test_a_fused_projection_keeps_its_scale_and_its_weights(name: str) -> None:
 class Projected(nn.Module):
     """Attention over x [1, length, 16] whose query, key and value ``make`` makes with two projections."""
 
-    def __init__(self, make: Callable[[Projected, Tensor], tuple[Tensor, Tensor, Tensor]], shared: bool = False) -> None:
+    def __init__(
+        self, make: Callable[[Projected, Tensor], tuple[Tensor, Tensor, Tensor]], shared: bool = False
+    ) -> None:
         super().__init__()
         self.make = make
         self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from conftest import model_config
@@ -24,6 +24,7 @@ from pipeline.export import CallForm, Traced, trace
 from pipeline.model import load
 
 CPU = torch.device("cpu")
+Changes = tuple[tuple[str, Any], ...]
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -63,14 +64,14 @@ def config(name: str, inputs: tuple[str, ...] = ("input_ids",), **changes: Any) 
     )
 
 
-def model(name: str, precision: str = "fp32", **changes: Any) -> PreTrainedModel:
+def model(name: str, precision: str = "fp32", device: torch.device = CPU, **changes: Any) -> PreTrainedModel:
     """Seeded, in eval mode; shared by every test, so not to be changed."""
-    return _model(name, precision, tuple(sorted(changes.items())))
+    return _model(name, precision, device, tuple(sorted(changes.items())))
 
 
 @functools.cache
-def _model(name: str, precision: str, changes: tuple[tuple[str, Any], ...]) -> PreTrainedModel:
-    return load(config(name, **dict(changes)), precision, CPU, 0, lambda _: None).model
+def _model(name: str, precision: str, device: torch.device, changes: Changes) -> PreTrainedModel:
+    return load(config(name, **dict(changes)), precision, device, 0, lambda _: None).model
 
 
 def traced(
@@ -78,22 +79,30 @@ def traced(
     precision: str = "fp32",
     inputs: tuple[str, ...] = ("input_ids",),
     batch: int = 1,
-    static: bool = False,
-    longest: int = 64,
+    lengths: tuple[int, int] = (1, 64),
+    device: torch.device = CPU,
     **changes: Any,
 ) -> Traced:
-    """Tiny model ``name`` traced for lengths 1..``longest``, or for ``longest`` alone; the caller's own copy."""
-    made = _traced(name, precision, inputs, batch, static, longest, tuple(sorted(changes.items())))
-    return Traced(copy.deepcopy(made.program), made.inputs)
+    """Tiny model ``name`` traced for the range ``lengths``, static where both ends are equal; the caller's own copy."""
+    made = _traced(name, precision, inputs, ShapeKey(batch, *lengths), device, tuple(sorted(changes.items())))
+    with quiet():
+        return Traced(copy.deepcopy(made.program), made.inputs)
+
+
+class ShapeKey(NamedTuple):
+    batch: int
+    least: int
+    most: int
 
 
 @functools.cache
 def _traced(
-    name: str, precision: str, inputs: tuple[str, ...], batch: int, static: bool, longest: int, changes: tuple
+    name: str, precision: str, inputs: tuple[str, ...], shape: ShapeKey, device: torch.device, changes: Changes
 ) -> Traced:
-    shape = ShapeConfig("static" if static else "dynamic", batch, longest if static else 1, longest, longest)
-    form = CallForm(_model(name, precision, changes), "all")
-    return trace(form, config(name, inputs, **dict(changes)), shape, CPU)
+    kind = "static" if shape.least == shape.most else "dynamic"
+    asked = ShapeConfig(kind, shape.batch, shape.least, shape.most, shape.most)
+    form = CallForm(_model(name, precision, device, changes), "all")
+    return trace(form, config(name, inputs, **dict(changes)), asked, device)
 
 
 def rewritten(strategy: str, unproven: str | None, name: str, **how: Any) -> Rewritten:

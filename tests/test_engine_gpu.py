@@ -1,0 +1,193 @@
+"""Engines on the GPU against PyTorch: every strategy, both kinds of shape, padding, the scale, CUDA graphs."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from conftest import model_config
+from torch import Tensor
+
+from passes import rewrite
+from passes.errors import RunError, UserError
+from passes.stack import load_stack
+from pipeline import compile, verify
+from pipeline.config import BackendConfig, ShapeConfig
+from pipeline.engine import Engine
+from pipeline.export import CallForm, InputSpec, make_inputs, trace
+from pipeline.generate import chat_tokens, greedy
+from pipeline.model import DTYPES, load, load_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that TensorRT can run on"),
+]
+
+LONGEST = 1024
+LENGTHS = (2, 7, 511, 512, 513, LONGEST)
+PADDED = ("input_ids", "attention_mask")
+# Heads of 64, and weights that spread the scores over several units: a lost scale or mask changes every logit.
+SHARP: dict[str, Any] = {"head_dim": 64, "initializer_range": 0.2}
+STRATEGIES = [
+    ("detect_causal", "mask"), ("mask_input", None), ("lowering", "keep"), ("decompose", None), ("upstream", None),
+]  # fmt: skip
+
+
+def build(
+    strategy: str, unproven: str | None, precision: str = "fp16", name: str = "llama", *,
+    inputs: tuple[str, ...] = ("input_ids",), batch: int = 1, lengths: tuple[int, int] = (2, LONGEST),
+    cuda_graph: bool = False, **changes: Any,
+) -> Engine:  # fmt: skip
+    stack, device = load_stack(), torch.device("cuda")
+    traced = tiny.traced(name, precision, inputs, batch, lengths, device, **changes)
+    program = rewrite.apply_strategy(traced.program, strategy, unproven).program
+    lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), precision)
+    network = compile.interpret(stack, lowered, strategy == "upstream")
+    return Engine(stack, compile.build(stack, network, lambda *_: True).data, traced.inputs, cuda_graph)
+
+
+@functools.cache
+def reference(name: str, precision: str, changes: tiny.Changes) -> CallForm:
+    return CallForm(load_reference(tiny.config(name, **dict(changes)), precision, torch.device("cuda"), 0), "all")
+
+
+def judged(
+    engine: Engine, precision: str, lengths: tuple[int, ...], padding: str = "none", name: str = "llama", **changes: Any
+) -> dict[str, Any]:
+    """The pipeline's own verification of ``engine`` at ``lengths``."""
+    names, batch = [spec.name for spec in engine.inputs], engine.inputs[0].batch
+    form = CallForm(tiny.model(name, precision, torch.device("cuda"), **changes), "all")
+
+    def inputs_of(case: verify.Case) -> tuple[dict[str, Tensor], Tensor | None]:
+        padded = verify.padding_mask(case, batch)
+        tokens = tiny.tokens(batch, case.length).cuda()
+        return make_inputs(names, tokens, None if padded is None else padded.cuda()), padded
+
+    def accumulating_in_fp16(inputs: dict[str, Tensor]) -> Tensor:
+        with verify.fp16_accumulation():
+            return form(**inputs)
+
+    return verify.judge(
+        [verify.Case(f"length_{length}", length, padding, 0) for length in lengths],
+        inputs_of,
+        reference=lambda inputs: reference(name, precision, tuple(sorted(changes.items())))(**inputs),
+        yardsticks={"pytorch": lambda inputs: form(**inputs), "pytorch_fp16_accumulation": accumulating_in_fp16},
+        candidate=engine,
+        precision_eps=torch.finfo(DTYPES[precision]).eps / 2,
+        progress=lambda done, total: None,
+    )
+
+
+@pytest.mark.parametrize(("strategy", "unproven"), STRATEGIES)
+def test_a_dynamic_engine_equals_pytorch_over_its_whole_profile(strategy: str, unproven: str | None) -> None:
+    verify.gate(judged(build(strategy, unproven, **SHARP), "fp16", LENGTHS, **SHARP))
+
+
+@pytest.mark.parametrize(("strategy", "unproven"), STRATEGIES)
+def test_a_static_engine_equals_pytorch(strategy: str, unproven: str | None) -> None:
+    verify.gate(judged(build(strategy, unproven, lengths=(513, 513), **SHARP), "fp16", (513,), **SHARP))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_other_precisions_equal_pytorch(precision: str) -> None:
+    verify.gate(judged(build("detect_causal", "mask", precision, **SHARP), precision, LENGTHS, **SHARP))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3"])
+def test_biases_norms_and_fused_projections_equal_pytorch(name: str) -> None:
+    changes = {"initializer_range": 0.2}
+    engine = build("detect_causal", "mask", name=name, **changes)
+    verify.gate(judged(engine, "fp16", LENGTHS, name=name, **changes))
+
+
+@pytest.mark.parametrize(("strategy", "unproven"), [("detect_causal", "mask"), ("lowering", "keep")])
+def test_a_scale_that_stays_in_the_graph_is_not_lost(
+    strategy: str, unproven: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite, "fold_scale", lambda *_: "kept, for this test")
+    verify.gate(judged(build(strategy, unproven, **SHARP), "fp16", LENGTHS, **SHARP))
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize(("strategy", "unproven"), [("detect_causal", "mask"), ("detect_causal", "decompose")])
+def test_padding_is_respected_in_a_batch(strategy: str, unproven: str, padding: str) -> None:
+    engine = build(strategy, unproven, inputs=PADDED, batch=2, **SHARP)
+    verify.gate(judged(engine, "fp16", (7, 513), padding, **SHARP))
+
+
+def test_a_mask_that_was_dropped_by_force_fails_the_verification() -> None:
+    engine = build("lowering", "force", inputs=PADDED, batch=2, **SHARP)
+    verify.gate(judged(engine, "fp16", (7, 513), "none", **SHARP))
+    with pytest.raises(RunError, match="cases failed") as error:
+        verify.gate(judged(engine, "fp16", (7, 513), "left", **SHARP))
+    assert error.value.kind == "accuracy"
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return build("detect_causal", "mask", **SHARP)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 1), (1, LONGEST + 1), (2, 7)])
+def test_a_shape_outside_the_profile_is_refused_and_the_engine_lives_on(
+    engine: Engine, batch: int, length: int
+) -> None:
+    right = engine({"input_ids": tiny.tokens(1, 7).cuda()})
+    with pytest.raises(UserError, match=f"length 2..{LONGEST}"):
+        engine({"input_ids": tiny.tokens(batch, length).cuda()})
+    assert torch.equal(engine({"input_ids": tiny.tokens(1, 7).cuda()}), right)
+
+
+def test_new_tokens_of_the_same_shape_are_not_answered_from_the_buffers(engine: Engine) -> None:
+    first, second = (engine({"input_ids": tiny.tokens(1, 7, seed).cuda()}) for seed in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(engine({"input_ids": tiny.tokens(1, 7, 0).cuda()}), first)
+
+
+@pytest.mark.parametrize("lengths", [(513, 513), (2, LONGEST)], ids=["static", "dynamic"])
+def test_a_captured_graph_replays_the_engine_or_says_that_it_cannot(lengths: tuple[int, int]) -> None:
+    plain = build("detect_causal", "mask", lengths=lengths, **SHARP)
+    captured = build("detect_causal", "mask", lengths=lengths, cuda_graph=True, **SHARP)
+    for seed in (0, 1):
+        inputs = {"input_ids": tiny.tokens(1, 513, seed).cuda()}
+        try:
+            got = captured(inputs)
+        except RunError as error:
+            assert error.kind == "cuda_graph" and "captured" in str(error)
+            return
+        torch.testing.assert_close(got, plain(inputs))
+
+
+def test_the_default_model_answers_as_pytorch_does() -> None:
+    stack, device = load_stack(), torch.device("cuda")
+    config = model_config("smollm2_135m")
+    loaded = load(config, "fp16", device, 0, lambda _: None)
+    form = CallForm(loaded.model, "all")
+    traced = trace(form, config, ShapeConfig("dynamic", 1, 2, 256, 256), device)
+    program = rewrite.apply_strategy(traced.program, "detect_causal", "mask").program
+    lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), "fp16")
+    built = compile.build(stack, compile.interpret(stack, lowered, False), lambda *_: True)
+    assert built.section["iattention_causal"] == 30
+    engine = Engine(stack, built.data, traced.inputs)
+
+    assert loaded.tokenizer is not None
+    question = "What is the capital of France?"
+    prompt = chat_tokens(loaded.tokenizer, question).to(device)
+    stop = frozenset({loaded.tokenizer.eos_token_id})
+    with torch.no_grad():
+        own = list(greedy(lambda inputs: form(**inputs), ["input_ids"], prompt, 24, stop, 256))
+    assert list(greedy(engine, ["input_ids"], prompt, 24, stop, 256)) == own
+    assert (
+        engine.answer(loaded.tokenizer, question, 24) == loaded.tokenizer.decode(own, skip_special_tokens=True).strip()
+    )
+    assert "Paris" in engine.answer(loaded.tokenizer, question, 24)
+
+
+def test_a_static_engine_cannot_answer() -> None:
+    engine = build("detect_causal", "mask", lengths=(513, 513), **SHARP)
+    assert engine.inputs == (InputSpec("input_ids", 1, 513, 513, 513),)
+    with pytest.raises(UserError, match="dynamic length"):
+        engine.answer(None, "?")  # type: ignore[arg-type]
