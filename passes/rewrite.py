@@ -93,14 +93,17 @@ def prepare(program: ExportedProgram) -> ExportedProgram:
 
 def _is_functional(node: Node) -> bool:
     """Whether ``run_decompositions({})`` would keep ``node``, or :func:`prepare` can do what it would do."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return node.op == "call_function" and getattr(node.target, "__module__", None) in ("_operator", "math", "torch")
-    if node.target in CASTS:
+    target = node.target
+    if node.op != "call_function":
+        return False
+    if not isinstance(target, torch._ops.OpOverload):  # arithmetic with sizes: operator.mul, math.floor, torch.sym_min
+        return target.__module__ in ("_operator", "math") or target.__name__.startswith("sym_")  # type: ignore[union-attr]
+    if target in CASTS:
         return bool(node.all_input_nodes[0].meta["val"].device == node.meta["val"].device)
-    schema = node.target._schema
-    aliases = any(returned.alias_info is not None for returned in schema.returns)
-    composite = node.target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    return not schema.is_mutable and not (aliases and composite and node.target is not torch.ops.aten.reshape.default)
+    aliases = any(returned.alias_info is not None for returned in target._schema.returns)
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    decomposes = aliases and composite and target is not torch.ops.aten.reshape.default
+    return not target._schema.is_mutable and not decomposes
 
 
 def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = None) -> Rewritten:

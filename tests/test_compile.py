@@ -234,7 +234,7 @@ def test_the_build_finds_a_fused_kernel_exactly_where_one_is_promised(
 
 
 def test_an_op_without_converter_ends_the_run_by_name() -> None:
-    given = small(lambda q, k, v: torch.linalg.svdvals(scaled_dot_product_attention(q, k, v)), torch.float32)
+    given = small(lambda q, k, v: torch.linalg.svdvals(scaled_dot_product_attention(q, k, v)), torch.float32, static=True)
     with pytest.raises(RunError, match="svd") as error:
         network(given, "mask_input", precision="fp32")
     assert error.value.kind == "unsupported_op"

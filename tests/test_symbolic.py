@@ -35,6 +35,7 @@ def positions(*values: Any) -> Tensor:
     return torch.tensor(values)
 
 
+SLICES = ((1, -1), (-4, 99), (0, INT64_MAX), (-9, 2))  # start, end
 # (operation, arguments, keyword arguments)
 CASES: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = [
     (aten.add.Tensor, (ints(2, 3), ints(3)), {}),
