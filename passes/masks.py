@@ -105,14 +105,18 @@ class Prover:
             return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), f"could not be evaluated: {error}")
 
     def _reached(self, mask: Node) -> tuple[str, ...]:
-        """Every run-time input from which data can reach ``mask`` in the graph."""
-        pending, seen = [mask], set()
-        while pending:
-            node = pending.pop()
-            if node not in seen:
-                seen.add(node)
-                pending.extend(node.all_input_nodes)
-        return tuple(sorted(node.name for node in seen if node.name in self.inputs))
+        return tuple(sorted(_ancestors([mask]) & self.inputs))
+
+
+def _ancestors(nodes: list[Node]) -> set[str]:
+    """Names of ``nodes`` and of everything that they are computed from."""
+    pending, seen = list(nodes), set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return {node.name for node in seen}
 
 
 class _Claims:
@@ -153,7 +157,8 @@ class _Claims:
             if self.holds(predicate):
                 return MaskProof(name, PROVED, reason="holds for every index and length of the profile")
         reads = self.evaluator.reads(self.attends)
-        depends_on = tuple(sorted(reads & inputs))
+        # An operation without a model hangs on whatever it is computed from.
+        depends_on = tuple(sorted(_ancestors([node for node in self.mask.graph.nodes if node.name in reads]) & inputs))
         width = self._window()
         if width is not None:
             return MaskProof("sliding_window", PROVED, depends_on, f"sees the last {width} keys, itself included")

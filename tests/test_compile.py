@@ -14,8 +14,8 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from passes import converters, ops
 from passes.errors import RunError
-from passes.rewrite import apply_strategy
-from passes.stack import Stack, load_stack
+from passes.rewrite import apply_strategy, prepare
+from passes.stack import Stack, load_stack, quiet
 from pipeline import compile
 from pipeline.compile import Built, Network
 from pipeline.config import BackendConfig
@@ -115,9 +115,6 @@ def small(
     function: Callable[[Tensor, Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float16, size: int = 16,
     static: bool = False,
 ) -> Traced:  # fmt: skip
-    from passes.rewrite import prepare
-    from passes.stack import quiet
-
     tokens = torch.zeros(1, 12, dtype=torch.int64)
     dynamic = None if static else {"input_ids": {1: tiny.length(1, 32)}}
     with torch.no_grad(), quiet():
@@ -234,7 +231,9 @@ def test_the_build_finds_a_fused_kernel_exactly_where_one_is_promised(
 
 
 def test_an_op_without_converter_ends_the_run_by_name() -> None:
-    given = small(lambda q, k, v: torch.linalg.svdvals(scaled_dot_product_attention(q, k, v)), torch.float32, static=True)
+    given = small(
+        lambda q, k, v: torch.linalg.svdvals(scaled_dot_product_attention(q, k, v)), torch.float32, static=True
+    )
     with pytest.raises(RunError, match="svd") as error:
         network(given, "mask_input", precision="fp32")
     assert error.value.kind == "unsupported_op"

@@ -219,3 +219,13 @@ def test_a_mask_given_as_an_input_is_arbitrary_and_named() -> None:
     (found,) = proofs(program)
     assert (found.mask, found.proof) == ("arbitrary", "not_proved")
     assert found.depends_on == (program.graph_signature.user_inputs[1],)
+
+
+def test_an_input_that_reaches_the_mask_through_an_unmodelled_operation_is_named() -> None:
+    def attention(x: Tensor, ids: Tensor) -> Tensor:
+        mask = (k(7) <= q(7)) & (ids.cumsum(0) > 3)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask[None, None])
+
+    program = tiny.program_of(attention, torch.zeros(1, 2, 7, 16), torch.arange(7))
+    (found,) = proofs(program)
+    assert not found.causal and found.depends_on == (program.graph_signature.user_inputs[1],)

@@ -136,7 +136,14 @@ def program_of(function: Callable[..., Any], *inputs: Tensor, dynamic: Any = Non
     ``dynamic`` is ``torch.export``'s dynamic_shapes, one entry an input.
     """
     with torch.no_grad(), quiet():
-        return prepare(torch.export.export(Function(function), inputs, dynamic_shapes=(dynamic,) if dynamic else None))
+        return prepare(
+            torch.export.export(
+                Function(function),
+                inputs,
+                dynamic_shapes=(dynamic,) if dynamic else None,
+                prefer_deferred_runtime_asserts_over_guards=True,  # as pipeline.export does
+            )
+        )
 
 
 def length(least: int = 1, most: int = 12) -> Any:
