@@ -15,6 +15,8 @@ from passes.attention import find_calls, unrepeated
 from passes.errors import RunError
 from passes.rewrite import DECOMPOSITIONS, SDPA, Rewritten, apply_strategy
 from passes.symbolic import symbol_ranges
+from pipeline.model import load_reference
+from pipeline.verify import FACTOR
 
 PADDED = ("input_ids", "attention_mask")
 LENGTH = 9
@@ -34,15 +36,11 @@ EACH_SETTING = pytest.mark.parametrize(
 
 @functools.cache
 def in_float64(name: str) -> Any:
-    from pipeline.model import load_reference
-
     return load_reference(tiny.config(name), "fp32", tiny.CPU, 0)
 
 
 def assert_as_pytorch(graph: torch.nn.Module, name: str, inputs: dict[str, Tensor], keep: Tensor | None = None) -> None:
     """Logits as near to float64 as PyTorch's own, up to the factor that the verification allows; at ``keep`` only."""
-    from pipeline.verify import FACTOR
-
     with torch.no_grad():
         truth, own = in_float64(name)(**inputs).logits, tiny.model(name)(**inputs).logits
         got = graph(**inputs)
