@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,8 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
         raise
     except Exception as error:
         record.fail(error)
+    gc.collect()
+    _trim()
     gc.freeze()  # a million objects of the libraries that the collector need not walk again and again
     folder = record.open_folder("-".join(tracking.run_name(config).replace(" · ", "-").split()))
     try:
@@ -86,6 +89,13 @@ def _collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def _trim() -> None:
+    """Give freed memory back to the system.  glibc keeps what reading a GGUF file, building an engine and comparing
+    logits took, most of a gigabyte for SmolLM2, in pieces that the next logits do not fit into."""
+    with suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _load(record: Record) -> tuple[LoadedModel, torch.device]:
@@ -154,6 +164,7 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
         record.detail = f"{built.section['bytes'] / 1e6:.0f} MB"
     del lowered, network
     gc.collect()
+    _trim()
 
     with record.stage("verify"):
         if device.type == "cuda":
@@ -217,6 +228,10 @@ def _verify(
     yardsticks: dict[str, Forward] = {"pytorch": lambda inputs: form(**inputs)}
     if executed == "engine" and config.precision == "fp16":
         yardsticks["pytorch_fp16_accumulation"] = in_fp16_accumulation
+    def judged(done: int, total: int) -> None:
+        _trim()
+        record.display.steps("case", done, total)
+
     cases = verify.cases(config.verify, config.shape, names, config.model.logits)
     section = verify.judge(
         cases,
@@ -225,7 +240,7 @@ def _verify(
         yardsticks=yardsticks,
         candidate=candidate,
         precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
-        progress=lambda done, total: record.display.steps("case", done, total),
+        progress=judged,
     )
     record.report["verify"] = {"executed": executed, "factor": verify.FACTOR, **section}
     if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
