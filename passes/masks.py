@@ -28,10 +28,18 @@ import z3
 from torch.fx import Node
 
 from passes.attention import AttentionCall
+from passes.counterexample import Counterexample
 from passes.symbolic import Evaluator, Term, Unmodelled, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
+ASSUMED = "assumed"
+
+CONDITIONS = {
+    "contiguous_positions": "positions rise by one from token to token",
+    "no_padding": "the attention mask is all ones",
+}
+"""Conditions on run-time inputs that a person can assert (``strategy.assume``) and a runtime can check."""
 
 
 @dataclass(frozen=True)
@@ -40,22 +48,27 @@ class MaskProof:
 
     mask: str
     proof: str
-    """``proved``: the class is exact; ``not_proved`` (with class arbitrary): nothing is known."""
+    """``proved``: the class is exact.  ``not_proved``: nothing is known.  ``assumed``: the class is exact where the
+    ``conditions`` hold, and somebody asserted that they do."""
     depends_on: tuple[str, ...] = ()
     """The graph inputs that the mask's truth hangs on."""
+    conditions: tuple[str, ...] = ()
+    """The :data:`CONDITIONS` on those inputs under which the mask is proved droppable; empty where none are known."""
     reason: str = ""
+    counterexample: Counterexample | None = None
+    """Inputs on which the mask is not causal, checked by running the mask's graph on them."""
     profile: dict[str, tuple[int, int]] = field(default_factory=dict)
     seconds: float = 0.0
 
     @property
     def causal(self) -> bool:
-        """Whether the mask is torch's ``is_causal``, proved."""
-        return self.mask == "causal" and self.proof == PROVED
+        """Whether the mask is torch's ``is_causal``: proved, or assumed as asked."""
+        return self.mask == "causal" and self.proof in (PROVED, ASSUMED)
 
     @property
     def void(self) -> bool:
-        """Whether the mask blocks nothing, proved."""
-        return self.mask in ("none", "full") and self.proof == PROVED
+        """Whether the mask blocks nothing: proved, or assumed as asked."""
+        return self.mask in ("none", "full") and self.proof in (PROVED, ASSUMED)
 
 
 class Prover:
@@ -66,12 +79,14 @@ class Prover:
         ranges: dict[str, tuple[int, int]],
         inputs: frozenset[str],
         constants: dict[str, torch.Tensor] | None = None,
+        assume: frozenset[str] = frozenset(),
     ) -> None:
-        """``ranges``: inclusive bounds of the shape symbols; ``inputs``: names of the run-time inputs;
+        """``assume``: the :data:`CONDITIONS` that hold, says the user.  ``ranges``: inclusive bounds of the shape symbols; ``inputs``: names of the run-time inputs;
         ``constants``: the lifted constants by the name of their placeholder."""
         self.ranges = ranges
         self.inputs = inputs
         self.constants = constants or {}
+        self.assume = assume
         self._known: dict[tuple[Any, ...], MaskProof] = {}
 
     def prove(self, call: AttentionCall) -> MaskProof:

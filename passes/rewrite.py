@@ -8,6 +8,7 @@ only where it was proved to be the repetition that grouped-query attention means
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -38,6 +39,8 @@ class CallRecord:
     mask: str
     proof: str
     depends_on: list[str]
+    conditions: list[str]
+    counterexample: dict[str, Any] | None
     action: str
     reason: str
     unproved: bool
@@ -106,8 +109,12 @@ def _is_functional(node: Node) -> bool:
     return not target._schema.is_mutable and not decomposes
 
 
-def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = None) -> Rewritten:
+def apply_strategy(
+    program: ExportedProgram, name: str, unproven: str | None = None, assume: Collection[str] = ()
+) -> Rewritten:
     """Prove every mask of the prepared ``program`` and rewrite its attention calls by strategy ``name``.
+
+    ``assume`` names the :data:`passes.masks.CONDITIONS` that hold for every input, says the user.
 
     ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.RunError` of kind
     ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
@@ -119,7 +126,7 @@ def apply_strategy(program: ExportedProgram, name: str, unproven: str | None = N
             "the traced graph has no attention op; load the model with attn_implementation=sdpa (eager writes it out)",
         )
     ranges = symbol_ranges(program)
-    prover = Prover(ranges, frozenset(program.graph_signature.user_inputs), _constants(program))
+    prover = Prover(ranges, frozenset(program.graph_signature.user_inputs), _constants(program), frozenset(assume))
     decide = strategy(name)
     records: list[CallRecord] = []
     for call in calls:
@@ -163,6 +170,8 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
         mask=proof.mask,
         proof="unproved" if decision.unproved else proof.proof,
         depends_on=list(proof.depends_on),
+        conditions=list(proof.conditions),
+        counterexample=None if proof.counterexample is None else asdict(proof.counterexample),
         action=decision.action.value,
         reason=decision.reason,
         unproved=decision.unproved,
