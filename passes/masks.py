@@ -112,12 +112,12 @@ class Prover:
         if call.is_causal:
             return MaskProof("arbitrary", NOT_PROVED, reason="both a mask and is_causal were given")
         if value.dtype != torch.bool or value.dim() > 4:
-            return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), f"a {value.dim()}-D mask of {value.dtype}")
+            return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), reason=f"a {value.dim()}-D mask of {value.dtype}")
         evaluator = Evaluator(self.ranges, self.constants)
         try:
             return _Claims(evaluator, call).classify(self.inputs)
         except (Unmodelled, z3.Z3Exception) as error:
-            return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), f"could not be evaluated: {error}")
+            return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), reason=f"could not be evaluated: {error}")
 
     def _reached(self, mask: Node) -> tuple[str, ...]:
         return tuple(sorted(_ancestors([mask]) & self.inputs))
@@ -176,13 +176,13 @@ class _Claims:
         depends_on = tuple(sorted(_ancestors([node for node in self.mask.graph.nodes if node.name in reads]) & inputs))
         width = self._window()
         if width is not None:
-            return MaskProof("sliding_window", PROVED, depends_on, f"sees the last {width} keys, itself included")
+            return MaskProof("sliding_window", PROVED, depends_on, reason=f"sees the last {width} keys, itself included")
         if depends_on and self._is_padding():
-            return MaskProof("padding", PROVED, depends_on, f"causal, and keys hang on {', '.join(depends_on)}")
+            return MaskProof("padding", PROVED, depends_on, reason=f"causal, and keys hang on {', '.join(depends_on)}")
         unmodelled = sorted(reads - inputs)
         hangs = f"hangs on {', '.join(depends_on)}" if depends_on else "is not causal"
         return MaskProof(
-            "arbitrary", NOT_PROVED, depends_on, f"not modelled: {', '.join(unmodelled)}" if unmodelled else hangs
+            "arbitrary", NOT_PROVED, depends_on, reason=f"not modelled: {', '.join(unmodelled)}" if unmodelled else hangs
         )
 
     def _window(self) -> int | None:
