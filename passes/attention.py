@@ -15,7 +15,8 @@ import z3
 from torch.fx import GraphModule, Node
 
 from passes.errors import RunError
-from passes.symbolic import Evaluator, in_range
+from passes.operations import in_range
+from passes.symbolic import Evaluator
 
 aten = torch.ops.aten
 

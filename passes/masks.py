@@ -29,7 +29,8 @@ from torch.fx import Node
 
 from passes.attention import AttentionCall
 from passes.counterexample import Counterexample
-from passes.symbolic import Evaluator, Term, Unmodelled, size_expression
+from passes.symbolic import Evaluator
+from passes.terms import Term, Unmodelled, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
@@ -112,7 +113,9 @@ class Prover:
         if call.is_causal:
             return MaskProof("arbitrary", NOT_PROVED, reason="both a mask and is_causal were given")
         if value.dtype != torch.bool or value.dim() > 4:
-            return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), reason=f"a {value.dim()}-D mask of {value.dtype}")
+            return MaskProof(
+                "arbitrary", NOT_PROVED, self._reached(mask), reason=f"a {value.dim()}-D mask of {value.dtype}"
+            )
         evaluator = Evaluator(self.ranges, self.constants)
         try:
             return _Claims(evaluator, call).classify(self.inputs)
@@ -176,13 +179,18 @@ class _Claims:
         depends_on = tuple(sorted(_ancestors([node for node in self.mask.graph.nodes if node.name in reads]) & inputs))
         width = self._window()
         if width is not None:
-            return MaskProof("sliding_window", PROVED, depends_on, reason=f"sees the last {width} keys, itself included")
+            return MaskProof(
+                "sliding_window", PROVED, depends_on, reason=f"sees the last {width} keys, itself included"
+            )
         if depends_on and self._is_padding():
             return MaskProof("padding", PROVED, depends_on, reason=f"causal, and keys hang on {', '.join(depends_on)}")
         unmodelled = sorted(reads - inputs)
         hangs = f"hangs on {', '.join(depends_on)}" if depends_on else "is not causal"
         return MaskProof(
-            "arbitrary", NOT_PROVED, depends_on, reason=f"not modelled: {', '.join(unmodelled)}" if unmodelled else hangs
+            "arbitrary",
+            NOT_PROVED,
+            depends_on,
+            reason=f"not modelled: {', '.join(unmodelled)}" if unmodelled else hangs,
         )
 
     def _window(self) -> int | None:
