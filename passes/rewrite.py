@@ -165,7 +165,7 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
         proof="unproved" if decision.unproved else proof.proof,
         depends_on=list(proof.depends_on),
         conditions=list(proof.conditions),
-        counterexample=None if proof.counterexample is None else asdict(proof.counterexample),
+        counterexample=None if proof.counterexample is None else proof.counterexample.describe(),
         action=decision.action.value,
         reason=decision.reason,
         unproved=decision.unproved,
