@@ -18,7 +18,6 @@ from torch.fx import Node
 
 from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
-from passes.errors import RunError
 from passes.masks import MaskProof, prover_of
 from passes.scale import fold_scale
 from passes.strategies import Action, Decision, strategy
