@@ -6,12 +6,28 @@ from typing import Any
 
 import torch
 import z3
+from torch.fx import Node
 
 from passes.attention import AttentionCall
 from passes.symbolic import SOLVER_TIMEOUT_MS, Evaluator
-from passes.terms import INFINITY, Term, literal
+from passes.terms import INFINITY, Term, dtype_of, literal
 
 EVERYWHERE = "holds for every index and length of the profile"
+
+
+def _name(application: Term) -> str:
+    return str(application.decl().name()).removesuffix("[]")
+
+
+def ancestors(nodes: list[Node]) -> set[str]:
+    """Names of ``nodes`` and of everything whose contents they are computed from; a size is no content."""
+    pending, seen = list(nodes), set()
+    while pending:
+        node = pending.pop()
+        if node not in seen and node.target is not torch.ops.aten.sym_size.int:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return {node.name for node in seen}
 
 
 class Claims:
@@ -49,11 +65,11 @@ class Claims:
         )
         return self.evaluator.at(self.mask, index)
 
-    def holds(self, predicate: z3.BoolRef) -> bool:
+    def holds(self, predicate: z3.BoolRef, *lemmas: z3.BoolRef) -> bool:
         claim = self.attends == predicate
         if self.is_float:
             claim = z3.And(claim, z3.Implies(z3.Not(predicate), self.blocked))
-        return self.evaluator.proves(claim, *self.inside)
+        return self.evaluator.proves(claim, *self.inside, *lemmas)
 
     def search(self) -> tuple[Evaluator, Term, tuple[Any, ...], list[z3.BoolRef]]:
         """What :func:`passes.counterexample.find` needs."""
@@ -62,13 +78,7 @@ class Claims:
     def depends_on(self, inputs: frozenset[str]) -> tuple[str, ...]:
         """The ``inputs`` that the mask's truth hangs on; an operation without a model hangs on all it is made of."""
         reads = self.evaluator.reads(self.attends)
-        pending, seen = [node for node in self.mask.graph.nodes if node.name in reads], set()
-        while pending:
-            node = pending.pop()
-            if node not in seen:
-                seen.add(node)
-                pending.extend(node.all_input_nodes)
-        return tuple(sorted({node.name for node in seen} & inputs))
+        return tuple(sorted(ancestors([node for node in self.mask.graph.nodes if node.name in reads]) & inputs))
 
     # -- the classes ---------------------------------------------------------------------------------
 
@@ -100,16 +110,55 @@ class Claims:
             if size and self.holds(z3.And(past, self.k / size == self.place / size)):
                 return "chunked", f"sees the keys of its own chunk of {size}"
             return "arbitrary", "is not causal"
-        for offset in self._applications():
-            if self._is_free(offset) and self.holds(self.k <= self.q + offset):
-                return "causal_offset", f"sees keys up to its own place behind {offset.decl().name().rstrip('[]')}"
         named = ", ".join(sorted(reads))
         if self.holds(z3.And(past, self._attends_last())):
             return "padding", f"causal, and keys hang on {named}"
-        for mine, theirs in self._pairs():
-            if self.holds(z3.And(past, mine == theirs)):
-                return "packed", f"causal within equal {mine.decl().name().rstrip('[]')}"
         return "arbitrary", f"hangs on {named}{self._unmodelled()}"
+
+    def of_bounded_inputs(self) -> tuple[str, str] | None:
+        """``causal_offset`` or ``packed`` and why: classes that hold only as long as no sum of inputs overflows."""
+        for offset in self._applications():
+            if self._is_free(offset) and self.holds(self.k <= self.q + offset):
+                return "causal_offset", f"sees keys up to its own place behind {_name(offset)}"
+        lemmas = self._segment_lemmas()
+        for mine, theirs in self._pairs():
+            if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):
+                return "packed", f"causal within equal {_name(mine)}"
+        return None
+
+    def _segment_lemmas(self) -> list[z3.BoolRef]:
+        """What equal running sums say about other numbers of the same two places.
+
+        Let c be the running sum of a condition s.  If c is equal at i and at j > i, s holds nowhere in (i, j].  Where
+        the solver proves that x rises by one wherever s does not hold, x(j) - x(i) = j - i follows by induction.
+        This is how positions are related to the segments that are made of them.
+        """
+        nodes = {node.name: node for node in self.mask.graph.nodes}
+        pairs, lemmas = self._pairs(), []
+        for c_mine, c_theirs in pairs:
+            running = nodes[self.evaluator.inputs[c_mine.decl().name()]]
+            if running.target is not torch.ops.aten.cumsum.default or not self._sums_last(running):
+                continue
+            place = z3.FreshInt("place")
+            row = c_mine.children()[:-1]
+            starts = self.evaluator.at(running.args[0], (*row, place))
+            inside = [place >= 1, place < self.evaluator.shape(running)[-1], *self.inside]
+            for x_mine, x_theirs in pairs:
+                if x_mine.decl() == c_mine.decl() or not x_mine.children()[-1].eq(c_mine.children()[-1]):
+                    continue
+                x, x_row = x_mine.decl(), x_mine.children()[:-1]
+                rises = x(*x_row, place) - x(*x_row, place - 1) == 1
+                if self.evaluator.proves(z3.Implies(z3.Not(starts), rises), *inside):
+                    apart = c_mine.children()[-1] - c_theirs.children()[-1]
+                    lemmas.append(z3.Implies(c_mine == c_theirs, x_mine - x_theirs == apart))
+        return lemmas
+
+    def _sums_last(self, running: Node) -> bool:
+        """Whether ``running`` adds up conditions along its last dimension."""
+        source = running.args[0]
+        return bool(dtype_of(source) == torch.bool) and self.evaluator.dim(running, running.args[1]) == (  # type: ignore[arg-type]
+            running.meta["val"].dim() - 1
+        )
 
     def _least_numbers(self) -> str:
         """A warning where blocked entries of a float mask are not -inf."""

@@ -10,11 +10,12 @@ none                      there is no mask
 full                      always true
 causal                    k <= q (upper-left, torch's ``is_causal``)
 causal_lower_right        k <= p, and L differs from S somewhere in the profile
-causal_offset             k <= q + t, where t is a number that comes with the input (a static cache)
+causal_offset             k <= q + t, where t comes with the input (a static cache), and q + t does not overflow
 sliding_window            k <= p and p - k < w for one constant w that bites within the range
 chunked                   k <= p and k // c == p // c for one constant c that bites within the range
 padding                   k <= p and a condition on (b, k) that hangs on run-time inputs
-packed                    k <= p and s(b, k) == s(b, p), where s are segments made of run-time inputs
+packed                    k <= p and s(b, k) == s(b, p), where s are segments made of run-time inputs that stay
+                          within half the range of their type
 bias                      a float mask that could not be proved to hold nothing but 0 and blocked entries
 arbitrary                 none of the above could be proved
 ========================  ==========================================================================
@@ -39,7 +40,7 @@ from torch.fx import Node
 
 from passes import counterexample
 from passes.attention import AttentionCall, find_calls
-from passes.claims import Claims
+from passes.claims import Claims, ancestors
 from passes.counterexample import Counterexample
 from passes.symbolic import Evaluator, symbol_ranges
 from passes.terms import FLOATS, Index, Term, Unmodelled, literal, size_expression
@@ -143,6 +144,9 @@ class Prover:
             claims = Claims(Evaluator(self.ranges, self.constants), call)
             name, reason = claims.classify()
             depends_on = claims.depends_on(self.inputs)
+            if name == "arbitrary" and depends_on:
+                bounded = Claims(Evaluator(self.ranges, self.constants, bounded=True), call)
+                name, reason = bounded.of_bounded_inputs() or (name, reason)
         except (Unmodelled, z3.Z3Exception) as error:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
         proof = MaskProof(name, NOT_PROVED if name in ("bias", "arbitrary") else PROVED, depends_on, reason=reason)
@@ -201,17 +205,6 @@ def _ones(evaluator: Evaluator, node: Node) -> Callable[[Index], Term]:
 _GIVEN = {"contiguous_positions": _contiguous, "no_padding": _ones}
 
 
-def ancestors(nodes: list[Node]) -> set[str]:
-    """Names of ``nodes`` and of everything that they are computed from."""
-    pending, seen = list(nodes), set()
-    while pending:
-        node = pending.pop()
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return {node.name for node in seen}
-
-
 def constants_of(program: ExportedProgram) -> dict[str, torch.Tensor]:
     """Lifted constants and buffers that nothing writes, by the name of their placeholder."""
     signature = program.graph_signature
@@ -229,7 +222,13 @@ def constants_of(program: ExportedProgram) -> dict[str, torch.Tensor]:
 
 def prover_of(program: ExportedProgram, assume: Collection[str] = ()) -> Prover:
     """The prover of the prepared ``program``."""
-    inputs = frozenset(program.graph_signature.user_inputs)
+    signature = program.graph_signature
+    state = [
+        placeholder
+        for placeholder, name in signature.inputs_to_buffers.items()
+        if name in signature.buffers_to_mutate.values()
+    ]
+    inputs = frozenset((*signature.user_inputs, *state))
     return Prover(symbol_ranges(program), inputs, constants_of(program), frozenset(assume))
 
 

@@ -56,7 +56,8 @@ class Evaluator:
 
     ``ranges`` maps the shape symbols' names to their inclusive bounds.  ``opaque`` names nodes that are
     not looked into (used to ask how one tensor is made of another).  ``given`` are inputs whose elements are
-    known, or assumed: placeholder name -> the element at an index.
+    known, or assumed: placeholder name -> the element at an index.  ``bounded``: 64-bit integers that come as input
+    are assumed to stay within half their range, so that a sum of two does not overflow.
     """
 
     def __init__(
@@ -65,11 +66,13 @@ class Evaluator:
         constants: dict[str, torch.Tensor] | None = None,
         opaque: frozenset[Node] = frozenset(),
         given: dict[str, Callable[[Index], Term]] | None = None,
+        bounded: bool = False,
     ) -> None:
         self.ranges = ranges
         self.constants = constants or {}
         self.opaque = opaque
         self.given = given or {}
+        self.bounded = bounded
         self.premises: list[z3.BoolRef] = []
         self.inputs: dict[str, str] = {}
         """Name of each uninterpreted function -> the placeholder or operation that it stands for."""
@@ -179,7 +182,10 @@ class Evaluator:
         name = f"{node.name}[]"
         self.inputs[name] = node.name
         function = z3.Function(name, *[z3.IntSort()] * len(index), sort)
-        return function(*index)
+        element = function(*index)
+        if self.bounded and node.op == "placeholder" and z3.is_int(element):
+            self.premises.append(z3.And(element > -(2**62), element < 2**62))
+        return element
 
     def _bounded(self, term: Term, node: Node, index: Index) -> Term:
         """``term``, the element ``node[index]``, if it cannot leave its type where that element exists.

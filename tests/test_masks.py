@@ -14,14 +14,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from passes.attention import find_calls
-from passes.masks import MaskProof, Prover
-from passes.symbolic import symbol_ranges
+from passes.masks import MaskProof, classify, prover_of
 
 LONGEST = 12
 
 
 def proofs(program: ExportedProgram) -> list[MaskProof]:
-    prover = Prover(symbol_ranges(program), frozenset(program.graph_signature.user_inputs))
+    prover = prover_of(program)
     return [prover.prove(call) for call in find_calls(program.graph_module)]
 
 
@@ -48,10 +47,45 @@ def test_an_attention_mask_makes_padding_that_may_not_be_dropped() -> None:
     assert not found.causal and not found.void
 
 
-def test_given_position_ids_are_not_proved_causal() -> None:
+def test_given_position_ids_make_packed_segments_that_may_not_be_dropped() -> None:
     found = proof("llama", inputs=("input_ids", "position_ids"))
-    assert (found.mask, found.proof, found.depends_on) == ("arbitrary", "not_proved", ("position_ids",))
+    assert (found.mask, found.proof, found.depends_on) == ("packed", "proved", ("position_ids",))
+    assert found.conditions == ("contiguous_positions",)
+    assert found.counterexample is not None and found.counterexample.inputs == {"position_ids": [[0, 0]]}
     assert not found.causal and not found.void
+
+
+def test_a_window_beside_padding_has_no_class_and_needs_no_name_to_be_kept() -> None:
+    found = proof("mistral", inputs=("input_ids", "attention_mask"), sliding_window=6)
+    assert (found.mask, found.proof, found.conditions) == ("arbitrary", "not_proved", ())
+    wide = proof("mistral", inputs=("input_ids", "attention_mask"), sliding_window=64)
+    assert (wide.mask, wide.proof, wide.conditions) == ("padding", "proved", ("no_padding",))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "kept", "conditions"),
+    [
+        (("attention_mask",), "padding", {"no_padding"}),
+        (("position_ids",), "packed", {"contiguous_positions"}),
+        (("attention_mask", "position_ids"), "padding", {"no_padding"}),
+    ],
+)
+def test_an_assumption_makes_a_mask_causal_and_is_named(inputs: Any, kept: str, conditions: set[str]) -> None:
+    program = tiny.traced("llama", inputs=("input_ids", *inputs)).program
+    before = str(program.graph)
+    for assume in ([], ["no_padding"], ["contiguous_positions"], ["no_padding", "contiguous_positions"]):
+        (_, found), _ = classify(program, assume)
+        assumed = conditions.issubset(assume)
+        assert (found.mask, found.proof) == (("causal", "assumed") if assumed else (kept, "proved"))
+        assert found.causal == assumed and set(found.conditions) == conditions
+    assert str(program.graph) == before
+
+
+def test_a_classification_reads_as_text() -> None:
+    text = str(classify(tiny.traced("llama", inputs=("input_ids", "position_ids")).program))
+    assert text.count("packed (proved") == 1 and "scaled_dot_product_attention_1" in text
+    assert "may be dropped where positions rise by one" in text
+    assert "key 0 would be visible to query 1 when position_ids = [[0, 0]]" in text
 
 
 def test_a_window_one_shorter_than_the_range_is_a_window() -> None:
@@ -239,10 +273,11 @@ def with_inputs(mask: Callable[..., Tensor], *inputs: Tensor, keys: int = 7) -> 
 
 
 def test_a_place_that_comes_with_the_input_is_an_offset() -> None:
-    found = with_inputs(lambda place: k(12) <= q(7) + place.clamp(0, 5), torch.tensor(0), keys=12)
-    assert (found.mask, found.proof) == ("arbitrary", "not_proved")  # clamped: not the input itself
-    found = with_inputs(lambda place: k(12) - place <= q(7), torch.tensor(0, dtype=torch.int32), keys=12)
-    assert not found.causal
+    found = with_inputs(lambda place: k(12) <= q(7) + place, torch.tensor(0), keys=12)
+    assert (found.mask, found.proof, found.causal) == ("causal_offset", "proved", False)
+    for other in (lambda place: k(12) < q(7) + place, lambda place: k(12) <= q(7) - place):
+        found = with_inputs(other, torch.tensor(0), keys=12)
+        assert (found.mask, found.proof) == ("arbitrary", "not_proved")
 
 
 def test_segments_of_an_input_are_packed() -> None:
