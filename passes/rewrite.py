@@ -19,9 +19,9 @@ from torch.fx import Node
 from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
 from passes.errors import RunError
-from passes.masks import MaskProof, Prover
+from passes.masks import ASSUMED, MaskProof, Prover
 from passes.scale import fold_scale
-from passes.strategies import Action, Decision, strategy
+from passes.strategies import KEEPS_MASK, Action, Decision, strategy
 from passes.symbolic import symbol_ranges
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out}
@@ -61,6 +61,12 @@ class Rewritten:
     program: ExportedProgram
     calls: list[CallRecord]
 
+    @property
+    def assumed(self) -> list[str]:
+        """The conditions on whose word a mask was dropped: outside of them ``program`` is wrong."""
+        dropped = [call for call in self.calls if call.proof == ASSUMED and Action(call.action) not in KEEPS_MASK]
+        return sorted({condition for call in dropped for condition in call.conditions})
+
     def describe(self) -> dict[str, Any]:
         """The report's ``attention`` section."""
         return {
@@ -68,6 +74,7 @@ class Rewritten:
             "summary": {
                 "by_mask": dict(Counter(call.mask for call in self.calls)),
                 "by_action": dict(Counter(call.action for call in self.calls)),
+                "assumed": self.assumed,
                 "proof_seconds": round(sum(call.seconds for call in self.calls), 4),
             },
         }

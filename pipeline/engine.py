@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from passes.stack import Stack, load_stack
+from pipeline import guard
 from pipeline.export import InputSpec, make_inputs
 from pipeline.generate import chat_tokens, greedy
 
@@ -25,12 +27,23 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V]."""
+    """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V].
 
-    def __init__(self, stack: Stack, data: Any, inputs: tuple[InputSpec, ...], cuda_graph: bool = False) -> None:
+    ``conditions``: what every call checks of its inputs first, see :mod:`pipeline.guard`.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        data: Any,
+        inputs: tuple[InputSpec, ...],
+        cuda_graph: bool = False,
+        conditions: tuple[str, ...] = (),
+    ) -> None:
         trt = stack.trt
         self.inputs = inputs
         self.cuda_graph = cuda_graph
+        self.conditions = conditions
         self.generation = 0
         self.stream = torch.cuda.Stream()
         self._runtime = trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
@@ -106,7 +119,15 @@ class Engine:
             self._graph.replay()
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits [batch, 1 or length, vocabulary] for ``inputs``, each [batch, length] int64."""
+        """Logits [batch, 1 or length, vocabulary] for ``inputs``, each [batch, length] int64.
+
+        Raises :class:`RunError` of kind ``assumption``, and runs nothing, where they break one of the conditions.
+        """
+        guard.check(self.conditions, inputs)
+        return self.unguarded(inputs)
+
+    def unguarded(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The same without the check: what the verification calls, to see what breaking a condition costs."""
         bound = self._buffers.get(self.inputs[0].name)
         if bound is None or bound.shape != inputs[self.inputs[0].name].shape:
             self._bind(inputs)
@@ -130,9 +151,16 @@ class Engine:
 
 
 def write_engine(
-    folder: Path, data: Any, section: dict[str, Any], inputs: tuple[InputSpec, ...], environment: dict
+    folder: Path,
+    data: Any,
+    section: dict[str, Any],
+    inputs: tuple[InputSpec, ...],
+    environment: dict[str, Any],
+    assumed: Collection[str] = (),
+    guarded: bool = True,
 ) -> None:
-    """``engine.trt`` and its manifest ``engine.json``: hash, inputs with their ranges, target and versions."""
+    """``engine.trt`` and its manifest ``engine.json``: hash, inputs with their ranges, target and versions, the
+    conditions under which masks were dropped, and whether :func:`open_engine` has them checked."""
     (folder / section["file"]).write_bytes(data)
     manifest = {
         "schema": 1,
@@ -142,6 +170,8 @@ def write_engine(
         "target": section["target"],
         "inputs": [asdict(spec) | {"dtype": "int64", "shape": ["batch", "length"]} for spec in inputs],
         "outputs": [{"name": "output0", "shape": ["batch", "1 or length", "vocabulary"]}],
+        "assumed": list(assumed),
+        "guard": guarded,
         "environment": environment,
     }
     (folder / "engine.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -155,11 +185,12 @@ def open_engine(path: Path, cuda_graph: bool = False) -> Engine:
         raise UserError(f"{error.filename}: not there; an engine is engine.trt with engine.json beside it") from None
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
+    conditions = guard.guarded(manifest)
     if not torch.cuda.is_available():
         raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
     names = InputSpec.__dataclass_fields__
     inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
-    return Engine(load_stack(), data, inputs, cuda_graph)
+    return Engine(load_stack(), data, inputs, cuda_graph, conditions)
 
 
 def load_engine(run_id: str, uri: str = "sqlite:///mlflow.db") -> Engine:

@@ -15,9 +15,10 @@ from passes import rewrite
 from passes.errors import RunError, UserError
 from passes.stack import load_stack
 from pipeline import compile, verify
+from pipeline.cases import Case, case_inputs
 from pipeline.config import BackendConfig, ShapeConfig
 from pipeline.engine import Engine
-from pipeline.export import CallForm, InputSpec, make_inputs, trace
+from pipeline.export import CallForm, InputSpec, trace
 from pipeline.generate import chat_tokens, greedy
 from pipeline.model import DTYPES, load, load_reference
 
@@ -61,17 +62,15 @@ def judged(
     names, batch = [spec.name for spec in engine.inputs], engine.inputs[0].batch
     form = CallForm(tiny.model(name, precision, torch.device("cuda"), **changes), "all")
 
-    def inputs_of(case: verify.Case) -> tuple[dict[str, Tensor], Tensor | None]:
-        padded = verify.padding_mask(case, batch)
-        tokens = tiny.tokens(batch, case.length).cuda()
-        return make_inputs(names, tokens, None if padded is None else padded.cuda()), padded
+    def inputs_of(case: Case) -> tuple[dict[str, Tensor], Tensor | None]:
+        return case_inputs(case, names, tiny.tokens(batch, case.length).cuda())
 
     def accumulating_in_fp16(inputs: dict[str, Tensor]) -> Tensor:
         with verify.fp16_accumulation():
             return form(**inputs)
 
     return verify.judge(
-        [verify.Case(f"length_{length}", length, padding, 0) for length in lengths],
+        [Case(f"length_{length}", length, padding, 0) for length in lengths],
         inputs_of,
         reference=lambda inputs: reference(name, precision, tuple(sorted(changes.items())))(**inputs),
         yardsticks={"pytorch": lambda inputs: form(**inputs), "pytorch_fp16_accumulation": accumulating_in_fp16},
