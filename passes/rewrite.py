@@ -1,8 +1,9 @@
 """Carries a strategy's decisions out on an exported program, and says for each call what was done and why.
 
 Why the rewrites are legal: a mask is dropped only where it was proved equal to the predicate that replaces it for
-every index, every length of the profile and every content of the inputs (:mod:`passes.masks`), and ``repeat_kv``
-only where it was proved to be the repetition that grouped-query attention means (:func:`passes.attention.unrepeated`).
+every index, every length of the profile and every content of the inputs (:mod:`passes.masks`), or every content
+that keeps a condition which the user asserted, and ``repeat_kv`` only where it was proved to be the repetition that
+grouped-query attention means (:func:`passes.attention.unrepeated`).
 """
 
 from __future__ import annotations
@@ -144,6 +145,8 @@ def apply_strategy(
             key, value = use_native_gqa(call, ranges)
             call, scale = _without_scale(program, call)
         records.append(_record(call, proof, decision, key is not call.key, scale))
+        if proof.proof == ASSUMED and decision.action not in KEEPS_MASK:
+            call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
         _REWRITES[decision.action](program, call, key, value)
     program.graph_module.graph.eliminate_dead_code(_keeps_alive)
     program.graph_module.graph.lint()
