@@ -15,7 +15,8 @@ import z3
 from torch.fx import GraphModule, Node
 
 from passes.errors import RunError
-from passes.symbolic import Evaluator, in_range
+from passes.operations import in_range
+from passes.symbolic import Evaluator
 
 aten = torch.ops.aten
 
@@ -72,11 +73,19 @@ class AttentionCall:
 
 
 def find_calls(graph_module: GraphModule) -> list[AttentionCall]:
-    """Every attention call of ``graph_module``, in the order of execution."""
+    """Every attention call of ``graph_module``, in the order of execution.
+
+    Raises :class:`passes.errors.RunError` of kind ``no_attention`` where there is none.
+    """
     calls: list[AttentionCall] = []
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and node.target in FORMS:
             calls.append(_view(len(calls), node))
+    if not calls:
+        raise RunError(
+            "no_attention",
+            "the traced graph has no attention op; load the model with attn_implementation=sdpa (eager writes it out)",
+        )
     return calls
 
 

@@ -1,15 +1,21 @@
 """What an attention mask is, and the proof.
 
-A mask is a predicate over (batch b, head h, query q, key k): may query q attend to key k?  With L queries and
-S keys, and every quantifier over the whole range of the profile:
+A mask is a predicate over (batch b, head h, query q, key k): may query q attend to key k?  A float mask, which is
+added to the scores, attends where it is 0 and blocks where it is -inf or the least number of its type.  With L
+queries and S keys, p = q + S - L (the query's place among the keys: q itself without a cache), and every quantifier
+over the whole range of the profile:
 
 ========================  ==========================================================================
 none                      there is no mask
 full                      always true
 causal                    k <= q (upper-left, torch's ``is_causal``)
-causal_lower_right        k <= q + S - L
-sliding_window            k <= q and q - k < w for one constant w that bites within the range
-padding                   k <= q and a condition on (b, k) that hangs on run-time inputs
+causal_lower_right        k <= p, and L differs from S somewhere in the profile
+causal_offset             k <= q + t, where t is a number that comes with the input (a static cache)
+sliding_window            k <= p and p - k < w for one constant w that bites within the range
+chunked                   k <= p and k // c == p // c for one constant c that bites within the range
+padding                   k <= p and a condition on (b, k) that hangs on run-time inputs
+packed                    k <= p and s(b, k) == s(b, p), where s are segments made of run-time inputs
+bias                      a float mask that could not be proved to hold nothing but 0 and blocked entries
 arbitrary                 none of the above could be proved
 ========================  ==========================================================================
 
@@ -19,17 +25,24 @@ content of the run-time inputs.  The proof belongs to the graph and to the profi
 
 from __future__ import annotations
 
+import copy
+import itertools
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import z3
+from torch.export import ExportedProgram
 from torch.fx import Node
 
-from passes.attention import AttentionCall
+from passes import counterexample
+from passes.attention import AttentionCall, find_calls
+from passes.claims import Claims
 from passes.counterexample import Counterexample
-from passes.symbolic import Evaluator, Term, Unmodelled, size_expression
+from passes.symbolic import Evaluator, symbol_ranges
+from passes.terms import FLOATS, Index, Term, Unmodelled, literal, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
@@ -40,6 +53,9 @@ CONDITIONS = {
     "no_padding": "the attention mask is all ones",
 }
 """Conditions on run-time inputs that a person can assert (``strategy.assume``) and a runtime can check."""
+DROPPABLE = ("none", "full", "causal", "causal_lower_right")
+LARGEST_POSITION = 2**31 - 1
+"""Assumed of the first position where positions are contiguous: far beyond any context, far below overflow."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +87,17 @@ class MaskProof:
         return self.mask in ("none", "full") and self.proof in (PROVED, ASSUMED)
 
 
+    def __str__(self) -> str:
+        where = ", ".join(f"{symbol} in [{low}, {high}]" for symbol, (low, high) in self.profile.items())
+        lines = [f"{self.mask} ({self.proof.replace('_', ' ')}{f', for {where}' if where else ''})"]
+        lines += [self.reason] if self.reason else []
+        lines += [f"depends on {', '.join(self.depends_on)}"] if self.depends_on else []
+        if self.conditions:
+            lines.append(f"may be dropped where {' and '.join(CONDITIONS[name] for name in self.conditions)}")
+        lines += [self.counterexample.text] if self.counterexample else []
+        return "\n  ".join(lines)
+
+
 class Prover:
     """Proves each distinct mask of one graph once, however many calls share it."""
 
@@ -81,8 +108,9 @@ class Prover:
         constants: dict[str, torch.Tensor] | None = None,
         assume: frozenset[str] = frozenset(),
     ) -> None:
-        """``assume``: the :data:`CONDITIONS` that hold, says the user.  ``ranges``: inclusive bounds of the shape symbols; ``inputs``: names of the run-time inputs;
-        ``constants``: the lifted constants by the name of their placeholder."""
+        """``ranges``: inclusive bounds of the shape symbols; ``inputs``: names of the run-time inputs;
+        ``constants``: the lifted constants by the name of their placeholder; ``assume``: the :data:`CONDITIONS`
+        that hold, says the user."""
         self.ranges = ranges
         self.inputs = inputs
         self.constants = constants or {}
@@ -100,30 +128,81 @@ class Prover:
         key = (call.mask, call.is_causal, *(size_expression(size) for size in sizes))
         if key not in self._known:
             started = time.perf_counter()
-            proof = replace(self._classify(call), profile=self.ranges)
+            proof = replace(self._prove(call, call.mask), profile=self.ranges)
             self._known[key] = proof
             return replace(proof, seconds=round(time.perf_counter() - started, 4))
         return self._known[key]
 
-    def _classify(self, call: AttentionCall) -> MaskProof:
-        mask = call.mask
-        assert mask is not None
+    def _prove(self, call: AttentionCall, mask: Node) -> MaskProof:
         value = mask.meta["val"]
+        reached = tuple(sorted(ancestors([mask]) & self.inputs))
         if call.is_causal:
-            return MaskProof("arbitrary", NOT_PROVED, reason="both a mask and is_causal were given")
-        if value.dtype != torch.bool or value.dim() > 4:
-            return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), reason=f"a {value.dim()}-D mask of {value.dtype}")
-        evaluator = Evaluator(self.ranges, self.constants)
+            return MaskProof("arbitrary", NOT_PROVED, reached, reason="both a mask and is_causal were given")
+        if value.dtype not in (torch.bool, *FLOATS) or value.dim() > 4:
+            return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"a {value.dim()}-D mask of {value.dtype}")
         try:
-            return _Claims(evaluator, call).classify(self.inputs)
+            claims = Claims(Evaluator(self.ranges, self.constants), call)
+            name, reason = claims.classify()
+            depends_on = claims.depends_on(self.inputs)
         except (Unmodelled, z3.Z3Exception) as error:
-            return MaskProof("arbitrary", NOT_PROVED, self._reached(mask), reason=f"could not be evaluated: {error}")
+            return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
+        proof = MaskProof(name, NOT_PROVED if name in ("bias", "arbitrary") else PROVED, depends_on, reason=reason)
+        if name in DROPPABLE:
+            return replace(proof, depends_on=())
+        conditions, conditional = self._conditions(call, depends_on)
+        if conditions and self.assume.issuperset(conditions):
+            asserted = " and ".join(CONDITIONS[condition] for condition in conditions)
+            reason = f"as asserted, {asserted}; without that it is {name}: {reason}"
+            return replace(proof, mask=conditional, proof=ASSUMED, conditions=conditions, reason=reason)
+        witness = counterexample.find(call, *claims.search(), self.inputs)
+        return replace(proof, conditions=conditions, counterexample=witness)
 
-    def _reached(self, mask: Node) -> tuple[str, ...]:
-        return tuple(sorted(_ancestors([mask]) & self.inputs))
+    def _conditions(self, call: AttentionCall, depends_on: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+        """The fewest conditions under which the mask is droppable, and its class then; nothing where none help."""
+        assert call.mask is not None
+        placeholders = {node.name: node for node in call.mask.graph.nodes if node.op == "placeholder"}
+        about = {
+            condition: [name for name in depends_on if word in name and placeholders[name].meta["val"].dim() <= 2]
+            for condition, word in CONDITION_INPUTS.items()
+        }
+        possible = [condition for condition, names in about.items() if names]
+        for count in range(1, len(possible) + 1):
+            for conditions in itertools.combinations(possible, count):
+                evaluator = Evaluator(self.ranges, self.constants)
+                for condition in conditions:
+                    for name in about[condition]:
+                        evaluator.given[name] = _GIVEN[condition](evaluator, placeholders[name])
+                name = Claims(evaluator, call).droppable()
+                if name:
+                    return conditions, name
+        return (), ""
 
 
-def _ancestors(nodes: list[Node]) -> set[str]:
+CONDITION_INPUTS = {"contiguous_positions": "position", "no_padding": "attention_mask"}
+"""What the inputs are called that a condition is about: Hugging Face's names, as parts of the placeholder's name."""
+
+
+def _contiguous(evaluator: Evaluator, node: Node) -> Callable[[Index], Term]:
+    """Each row of ``node`` [..., length] rises by one from a first position of its own."""
+
+    def element(index: Index) -> Term:
+        *row, place = index
+        function = z3.Function(f"first {node.name}", *[z3.IntSort()] * (len(row) + 1))
+        first = function(*row)
+        evaluator.premises.append(z3.And(first >= 0, first <= LARGEST_POSITION))
+        return first + place
+
+    return element
+
+
+def _ones(evaluator: Evaluator, node: Node) -> Callable[[Index], Term]:
+    return lambda index: literal(1, node.meta["val"].dtype)
+
+
+_GIVEN = {"contiguous_positions": _contiguous, "no_padding": _ones}
+
+
+def ancestors(nodes: list[Node]) -> set[str]:
     """Names of ``nodes`` and of everything that they are computed from."""
     pending, seen = list(nodes), set()
     while pending:
@@ -134,71 +213,45 @@ def _ancestors(nodes: list[Node]) -> set[str]:
     return {node.name for node in seen}
 
 
-class _Claims:
-    """The claims about one mask, at one symbolic position."""
+def constants_of(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Lifted constants and buffers that nothing writes, by the name of their placeholder."""
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    found = {}
+    for placeholder, name in {
+        **signature.inputs_to_lifted_tensor_constants,
+        **signature.inputs_to_buffers,
+    }.items():
+        tensor = program.constants.get(name, program.state_dict.get(name))
+        if isinstance(tensor, torch.Tensor) and name not in written:
+            found[placeholder] = tensor
+    return found
 
-    def __init__(self, evaluator: Evaluator, call: AttentionCall) -> None:
-        assert call.mask is not None
-        self.evaluator, self.mask = evaluator, call.mask
-        self.b, self.h, self.q, self.k = z3.Ints("b h q k")
-        batch, heads = (evaluator.size(extent) for extent in call.query.meta["val"].shape[:2])
-        self.queries = evaluator.size(call.query.meta["val"].shape[2])
-        self.keys = evaluator.size(call.key.meta["val"].shape[2])
-        sizes = (batch, heads, self.queries, self.keys)
-        # The call's own sizes: an empty one would make every claim true.
-        self.inside = [z3.And(i >= 0, i < n) for i, n in zip((self.b, self.h, self.q, self.k), sizes, strict=True)]
-        self.attends = self.element(self.q, self.k)
 
-    def element(self, query: z3.ArithRef, key: z3.ArithRef) -> Term:
-        """The mask at (b, h, query, key), broadcast to the scores [B, H, L, S]."""
-        shape = self.mask.meta["val"].shape
-        index = (self.b, self.h, query, key)[4 - len(shape) :]
-        index = tuple(
-            z3.IntVal(0) if isinstance(size, int) and size == 1 else item
-            for size, item in zip(shape, index, strict=True)
-        )
-        return self.evaluator.at(self.mask, index)
+def prover_of(program: ExportedProgram, assume: Collection[str] = ()) -> Prover:
+    """The prover of the prepared ``program``."""
+    inputs = frozenset(program.graph_signature.user_inputs)
+    return Prover(symbol_ranges(program), inputs, constants_of(program), frozenset(assume))
 
-    def holds(self, predicate: z3.BoolRef) -> bool:
-        return self.evaluator.proves(self.attends == predicate, *self.inside)
 
-    def classify(self, inputs: frozenset[str]) -> MaskProof:
-        q, k = self.q, self.k
-        for name, predicate in (
-            ("full", z3.BoolVal(True)),
-            ("causal", k <= q),
-            ("causal_lower_right", k <= q + self.keys - self.queries),
-        ):
-            if self.holds(predicate):
-                return MaskProof(name, PROVED, reason="holds for every index and length of the profile")
-        reads = self.evaluator.reads(self.attends)
-        # An operation without a model hangs on whatever it is computed from.
-        depends_on = tuple(sorted(_ancestors([node for node in self.mask.graph.nodes if node.name in reads]) & inputs))
-        width = self._window()
-        if width is not None:
-            return MaskProof("sliding_window", PROVED, depends_on, reason=f"sees the last {width} keys, itself included")
-        if depends_on and self._is_padding():
-            return MaskProof("padding", PROVED, depends_on, reason=f"causal, and keys hang on {', '.join(depends_on)}")
-        unmodelled = sorted(reads - inputs)
-        hangs = f"hangs on {', '.join(depends_on)}" if depends_on else "is not causal"
-        return MaskProof(
-            "arbitrary", NOT_PROVED, depends_on, reason=f"not modelled: {', '.join(unmodelled)}" if unmodelled else hangs
-        )
+class Classification(list[tuple[AttentionCall, MaskProof]]):
+    """Every attention call of a graph with its proof; prints as a list of what was found."""
 
-    def _window(self) -> int | None:
-        """The width w of a sliding window: the smallest distance q - k at which a key in the past is blocked."""
-        optimizer = z3.Optimize()
-        optimizer.set("timeout", 2000)
-        optimizer.add(*self.evaluator.premises, *self.inside, self.k <= self.q, z3.Not(self.attends))
-        optimizer.minimize(self.q - self.k)
-        if optimizer.check() != z3.sat:
-            return None
-        width = optimizer.model().eval(self.q - self.k, model_completion=True).as_long()
-        return width if width > 0 and self.holds(z3.And(self.k <= self.q, self.q - self.k < width)) else None
+    def __str__(self) -> str:
+        found: dict[str, list[str]] = {}
+        for call, proof in self:
+            found.setdefault(str(proof), []).append(call.name)
+        return "\n".join(f"{', '.join(names)}\n{text}" for text, names in found.items())
 
-    def _is_padding(self) -> bool:
-        """Causal, and what is left over does not change with the query: the last query shows it for every key."""
-        last = self.element(self.queries - 1, self.k)
-        return self.evaluator.proves(self.queries == self.keys, *self.inside) and self.holds(
-            z3.And(self.k <= self.q, last)
-        )
+
+def classify(program: ExportedProgram, assume: Collection[str] = ()) -> Classification:
+    """What the mask of each attention call of ``program`` is; ``assume`` names :data:`CONDITIONS` to rely on.
+
+    Takes what ``torch.export.export`` gives, and leaves it as it is.  Raises :class:`passes.errors.RunError` of kind
+    ``no_attention`` for a graph without attention ops.
+    """
+    from passes.rewrite import prepare
+
+    program = prepare(copy.deepcopy(program))
+    prover = prover_of(program, assume)
+    return Classification((call, prover.prove(call)) for call in find_calls(program.graph_module))

@@ -19,8 +19,7 @@ from torch.fx import Node
 
 from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
-from passes.errors import RunError
-from passes.masks import ASSUMED, MaskProof, Prover
+from passes.masks import ASSUMED, MaskProof, prover_of
 from passes.scale import fold_scale
 from passes.strategies import KEEPS_MASK, Action, Decision, strategy
 from passes.symbolic import symbol_ranges
@@ -128,13 +127,7 @@ def apply_strategy(
     ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
     """
     calls = find_calls(program.graph_module)
-    if not calls:
-        raise RunError(
-            "no_attention",
-            "the traced graph has no attention op; load the model with attn_implementation=sdpa (eager writes it out)",
-        )
-    ranges = symbol_ranges(program)
-    prover = Prover(ranges, frozenset(program.graph_signature.user_inputs), _constants(program), frozenset(assume))
+    ranges, prover = symbol_ranges(program), prover_of(program, assume)
     decide = strategy(name)
     records: list[CallRecord] = []
     for call in calls:
@@ -181,7 +174,7 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
         proof="unproved" if decision.unproved else proof.proof,
         depends_on=list(proof.depends_on),
         conditions=list(proof.conditions),
-        counterexample=None if proof.counterexample is None else asdict(proof.counterexample),
+        counterexample=None if proof.counterexample is None else proof.counterexample.describe(),
         action=decision.action.value,
         reason=decision.reason,
         unproved=decision.unproved,
@@ -190,21 +183,6 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
         profile=dict(proof.profile),
         seconds=proof.seconds,
     )
-
-
-def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
-    """Lifted constants and buffers that nothing writes, by the name of their placeholder."""
-    signature = program.graph_signature
-    written = set(signature.buffers_to_mutate.values())
-    found = {}
-    for placeholder, name in {
-        **signature.inputs_to_lifted_tensor_constants,
-        **signature.inputs_to_buffers,
-    }.items():
-        tensor = program.constants.get(name, program.state_dict.get(name))
-        if isinstance(tensor, torch.Tensor) and name not in written:
-            found[placeholder] = tensor
-    return found
 
 
 def _replace(program: ExportedProgram, call: AttentionCall, target: Any, args: tuple, kwargs: dict) -> None:

@@ -1,0 +1,170 @@
+"""The claims about one mask, at one symbolic position; each is put to the solver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import z3
+
+from passes.attention import AttentionCall
+from passes.symbolic import SOLVER_TIMEOUT_MS, Evaluator
+from passes.terms import INFINITY, Term, literal
+
+EVERYWHERE = "holds for every index and length of the profile"
+
+
+class Claims:
+    """What can be claimed about the mask of ``call``, [B or 1, H or 1, L or 1, S or 1], broadcast to the scores.
+
+    Raises :class:`passes.terms.Unmodelled` where the sizes cannot be told.
+    """
+
+    def __init__(self, evaluator: Evaluator, call: AttentionCall) -> None:
+        assert call.mask is not None
+        self.evaluator, self.mask = evaluator, call.mask
+        self.b, self.h, self.q, self.k = z3.Ints("b h q k")
+        self.queries = evaluator.size(call.query.meta["val"].shape[2])
+        self.keys = evaluator.size(call.key.meta["val"].shape[2])
+        batch, heads = (evaluator.size(extent) for extent in call.query.meta["val"].shape[:2])
+        sizes = (batch, heads, self.queries, self.keys)
+        # The call's own sizes: an empty one would make every claim true.
+        self.inside = [z3.And(i >= 0, i < n) for i, n in zip((self.b, self.h, self.q, self.k), sizes, strict=True)]
+        self.place = self.q + self.keys - self.queries
+        element = self.element(self.q, self.k)
+        self.attends, self.blocked = element, z3.Not(element) if z3.is_bool(element) else element
+        self.is_float = not z3.is_bool(element)
+        if self.is_float:
+            least = literal(torch.finfo(self.mask.meta["val"].dtype).min, self.mask.meta["val"].dtype)
+            self.attends, self.blocked = element == 0, element <= least
+            self.value = element
+
+    def element(self, query: z3.ArithRef, key: z3.ArithRef) -> Term:
+        """The mask at (b, h, query, key), broadcast to the scores [B, H, L, S]."""
+        shape = self.mask.meta["val"].shape
+        index = (self.b, self.h, query, key)[4 - len(shape) :]
+        index = tuple(
+            z3.IntVal(0) if isinstance(size, int) and size == 1 else item
+            for size, item in zip(shape, index, strict=True)
+        )
+        return self.evaluator.at(self.mask, index)
+
+    def holds(self, predicate: z3.BoolRef) -> bool:
+        claim = self.attends == predicate
+        if self.is_float:
+            claim = z3.And(claim, z3.Implies(z3.Not(predicate), self.blocked))
+        return self.evaluator.proves(claim, *self.inside)
+
+    def search(self) -> tuple[Evaluator, Term, tuple[Any, ...], list[z3.BoolRef]]:
+        """What :func:`passes.counterexample.find` needs."""
+        return self.evaluator, self.attends, (self.b, self.h, self.q, self.k), self.inside
+
+    def depends_on(self, inputs: frozenset[str]) -> tuple[str, ...]:
+        """The ``inputs`` that the mask's truth hangs on; an operation without a model hangs on all it is made of."""
+        reads = self.evaluator.reads(self.attends)
+        pending, seen = [node for node in self.mask.graph.nodes if node.name in reads], set()
+        while pending:
+            node = pending.pop()
+            if node not in seen:
+                seen.add(node)
+                pending.extend(node.all_input_nodes)
+        return tuple(sorted({node.name for node in seen} & inputs))
+
+    # -- the classes ---------------------------------------------------------------------------------
+
+    def droppable(self) -> str | None:
+        """``full``, ``causal`` or ``causal_lower_right``, or None."""
+        for name, predicate in (
+            ("full", z3.BoolVal(True)),
+            ("causal", self.k <= self.q),
+            ("causal_lower_right", self.k <= self.place),
+        ):
+            if self.holds(predicate):
+                return name
+        return None
+
+    def classify(self) -> tuple[str, str]:
+        """The class and, in a clause, why."""
+        name = self.droppable()
+        if name:
+            return name, f"{EVERYWHERE}{self._least_numbers()}"
+        if self.is_float and not self.evaluator.proves(z3.Or(self.attends, self.blocked), *self.inside):
+            return "bias", f"may hold numbers other than 0 and blocked{self._unmodelled()}"
+        past = self.k <= self.place
+        reads = self.evaluator.reads(self.attends)
+        if not reads:
+            width = self._first_blocked(self.place - self.k)
+            if width and self.holds(z3.And(past, self.place - self.k < width)):
+                return "sliding_window", f"sees the last {width} keys, itself included"
+            size = self._first_blocked(self.place)
+            if size and self.holds(z3.And(past, self.k / size == self.place / size)):
+                return "chunked", f"sees the keys of its own chunk of {size}"
+            return "arbitrary", "is not causal"
+        for offset in self._applications():
+            if self._is_free(offset) and self.holds(self.k <= self.q + offset):
+                return "causal_offset", f"sees keys up to its own place behind {offset.decl().name().rstrip('[]')}"
+        named = ", ".join(sorted(reads))
+        if self.holds(z3.And(past, self._attends_last())):
+            return "padding", f"causal, and keys hang on {named}"
+        for mine, theirs in self._pairs():
+            if self.holds(z3.And(past, mine == theirs)):
+                return "packed", f"causal within equal {mine.decl().name().rstrip('[]')}"
+        return "arbitrary", f"hangs on {named}{self._unmodelled()}"
+
+    def _least_numbers(self) -> str:
+        """A warning where blocked entries of a float mask are not -inf."""
+        if not self.is_float or self.evaluator.proves(z3.Implies(self.blocked, self.value <= -INFINITY), *self.inside):
+            return ""
+        return "; blocked entries are the type's least number, which blocks while scores stay far above it"
+
+    def _unmodelled(self) -> str:
+        calls = {node.name: node.target for node in self.mask.graph.nodes if node.op == "call_function"}
+        missing = sorted({str(calls[name]) for name in self.evaluator.reads(self.attends) if name in calls})
+        return f"; no exact model of {', '.join(missing)} here" if missing else ""
+
+    def _first_blocked(self, distance: z3.ArithRef) -> int | None:
+        """The smallest ``distance`` at which a key in the past is blocked; None where that is not above 0."""
+        optimizer = z3.Optimize()
+        optimizer.set("timeout", SOLVER_TIMEOUT_MS)
+        optimizer.add(*self.evaluator.premises, *self.inside, self.k <= self.place, z3.Not(self.attends))
+        optimizer.minimize(distance)
+        if optimizer.check() != z3.sat:
+            return None
+        found = optimizer.model().eval(distance, model_completion=True).as_long()
+        return found if found > 0 else None
+
+    def _attends_last(self) -> z3.BoolRef:
+        """Whether the last query, which may see every key, attends to k: what is left of a padding mask."""
+        last = self.element(self.queries - 1, self.k)
+        return last == 0 if self.is_float else last
+
+    def _applications(self) -> list[Term]:
+        """The integers that the mask reads from inputs, and from operations without a model."""
+        pending, seen, found = [self.attends], set(), []
+        while pending:
+            term = pending.pop()
+            if term.get_id() in seen:
+                continue
+            seen.add(term.get_id())
+            if z3.is_app(term):
+                if z3.is_int(term) and term.decl().name() in self.evaluator.inputs:
+                    found.append(term)
+                pending.extend(term.children())
+        return found
+
+    def _is_free(self, term: Term) -> bool:
+        """Whether ``term`` is the same for every query and key."""
+        moved = z3.substitute(term, (self.q, z3.FreshInt("q")), (self.k, z3.FreshInt("k")))
+        return bool(moved.eq(term))
+
+    def _pairs(self) -> list[tuple[Term, Term]]:
+        """Applications of one function, to the query's place and to the key."""
+        found = self._applications()
+        return [
+            (mine, theirs)
+            for mine in found
+            for theirs in found
+            if mine.decl() == theirs.decl()
+            and not mine.eq(theirs)
+            and z3.simplify(z3.substitute(mine, (self.q, self.k - self.keys + self.queries))).eq(z3.simplify(theirs))
+        ]

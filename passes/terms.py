@@ -1,0 +1,125 @@
+"""Terms: what z3 is given for the numbers of a graph, and the little that models and evaluator both need of them.
+
+Integers are z3 integers, booleans z3 booleans.  A floating-point number is an exact z3 real, with one real far
+outside every type for each infinity; it is only ever a leaf of a tree of choices (``If``), and
+:func:`leaf_by_leaf` puts each leaf through PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import sympy
+import torch
+import z3
+from torch.fx import Node
+
+Term: TypeAlias = Any
+"""A z3 expression; z3 ships no types."""
+Index: TypeAlias = tuple[Any, ...]
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INFINITY = 2**1100  # beyond float64's largest number, 2**1024
+LEAVES = 256
+
+
+class Unmodelled(Exception):
+    """This element has no model; it becomes an uninterpreted function."""
+
+
+def is_tensor(argument: Any) -> bool:
+    return isinstance(argument, Node) and isinstance(argument.meta.get("val"), torch.Tensor)
+
+
+def dtype_of(node: Node) -> torch.dtype:
+    dtype: torch.dtype = node.meta["val"].dtype
+    return dtype
+
+
+def size_expression(size: Any) -> sympy.Expr:
+    """A size as an expression; unlike ``==`` on a SymInt this never asks, or installs, a shape guard."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    return bool(size_expression(a) == size_expression(b))
+
+
+def align(shape: Sequence[Any], target: Sequence[Any], index: Index) -> Index:
+    """The index into ``shape`` that meets ``index`` into ``target`` under broadcasting."""
+    tail = index[len(index) - len(shape) :]
+    result = []
+    for extent, wanted, position in zip(shape, target[len(target) - len(shape) :], tail, strict=True):
+        if same_size(extent, 1):
+            result.append(z3.IntVal(0))
+        elif same_size(extent, wanted):
+            result.append(position)
+        else:
+            raise Unmodelled("a size that may or may not broadcast")
+    return tuple(result)
+
+
+def integer(term: Term) -> z3.ArithRef:
+    if z3.is_real(term):
+        raise Unmodelled("a fraction among integers")
+    return z3.If(term, z3.IntVal(1), z3.IntVal(0)) if z3.is_bool(term) else term
+
+
+def boolean(term: Term) -> z3.BoolRef:
+    if z3.is_real(term):
+        raise Unmodelled("a fraction among booleans")
+    return term if z3.is_bool(term) else term != 0
+
+
+def literal(value: bool | int | float, dtype: torch.dtype) -> Term:
+    """The term of ``value`` stored as ``dtype``, rounded as PyTorch does."""
+    stored = torch.tensor(value, dtype=dtype).item()
+    if isinstance(stored, bool):
+        return z3.BoolVal(stored)
+    if isinstance(stored, int):
+        return z3.IntVal(stored)
+    if stored != stored:
+        raise Unmodelled("not a number")
+    if stored in (float("inf"), float("-inf")):
+        return z3.RealVal(INFINITY if stored > 0 else -INFINITY)
+    return z3.RealVal(str(Fraction(stored)))
+
+
+def value_of(leaf: Term) -> bool | int | float:
+    """The number that ``leaf`` is; raises :class:`Unmodelled` where it is not one number."""
+    leaf = z3.simplify(leaf)
+    if z3.is_true(leaf) or z3.is_false(leaf):
+        return bool(z3.is_true(leaf))
+    if z3.is_int_value(leaf):
+        return int(leaf.as_long())
+    if z3.is_rational_value(leaf):
+        fraction = leaf.as_fraction()
+        if abs(fraction) == INFINITY:
+            return float("inf") if fraction > 0 else float("-inf")
+        return float(fraction)
+    raise Unmodelled("an unknown number")
+
+
+def leaf_by_leaf(function: Callable[..., Term], *terms: Term) -> Term:
+    """``function`` of every combination of the numbers that ``terms`` can be, under the choices that lead to them."""
+    budget = [LEAVES]
+
+    def walk(*operands: Term) -> Term:
+        for place, term in enumerate(operands):
+            condition, yes, no = None, None, None
+            if z3.is_app_of(term, z3.Z3_OP_ITE):
+                condition, yes, no = term.children()
+            elif z3.is_bool(term) and not (z3.is_true(term) or z3.is_false(term)):
+                condition, yes, no = term, z3.BoolVal(True), z3.BoolVal(False)
+            if condition is not None:
+                before, after = operands[:place], operands[place + 1 :]
+                return z3.If(condition, walk(*before, yes, *after), walk(*before, no, *after))
+        budget[0] -= 1
+        if not budget[0]:
+            raise Unmodelled("too many cases")
+        return function(*operands)
+
+    return walk(*terms)
