@@ -53,11 +53,10 @@ class Engine:
                 "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
             )
         self._context = self._make_context(stack)
-        self._output = next(
-            name
-            for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
-            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT
-        )
+        # Without the inputs that nothing reads any more, such as an attention mask that was assumed to be all ones.
+        self._tensors = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        output = trt.TensorIOMode.OUTPUT
+        self._output = next(name for name in self._tensors if self._engine.get_tensor_mode(name) == output)
         self._dtype = stack.torch_tensorrt.dtype._from(self._engine.get_tensor_dtype(self._output)).to(torch.dtype)
         self._buffers: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -81,7 +80,7 @@ class Engine:
         self._buffers = {}
         for spec in self.inputs:
             tensor = inputs[spec.name].to(device="cuda", dtype=torch.int64).contiguous().clone()
-            if not self._context.set_input_shape(spec.name, tuple(tensor.shape)):
+            if spec.name in self._tensors and not self._context.set_input_shape(spec.name, tuple(tensor.shape)):
                 raise UserError(
                     f"{spec.name} {tuple(tensor.shape)}: outside the engine's profile, "
                     f"batch {spec.batch} and length {spec.min}..{spec.max}"
@@ -90,8 +89,8 @@ class Engine:
         shape = tuple(self._context.get_tensor_shape(self._output))
         # Poisoned: an element that the engine does not write is seen as NaN.
         self._buffers[self._output] = torch.full(shape, float("nan"), dtype=self._dtype, device="cuda")
-        for name, tensor in self._buffers.items():
-            self._context.set_tensor_address(name, tensor.data_ptr())
+        for name in self._tensors:
+            self._context.set_tensor_address(name, self._buffers[name].data_ptr())
         torch.cuda.current_stream().synchronize()
         self._execute()  # the first pass at a shape compiles kernels
         self.stream.synchronize()

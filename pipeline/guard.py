@@ -14,9 +14,12 @@ from torch import Tensor
 from passes.errors import RunError, UserError
 from pipeline.config import ASSUMPTIONS
 
+LARGEST_POSITION = 2**31 - 1
+"""Of the first token, as ``passes.masks`` takes it; the proof says nothing of what lies beyond."""
+
 
 def _one_more_each(positions: Tensor) -> Tensor:
-    return torch.cat([positions[:, :1], positions[:, :-1] + 1], dim=1)
+    return torch.cat([positions[:, :1].clamp(0, LARGEST_POSITION), positions[:, :-1] + 1], dim=1)
 
 
 WANTED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +16,12 @@ from runs import DONE, do, failure, mlflow_run, outcome_in
 from torch import Tensor
 
 from passes.errors import RunError, UserError
-from passes.masks import CONDITIONS
-from passes.rewrite import CallRecord, Rewritten
+from passes.masks import CONDITIONS, LARGEST_POSITION
 from pipeline import guard, tracking
 from pipeline.__main__ import _main, compose_config
 from pipeline.cases import Case, case_inputs, cases, split
-from pipeline.config import ASSUMPTIONS, ShapeConfig, StrategyConfig, VerifyConfig
+from pipeline.config import ASSUMPTIONS, ShapeConfig, VerifyConfig
 from pipeline.console import StageDisplay
-from pipeline.run import _dropped
 
 BOTH = ["input_ids", "attention_mask", "position_ids"]
 
@@ -90,7 +89,8 @@ def test_a_mask_dropped_against_the_proof_fails_verification_and_its_engine_is_n
     passed = {row["name"]: row["passed"] for row in report["verify"]["cases"]}
     assert passed[case.right] and not passed[case.wrong]
     assert {call["proof"] for call in report["attention"]["calls"]} == {"unproved"}
-    assert len([note for note in report["notes"] if "unproved" in note]) == 1
+    (note,) = (note for note in report["notes"] if "mask dropped unproved" in note)
+    assert note.endswith(report["attention"]["calls"][0]["counterexample"]["text"])
     assert kept.info.status == "FAILED" and kept.data.tags["failure.kind"] == "accuracy"
     assert kept.data.metrics["verify.passed"] == 0
     assert not any(key.startswith("benchmark") for key in kept.data.metrics)
@@ -98,31 +98,19 @@ def test_a_mask_dropped_against_the_proof_fails_verification_and_its_engine_is_n
         tracking.fetch_engine(kept.info.run_id, store)
 
 
-def test_a_mask_that_is_forced_out_is_noted_with_the_counterexample() -> None:
-    shown = "dropped, key 0 would be visible to query 1 when position_ids = [[0, 0]]"
-    call = CallRecord(
-        index=0, name="sdpa", op="sdpa", mask="packed", proof="unproved", depends_on=["position_ids"], conditions=[],
-        counterexample={"text": shown}, action="rewritten_causal", reason="as asked", unproved=True, native_gqa=True,
-        scale="none", profile={}, seconds=0.0,
-    )  # fmt: skip
-
-    (note,) = _dropped(Rewritten(None, [call]), StrategyConfig("lowering", "force", guard=True))  # type: ignore[arg-type]
-
-    assert note.startswith("sdpa: mask dropped unproved") and note.endswith(shown)
-
-
 # Assumed: dropped on the user's word
 
 
 @pytest.mark.parametrize(
-    ("name", "condition", "more", "outside"),
+    ("name", "condition", "more", "guarded", "outside"),
     [
-        ("padded", "no_padding", ["strategy=detect_causal"], ["length_7_left_padding", "length_16_left_padding"]),
-        ("packed", "contiguous_positions", ["strategy=lowering", "shape=static"], ["length_16_packed"]),
+        ("padded", "no_padding", ["strategy=detect_causal"], True, ["length_7_left_padding", "length_16_left_padding"]),
+        ("padded", "no_padding", ["strategy=lowering", "shape=static"], True, ["length_16_left_padding"]),
+        ("packed", "contiguous_positions", ["strategy.guard=false"], False, ["length_7_packed", "length_16_packed"]),
     ],
 )
 def test_an_assumption_is_judged_inside_shown_outside_recorded_and_guarded(
-    name: str, condition: str, more: list[str], outside: list[str], store: str, tmp_path: Path
+    name: str, condition: str, more: list[str], guarded: bool, outside: list[str], store: str, tmp_path: Path
 ) -> None:
     case = WRONG[name]
     model = model_of(tmp_path / "model", **case.architecture)
@@ -140,7 +128,8 @@ def test_an_assumption_is_judged_inside_shown_outside_recorded_and_guarded(
     assert all(set(row) == set(report["verify"]["cases"][0]) for row in shown["cases"])
     assert shown["worst"]["relative_error"] == max(row["relative_error"] for row in shown["cases"])
     assert shown["worst"]["relative_error"] > 1e4 * max(row["tolerance"] for row in shown["cases"])
-    assert any(condition in note and "the runtime checks it" in note for note in report["notes"])
+    checked = "the runtime checks it" if guarded else "nothing checks it (strategy.guard=false)"
+    assert any(condition in note and checked in note for note in report["notes"])
     assert mlflow_run(store, outcome).data.metrics["verify.outside.worst.relative_error"] > 0.01
     console = Console(file=io.StringIO(), width=200)
     StageDisplay(console).summary(report, outcome.folder, None)
@@ -148,30 +137,22 @@ def test_an_assumption_is_judged_inside_shown_outside_recorded_and_guarded(
 
     # What an engine that is loaded again checks.
     conditions = guard.guarded(json.loads((outcome.folder / "engine.json").read_text()))
-    assert conditions == (condition,)
+    assert conditions == ((condition,) if guarded else ())
     names, tokens = case.inputs.strip("[]").split(","), torch.zeros(1, 16, dtype=torch.int64)
     guard.check(conditions, case_inputs(Case("", 16, "none", 0), names, tokens)[0])
     broken = Case("", 16, "left" if name == "padded" else "none", 0, "packed" if name == "packed" else "counted")
-    with pytest.raises(RunError, match=ASSUMPTIONS[condition]):
+    with pytest.raises(RunError, match=ASSUMPTIONS[condition]) if guarded else nullcontext():
         guard.check(conditions, case_inputs(broken, names, tokens)[0])
 
 
-def test_an_assumption_on_whose_word_nothing_is_dropped_is_not_recorded_and_everything_is_judged(
-    store: str, tmp_path: Path
-) -> None:
+def test_an_assumption_on_whose_word_nothing_is_dropped_is_said_and_not_recorded(store: str, tmp_path: Path) -> None:
     inputs = f"[{','.join(BOTH)}]"  # with an attention mask, the mask does not read the positions
-    more = ["strategy.assume=[contiguous_positions]", "strategy.guard=false"]
+    more = ["strategy.assume=[contiguous_positions]", "until=strategy"]
 
-    outcome = do(store, tmp_path / "runs", model_of(tmp_path / "model"), *settings(inputs, *more))
+    report = do(store, tmp_path / "runs", model_of(tmp_path / "model"), *settings(inputs, *more)).report
 
-    report = outcome.report
-    assert report["status"] == DONE, report["failure"]
-    assert report["attention"]["summary"]["assumed"] == []
+    assert report["attention"]["summary"] == report["attention"]["summary"] | {"assumed": [], "by_mask": {"padding": 1}}
     assert any("no mask was dropped on the word of contiguous_positions" in note for note in report["notes"])
-    assert {"length_16_left_padding", "length_16_packed"} <= {row["name"] for row in report["verify"]["cases"]}
-    assert "outside" not in report["verify"]
-    manifest = json.loads((outcome.folder / "engine.json").read_text())
-    assert manifest["assumed"] == [] and manifest["guard"] is False
 
 
 def test_the_conditions_of_the_settings_the_prover_and_the_guard_are_the_same() -> None:
@@ -202,6 +183,7 @@ def rows(*values: list[int]) -> Tensor:
         ("contiguous_positions", rows([0, 1, 2], [0, 1, 2])),
         ("contiguous_positions", rows([5, 6, 7], [0, 1, 2])),  # a piece of a longer text
         ("contiguous_positions", rows([3])),
+        ("contiguous_positions", rows([LARGEST_POSITION, LARGEST_POSITION + 1])),
     ],
 )
 def test_inputs_that_keep_a_condition_pass_the_guard(condition: str, kept: Tensor) -> None:
@@ -220,6 +202,8 @@ def test_inputs_that_keep_a_condition_pass_the_guard(condition: str, kept: Tenso
         ("contiguous_positions", rows([0, 1, 2], [0, 1, 0]), "position_ids is 0 at row 1, token 2, where cont"),
         ("contiguous_positions", rows([0, 0, 1]), "position_ids is 0 at row 0, token 1"),
         ("contiguous_positions", rows([0, 2, 3]), "asks for 1"),
+        ("contiguous_positions", rows([-1, 0, 1]), "position_ids is -1 at row 0, token 0"),
+        ("contiguous_positions", rows([LARGEST_POSITION + 1]), f"asks for {LARGEST_POSITION}"),
     ],
 )
 def test_the_guard_names_input_condition_and_the_first_place_that_breaks_it(

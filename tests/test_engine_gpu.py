@@ -40,14 +40,15 @@ STRATEGIES = [
 def build(
     strategy: str, unproven: str | None, precision: str = "fp16", name: str = "llama", *,
     inputs: tuple[str, ...] = ("input_ids",), batch: int = 1, lengths: tuple[int, int] = (2, LONGEST),
-    cuda_graph: bool = False, **changes: Any,
+    cuda_graph: bool = False, assume: tuple[str, ...] = (), **changes: Any,
 ) -> Engine:  # fmt: skip
     stack, device = load_stack(), torch.device("cuda")
     traced = tiny.traced(name, precision, inputs, batch, lengths, device, **changes)
-    program = rewrite.apply_strategy(traced.program, strategy, unproven).program
-    lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), precision)
+    rewritten = rewrite.apply_strategy(traced.program, strategy, unproven, assume)
+    lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
     network = compile.interpret(stack, lowered, strategy == "upstream")
-    return Engine(stack, compile.build(stack, network, lambda *_: True).data, traced.inputs, cuda_graph)
+    data, conditions = compile.build(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
+    return Engine(stack, data, traced.inputs, cuda_graph, conditions)
 
 
 @functools.cache
@@ -158,6 +159,20 @@ def test_a_captured_graph_replays_the_engine_or_says_that_it_cannot(lengths: tup
             assert error.kind == "cuda_graph" and "captured" in str(error)
             return
         torch.testing.assert_close(got, plain(inputs))
+
+
+@pytest.mark.parametrize("lengths", [(513, 513), (2, LONGEST)], ids=["static", "dynamic"])
+def test_an_engine_that_assumes_no_padding_takes_the_mask_that_it_no_longer_reads_and_refuses_padding(
+    lengths: tuple[int, int],
+) -> None:
+    engine = build("detect_causal", "mask", inputs=PADDED, lengths=lengths, assume=("no_padding",), **SHARP)
+    assert engine.conditions == ("no_padding",)
+    assert judged(engine, "fp16", (513,), **SHARP)["passed"]
+    padded, _ = case_inputs(Case("", 513, "left", 0), list(PADDED), tiny.tokens(1, 513).cuda())
+    with pytest.raises(RunError, match="attention_mask is 0 at row 0, token 0"):
+        engine(padded)
+    full = padded | {"attention_mask": torch.ones_like(padded["attention_mask"])}
+    assert torch.equal(engine.unguarded(padded), engine(full))
 
 
 def test_the_default_model_answers_as_pytorch_does() -> None:
