@@ -19,7 +19,8 @@ from torch import Tensor
 from passes.attention import AttentionCall
 from passes.mask_program import MaskProgram, NotRunnable
 from passes.smallest_model import Model, possible_sizes, smallest_model
-from passes.symbolic import INT64_MAX, Evaluator, Term
+from passes.symbolic import INT64_MAX, Evaluator
+from passes.terms import Term
 
 SOLVER_SECONDS = 1.0
 TRIAL_SECONDS = 1.0

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from passes.attention import AttentionCall
-from passes.symbolic import size_expression
+from passes.terms import size_expression
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")

@@ -86,7 +86,6 @@ class MaskProof:
         """Whether the mask blocks nothing: proved, or assumed as asked."""
         return self.mask in ("none", "full") and self.proof in (PROVED, ASSUMED)
 
-
     def __str__(self) -> str:
         where = ", ".join(f"{symbol} in [{low}, {high}]" for symbol, (low, high) in self.profile.items())
         lines = [f"{self.mask} ({self.proof.replace('_', ' ')}{f', for {where}' if where else ''})"]
@@ -172,9 +171,9 @@ class Prover:
                 for condition in conditions:
                     for name in about[condition]:
                         evaluator.given[name] = _GIVEN[condition](evaluator, placeholders[name])
-                name = Claims(evaluator, call).droppable()
-                if name:
-                    return conditions, name
+                droppable = Claims(evaluator, call).droppable()
+                if droppable:
+                    return conditions, droppable
         return (), ""
 
 

@@ -43,9 +43,11 @@ MODELS: dict[Any, Model] = {}
 MOVES = frozenset(
     [
         aten.alias.default, aten.cat.default, aten.clone.default, aten.detach.default, aten.expand.default,
-        aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default, aten.lift_fresh_copy.default,
+        aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
+        aten.lift_fresh_copy.default,
         aten.permute.default, aten.repeat.default, aten.reshape.default, aten._reshape_copy.default, aten.select.int,
-        aten.slice.Tensor, aten.slice_scatter.default, aten.squeeze.dim, aten.squeeze.dims, aten.stack.default, aten.t.default,
+        aten.slice.Tensor, aten.slice_scatter.default, aten.squeeze.dim, aten.squeeze.dims, aten.stack.default,
+        aten.t.default,
         aten.transpose.int, aten._unsafe_view.default, aten.unsqueeze.default, aten.view.default,
     ]
 )  # fmt: skip

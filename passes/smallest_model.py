@@ -12,7 +12,8 @@ import z3
 from torch import Tensor
 
 from passes.mask_program import MaskProgram
-from passes.symbolic import INT64_MAX, Evaluator, Term
+from passes.symbolic import INT64_MAX, Evaluator
+from passes.terms import Term
 
 ATTEMPT_MS = 250
 """Limit of one question to the solver; the smallest-first search goes on with what it has."""

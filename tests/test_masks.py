@@ -114,13 +114,44 @@ SQUARE: dict[str, tuple[Mask, str]] = {
         lambda n, m: (k(m) <= q(n)) & ((q(n) != LONGEST - 1) | (k(m) != 1)), "arbitrary"
     ),
     "prefix": (lambda n, m: (k(m) <= q(n)) | (k(m) < 4), "arbitrary"),
-    "chunked": (lambda n, m: (k(m) <= q(n)) & (k(m) // 4 == q(n) // 4), "arbitrary"),
+    "chunks": (lambda n, m: (k(m) <= q(n)) & (k(m) // 4 == q(n) // 4), "chunked"),
+    "chunks that are longer than the range": (lambda n, m: (k(m) <= q(n)) & (k(m) // 12 == q(n) // 12), "causal"),
+    "chunks without causality": (lambda n, m: k(m) // 4 == q(n) // 4, "arbitrary"),
+    "chunks from another start": (lambda n, m: (k(m) <= q(n)) & ((k(m) + 1) // 4 == (q(n) + 1) // 4), "arbitrary"),
+    "triangle": (lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(), "causal"),
+    "triangle above the diagonal": (lambda n, m: ~torch.ones(n, m, dtype=torch.bool).triu(1), "causal"),
+    "triangle and a diagonal more": (lambda n, m: torch.ones(n, m, dtype=torch.bool).tril(1), "arbitrary"),
+    "a row that sees itself sees something": (lambda n, m: causal(n, m) | ~causal(n, m).any(-1, keepdim=True), "causal"),
+    "a row that may see nothing": (
+        lambda n, m: (k(m) < q(n)) | ~(k(m) < q(n)).any(-1, keepdim=True), "arbitrary"
+    ),
+    "additive": (lambda n, m: torch.where(causal(n, m), 0.0, -torch.inf), "causal"),
+    "additive, the least number": (
+        lambda n, m: torch.zeros(n, m).masked_fill(~causal(n, m), torch.finfo(torch.float32).min), "causal"
+    ),
+    "additive, by multiplication": (lambda n, m: (1.0 - causal(n, m).float()) * torch.finfo(torch.float32).min, "causal"),
+    "additive, twice the least number": (
+        lambda n, m: torch.where(causal(n, m), 0.0, torch.finfo(torch.float32).min) * 2, "causal"
+    ),
+    "additive, transposed": (lambda n, m: torch.where(causal(n, m), -torch.inf, 0.0), "arbitrary"),
+    "additive, a window": (lambda n, m: torch.where(causal(n, m) & (k(m) > q(n) - 3), 0.0, -torch.inf), "sliding_window"),
+    "additive, but not enough": (lambda n, m: torch.where(causal(n, m), 0.0, -1e4), "bias"),
+    "additive, and a little more": (lambda n, m: torch.where(causal(n, m), 0.5, -torch.inf), "bias"),
+    "nothing is added": (lambda n, m: torch.zeros(n, m), "full"),
 }  # fmt: skip
 PREDICATES: dict[str, Mask] = {
     "causal": causal,
     "causal_lower_right": lower_right,
     "full": lambda n, m: torch.ones(n, m, dtype=torch.bool),
 }
+
+
+def attended(mask: Tensor) -> Tensor:
+    """Where ``mask`` attends; numbers that are neither 0 nor blocked make it no mask at all."""
+    if mask.dtype == torch.bool:
+        return mask
+    blocked = mask <= torch.finfo(mask.dtype).min
+    return mask == 0 if bool((blocked | (mask == 0)).all()) else torch.full_like(blocked, False)
 
 
 def hand_written(*masks: Mask, offset: int = 0, static: int | None = None) -> list[MaskProof]:
@@ -146,11 +177,11 @@ def of_squares() -> dict[str, MaskProof]:
 def test_a_hand_written_mask_has_the_class_that_brute_force_finds(name: str) -> None:
     mask, kind = SQUARE[name]
     found = of_squares()[name]
-    assert (found.mask, found.proof) == (kind, "not_proved" if kind == "arbitrary" else "proved")
+    assert (found.mask, found.proof) == (kind, "not_proved" if kind in ("arbitrary", "bias") else "proved")
     true_of = {
         each
         for each, predicate in PREDICATES.items()
-        if all(torch.equal(mask(n, n), predicate(n, n)) for n in range(1, LONGEST + 1))
+        if all(torch.equal(attended(mask(n, n)), predicate(n, n)) for n in range(1, LONGEST + 1))
     }
     assert (kind in true_of) if kind in PREDICATES else not true_of
 
@@ -180,9 +211,48 @@ def test_a_static_length_decides_what_a_mask_is(length: int) -> None:
     assert found.void == bool(allowed.all())
 
 
-def test_a_float_mask_is_not_looked_into() -> None:
-    (found,) = hand_written(lambda n, m: torch.where(k(m) <= q(n), 0.0, -torch.inf))
-    assert (found.mask, found.proof) == ("arbitrary", "not_proved") and "float32" in found.reason
+def test_the_least_number_of_a_type_is_named_where_it_blocks() -> None:
+    assert "least number" in of_squares()["additive, the least number"].reason
+    assert "least number" not in of_squares()["additive"].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mask_that_overflows_to_infinity_in_a_narrow_type_is_read_as_it_is_stored(dtype: torch.dtype) -> None:
+    def attention(x: Tensor) -> Tensor:
+        wide = torch.where(causal(x.shape[2], x.shape[2]), 0.0, torch.finfo(torch.float32).min)
+        return torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=wide.to(dtype)[None, None])
+
+    x = torch.zeros(1, 2, 7, 16, dtype=dtype)
+    (found,) = proofs(tiny.program_of(attention, x, dynamic=({2: tiny.length(1, LONGEST)},)))
+    assert found.causal
+
+
+def with_inputs(mask: Callable[..., Tensor], *inputs: Tensor, keys: int = 7) -> MaskProof:
+    """The proof of ``mask(*inputs)`` over 7 queries and ``keys`` keys."""
+
+    def attention(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(x, y, y, attn_mask=mask(*given)[None, None])
+
+    x, y = torch.zeros(1, 2, 7, 16), torch.zeros(1, 2, keys, 16)
+    (found,) = proofs(tiny.program_of(attention, x, y, *inputs))
+    return found
+
+
+def test_a_place_that_comes_with_the_input_is_an_offset() -> None:
+    found = with_inputs(lambda place: k(12) <= q(7) + place.clamp(0, 5), torch.tensor(0), keys=12)
+    assert (found.mask, found.proof) == ("arbitrary", "not_proved")  # clamped: not the input itself
+    found = with_inputs(lambda place: k(12) - place <= q(7), torch.tensor(0, dtype=torch.int32), keys=12)
+    assert not found.causal
+
+
+def test_segments_of_an_input_are_packed() -> None:
+    segments = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    found = with_inputs(lambda ids: causal(7, 7) & (ids[None] == ids[:, None]), segments)
+    assert (found.mask, found.proof) == ("packed", "proved")
+    swapped = with_inputs(lambda ids: causal(7, 7) & (ids[None] == ids[:, None] + 0 * q(7).flip(0)), segments)
+    assert not swapped.causal
+    loose = with_inputs(lambda ids: causal(7, 7) & (ids[None] <= ids[:, None]), segments)
+    assert (loose.mask, loose.proof) == ("arbitrary", "not_proved")
 
 
 def test_an_empty_range_of_indices_proves_nothing() -> None:
