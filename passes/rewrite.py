@@ -1,8 +1,9 @@
 """Carries a strategy's decisions out on an exported program, and says for each call what was done and why.
 
 Why the rewrites are legal: a mask is dropped only where it was proved equal to the predicate that replaces it for
-every index, every length of the profile and every content of the inputs (:mod:`passes.masks`), and ``repeat_kv``
-only where it was proved to be the repetition that grouped-query attention means (:func:`passes.attention.unrepeated`).
+every index, every length of the profile and every content of the inputs (:mod:`passes.masks`), or every content
+that keeps a condition which the user asserted, and ``repeat_kv`` only where it was proved to be the repetition that
+grouped-query attention means (:func:`passes.attention.unrepeated`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.fx import Node
 
 from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
-from passes.masks import MaskProof, prover_of
+from passes.masks import ASSUMED, MaskProof, prover_of
 from passes.scale import fold_scale
-from passes.strategies import Action, Decision, strategy
+from passes.strategies import KEEPS_MASK, Action, Decision, strategy
 from passes.symbolic import symbol_ranges
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out}
@@ -60,6 +61,12 @@ class Rewritten:
     program: ExportedProgram
     calls: list[CallRecord]
 
+    @property
+    def assumed(self) -> list[str]:
+        """The conditions on whose word a mask was dropped: outside of them ``program`` is wrong."""
+        dropped = [call for call in self.calls if call.proof == ASSUMED and Action(call.action) not in KEEPS_MASK]
+        return sorted({condition for call in dropped for condition in call.conditions})
+
     def describe(self) -> dict[str, Any]:
         """The report's ``attention`` section."""
         return {
@@ -67,6 +74,7 @@ class Rewritten:
             "summary": {
                 "by_mask": dict(Counter(call.mask for call in self.calls)),
                 "by_action": dict(Counter(call.action for call in self.calls)),
+                "assumed": self.assumed,
                 "proof_seconds": round(sum(call.seconds for call in self.calls), 4),
             },
         }
@@ -130,6 +138,8 @@ def apply_strategy(
             key, value = use_native_gqa(call, ranges)
             call, scale = _without_scale(program, call)
         records.append(_record(call, proof, decision, key is not call.key, scale))
+        if proof.proof == ASSUMED and decision.action not in KEEPS_MASK:
+            call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
         _REWRITES[decision.action](program, call, key, value)
     program.graph_module.graph.eliminate_dead_code(_keeps_alive)
     program.graph_module.graph.lint()

@@ -28,6 +28,10 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids")
+ASSUMPTIONS = {  # what `strategy.assume` takes, the names of `passes.masks.CONDITIONS` -> the input that each is about
+    "contiguous_positions": "position_ids",
+    "no_padding": "attention_mask",
+}
 BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that have it
     "optimization_level": ("tensorrt",),
     "workspace_gib": ("tensorrt",),
@@ -65,6 +69,10 @@ class StrategyConfig:
     name: str
     unproven: str | None = None
     """What becomes of a call whose mask is not proved causal."""
+    assume: list[str] = field(default_factory=list)
+    """Conditions that hold for every input, says the user; a mask that is causal under them is dropped."""
+    guard: bool | None = None
+    """The engine's runtime checks those conditions on its inputs and refuses to run outside them."""
 
 
 @dataclass
@@ -244,6 +252,7 @@ def check(config: Config) -> None:
         _one_of("until", config.until, STAGES)
     _check_model(config.model)
     _check_strategy(config.strategy)
+    _check_assumptions(config.strategy, config.model)
     _check_backend(config)
     _one_of("cache", config.cache.name, ("none",))
     _check_shapes(config)
@@ -282,6 +291,34 @@ def _check_strategy(strategy: StrategyConfig) -> None:
         raise UserError(f"strategy.unproven={strategy.unproven}: not for strategy={strategy.name}{hint}; {takes}")
     if allowed and strategy.unproven is None:
         raise UserError(f"strategy.unproven=null: strategy={strategy.name} needs one of {', '.join(allowed)}")
+
+
+def _check_assumptions(strategy: StrategyConfig, model: ModelConfig) -> None:
+    if not STRATEGIES[strategy.name]:  # it proves nothing, or keeps every mask
+        for key, value in (
+            ("assume", _listed(strategy.assume) if strategy.assume else None),
+            ("guard", strategy.guard),
+        ):
+            if value is not None:
+                owners = " and ".join(f"strategy={name}" for name, unproven in STRATEGIES.items() if unproven)
+                raise UserError(
+                    f"strategy.{key}={value}: not for strategy={strategy.name} (it belongs to {owners}); leave it out"
+                )
+        return
+    if strategy.guard is None:
+        raise UserError(f"strategy.guard=null: strategy={strategy.name} needs true or false")
+    for condition in strategy.assume:
+        _one_of("strategy.assume", condition, ASSUMPTIONS)
+        if (about := ASSUMPTIONS[condition]) not in model.inputs:
+            raise UserError(
+                f"strategy.assume={condition}: is about {about}, which model.inputs={_listed(model.inputs)} lacks; "
+                f"add it, or leave the assumption out"
+            )
+
+
+def _listed(values: list[str]) -> str:
+    """``values`` as the command line takes them."""
+    return f"[{','.join(values)}]"
 
 
 def _check_backend(config: Config) -> None:

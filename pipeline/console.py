@@ -91,6 +91,13 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"worst {worst['name']}: relative error {worst['relative_error']:.2g} (allowed {worst['tolerance']:.2g}), "
             f"top-1 {worst['top1_agreement']:.1%}",
         )
+        if outside := verify.get("outside"):
+            worst = outside["worst"]
+            yield (
+                "outside",
+                f"{', '.join(outside['assumed'])}: not judged, {len(outside['cases'])} cases; worst {worst['name']}: "
+                f"relative error {worst['relative_error']:.2g}, top-1 {worst['top1_agreement']:.1%}",
+            )
         if "answer" in verify:
             yield "answer", escape(f"“{verify['answer']['engine']}”")
     for entry in _entries(report["benchmark"] or {}):

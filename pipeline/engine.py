@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from passes.stack import Stack, load_stack
+from pipeline import guard
 from pipeline.export import InputSpec, make_inputs
 from pipeline.generate import chat_tokens, greedy
 
@@ -25,12 +27,23 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V]."""
+    """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V].
 
-    def __init__(self, stack: Stack, data: Any, inputs: tuple[InputSpec, ...], cuda_graph: bool = False) -> None:
+    ``conditions``: what every call checks of its inputs first, see :mod:`pipeline.guard`.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        data: Any,
+        inputs: tuple[InputSpec, ...],
+        cuda_graph: bool = False,
+        conditions: tuple[str, ...] = (),
+    ) -> None:
         trt = stack.trt
         self.inputs = inputs
         self.cuda_graph = cuda_graph
+        self.conditions = conditions
         self.generation = 0
         self.stream = torch.cuda.Stream()
         self._runtime = trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
@@ -40,11 +53,10 @@ class Engine:
                 "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
             )
         self._context = self._make_context(stack)
-        self._output = next(
-            name
-            for name in map(self._engine.get_tensor_name, range(self._engine.num_io_tensors))
-            if self._engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT
-        )
+        # Without the inputs that nothing reads any more, such as an attention mask that was assumed to be all ones.
+        self._tensors = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        output = trt.TensorIOMode.OUTPUT
+        self._output = next(name for name in self._tensors if self._engine.get_tensor_mode(name) == output)
         self._dtype = stack.torch_tensorrt.dtype._from(self._engine.get_tensor_dtype(self._output)).to(torch.dtype)
         self._buffers: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -68,7 +80,7 @@ class Engine:
         self._buffers = {}
         for spec in self.inputs:
             tensor = inputs[spec.name].to(device="cuda", dtype=torch.int64).contiguous().clone()
-            if not self._context.set_input_shape(spec.name, tuple(tensor.shape)):
+            if spec.name in self._tensors and not self._context.set_input_shape(spec.name, tuple(tensor.shape)):
                 raise UserError(
                     f"{spec.name} {tuple(tensor.shape)}: outside the engine's profile, "
                     f"batch {spec.batch} and length {spec.min}..{spec.max}"
@@ -77,8 +89,8 @@ class Engine:
         shape = tuple(self._context.get_tensor_shape(self._output))
         # Poisoned: an element that the engine does not write is seen as NaN.
         self._buffers[self._output] = torch.full(shape, float("nan"), dtype=self._dtype, device="cuda")
-        for name, tensor in self._buffers.items():
-            self._context.set_tensor_address(name, tensor.data_ptr())
+        for name in self._tensors:
+            self._context.set_tensor_address(name, self._buffers[name].data_ptr())
         torch.cuda.current_stream().synchronize()
         self._execute()  # the first pass at a shape compiles kernels
         self.stream.synchronize()
@@ -106,7 +118,15 @@ class Engine:
             self._graph.replay()
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Logits [batch, 1 or length, vocabulary] for ``inputs``, each [batch, length] int64."""
+        """Logits [batch, 1 or length, vocabulary] for ``inputs``, each [batch, length] int64.
+
+        Raises :class:`RunError` of kind ``assumption``, and runs nothing, where they break one of the conditions.
+        """
+        guard.check(self.conditions, inputs)
+        return self.unguarded(inputs)
+
+    def unguarded(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The same without the check: what the verification calls, to see what breaking a condition costs."""
         bound = self._buffers.get(self.inputs[0].name)
         if bound is None or bound.shape != inputs[self.inputs[0].name].shape:
             self._bind(inputs)
@@ -130,9 +150,16 @@ class Engine:
 
 
 def write_engine(
-    folder: Path, data: Any, section: dict[str, Any], inputs: tuple[InputSpec, ...], environment: dict
+    folder: Path,
+    data: Any,
+    section: dict[str, Any],
+    inputs: tuple[InputSpec, ...],
+    environment: dict[str, Any],
+    assumed: Collection[str] = (),
+    guarded: bool = True,
 ) -> None:
-    """``engine.trt`` and its manifest ``engine.json``: hash, inputs with their ranges, target and versions."""
+    """``engine.trt`` and its manifest ``engine.json``: hash, inputs with their ranges, target and versions, the
+    conditions under which masks were dropped, and whether :func:`open_engine` has them checked."""
     (folder / section["file"]).write_bytes(data)
     manifest = {
         "schema": 1,
@@ -142,6 +169,8 @@ def write_engine(
         "target": section["target"],
         "inputs": [asdict(spec) | {"dtype": "int64", "shape": ["batch", "length"]} for spec in inputs],
         "outputs": [{"name": "output0", "shape": ["batch", "1 or length", "vocabulary"]}],
+        "assumed": list(assumed),
+        "guard": guarded,
         "environment": environment,
     }
     (folder / "engine.json").write_text(json.dumps(manifest, indent=2) + "\n")
@@ -155,11 +184,12 @@ def open_engine(path: Path, cuda_graph: bool = False) -> Engine:
         raise UserError(f"{error.filename}: not there; an engine is engine.trt with engine.json beside it") from None
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
+    conditions = guard.guarded(manifest)
     if not torch.cuda.is_available():
         raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
     names = InputSpec.__dataclass_fields__
     inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
-    return Engine(load_stack(), data, inputs, cuda_graph)
+    return Engine(load_stack(), data, inputs, cuda_graph, conditions)
 
 
 def load_engine(run_id: str, uri: str = "sqlite:///mlflow.db") -> Engine:

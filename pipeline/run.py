@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError
-from pipeline.config import Config
+from pipeline.config import Config, StrategyConfig
 from pipeline.console import StageDisplay
 from pipeline.record import Record, StopHere
 
 if TYPE_CHECKING:
     import torch
 
+    from passes.rewrite import Rewritten
     from pipeline.benchmark import Runner
     from pipeline.export import CallForm
     from pipeline.model import LoadedModel
@@ -140,14 +142,14 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
         record.detail = f"{len(traced.program.graph.nodes)} nodes"
 
     with record.stage("strategy"):
-        rewritten = apply_strategy(traced.program, config.strategy.name, config.strategy.unproven)
+        asked = config.strategy
+        rewritten = apply_strategy(traced.program, asked.name, asked.unproven, asked.assume)
         report["attention"] = rewritten.describe()
         record.keep("graph_after.txt", str(rewritten.program.graph))
         record.keep("attention_calls.md", calls_table(report["attention"]["calls"]))
         record.detail = str(report["attention"]["summary"]["by_action"]).strip("{}").replace("'", "")
-    for call in rewritten.calls:
-        if call.unproved:
-            record.note(f"{call.name}: mask dropped unproved; right only where it happens to be causal ({call.reason})")
+    for note in _dropped(rewritten, asked):
+        record.note(note)
 
     with record.stage("lower"), _collector_paused():
         lowered = compile.lower(stack, rewritten.program, traced.inputs, config.backend, config.precision)
@@ -160,7 +162,8 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
         built = compile.build(stack, network, record.display.steps)
         report["engine"] = built.section
         assert record.folder is not None
-        write_engine(record.folder, built.data, built.section, traced.inputs, report["environment"])
+        assumed, guard = rewritten.assumed, bool(asked.guard)
+        write_engine(record.folder, built.data, built.section, traced.inputs, report["environment"], assumed, guard)
         record.detail = f"{built.section['bytes'] / 1e6:.0f} MB"
     del lowered, network
     gc.collect()
@@ -168,17 +171,32 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
 
     with record.stage("verify"):
         if device.type == "cuda":
-            runner = Engine(stack, built.data, traced.inputs, bool(config.backend.cuda_graph))
-            _verify(record, loaded, device, form, runner, "engine")
+            conditions = tuple(assumed) if guard else ()
+            runner = Engine(stack, built.data, traced.inputs, bool(config.backend.cuda_graph), conditions)
+            _verify(record, loaded, device, form, runner.unguarded, "engine", assumed)
         else:
             # Without a GPU the engine cannot run; what can be checked is the graph that it was built from.
             del built  # hundreds of megabytes, and on disk
             graph = widened(rewritten.program.module())
-            _verify(record, loaded, device, form, lambda inputs: graph(**inputs), "graph")
+            _verify(record, loaded, device, form, lambda inputs: graph(**inputs), "graph", assumed)
     if device.type != "cuda":
         return "not_executed"
     _benchmark(record, loaded, runner)
     return "ok"
+
+
+def _dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
+    """What the reader must know of masks that were dropped without a proof for every input."""
+    for call in rewritten.calls:
+        if call.unproved:
+            shown = (call.counterexample or {}).get("text")
+            why = f"({call.reason})" + (f"; {shown}" if shown else "")
+            yield f"{call.name}: mask dropped unproved; right only where it happens to be causal {why}"
+    if rewritten.assumed:
+        checked = "the runtime checks it" if strategy.guard else "nothing checks it (strategy.guard=false)"
+        yield f"masks were dropped on your word that {', '.join(rewritten.assumed)} holds for every input; {checked}"
+    if unused := [condition for condition in strategy.assume if condition not in rewritten.assumed]:
+        yield f"strategy.assume: no mask was dropped on the word of {', '.join(unused)}"
 
 
 def _rival(record: Record, loaded: LoadedModel, device: torch.device) -> str:
@@ -199,13 +217,21 @@ def _rival(record: Record, loaded: LoadedModel, device: torch.device) -> str:
 
 
 def _verify(
-    record: Record, loaded: LoadedModel, device: torch.device, form: CallForm, candidate: Forward, executed: str
+    record: Record,
+    loaded: LoadedModel,
+    device: torch.device,
+    form: CallForm,
+    candidate: Forward,
+    executed: str,
+    assumed: Collection[str] = (),
 ) -> None:
-    """Judge ``candidate`` against wider PyTorch, let it answer a question, and end the run if it failed."""
+    """Judge ``candidate`` against wider PyTorch, let it answer a question, and end the run if it failed; then show
+    what it does to inputs outside of what was ``assumed``, on which it is not judged."""
     import torch
 
     from pipeline import verify
-    from pipeline.export import CallForm, make_inputs
+    from pipeline.cases import Case, case_inputs, cases, split
+    from pipeline.export import CallForm
     from pipeline.model import DTYPES, load_reference
     from pipeline.text import token_batch
 
@@ -215,11 +241,10 @@ def _verify(
     if executed == "graph":
         verify.widened_parameters(form)
 
-    def inputs_of(case: verify.Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+    def inputs_of(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         seed = config.seed + case.sample
         tokens = token_batch(loaded.tokenizer, vocabulary, config.shape.batch, case.length, seed).to(device)
-        padding = verify.padding_mask(case, config.shape.batch)
-        return make_inputs(names, tokens, None if padding is None else padding.to(device)), padding
+        return case_inputs(case, names, tokens)
 
     def in_fp16_accumulation(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         with verify.fp16_accumulation():
@@ -228,27 +253,31 @@ def _verify(
     yardsticks: dict[str, Forward] = {"pytorch": lambda inputs: form(**inputs)}
     if executed == "engine" and config.precision == "fp16":
         yardsticks["pytorch_fp16_accumulation"] = in_fp16_accumulation
+
     def judged(done: int, total: int) -> None:
         _trim()
         record.display.steps("case", done, total)
 
-    cases = verify.cases(config.verify, config.shape, names, config.model.logits)
-    section = verify.judge(
-        cases,
-        inputs_of,
+    judge = partial(
+        verify.judge,
+        inputs_of=inputs_of,
         reference=lambda inputs: reference(**inputs),
         yardsticks=yardsticks,
         candidate=candidate,
         precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
         progress=judged,
     )
-    record.report["verify"] = {"executed": executed, "factor": verify.FACTOR, **section}
+    every = cases(config.verify, config.shape, names, config.model.logits)
+    inside, outside = split(every, assumed, names, config.shape.batch)
+    record.report["verify"] = {"executed": executed, "factor": verify.FACTOR, **judge(inside)}
     if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
         record.report["verify"]["answer"] = verify.answers(
             loaded.tokenizer, QUESTION, candidate, lambda inputs: form(**inputs), names, config.shape.max, device
         )
-    record.detail = f"{len(cases)} cases on the {executed}"
+    record.detail = f"{len(inside)} cases on the {executed}"
     verify.gate(record.report["verify"])
+    if outside:
+        record.report["verify"]["outside"] = verify.cost(judge(outside)["cases"], assumed)
 
 
 def _benchmark(record: Record, loaded: LoadedModel, runner: Runner) -> None:

@@ -23,7 +23,9 @@ def run_name(config: Config) -> str:
     model, strategy, backend, shape = config.model, config.strategy, config.backend, config.shape
     who = Path(model.path).resolve().name if model.path else model.name
     if backend.name == "tensorrt":
-        how = strategy.name + (f" ({strategy.unproven})" if strategy.unproven in ("force", "error") else "")
+        special = [strategy.unproven] if strategy.unproven in ("force", "error") else []
+        special += [f"assume {condition}" for condition in strategy.assume]
+        how = strategy.name + (f" ({', '.join(special)})" if special else "")
     else:
         how = backend.name + (f" ({backend.mode})" if backend.mode else "")
     length = f"{shape.min}..{shape.max}" if shape.kind == "dynamic" else str(shape.max)

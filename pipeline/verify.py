@@ -14,10 +14,11 @@ arithmetic, on the same inputs; the error of PyTorch as it ships stands beside i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import inf, isnan
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from passes.errors import RunError
-from pipeline.config import ShapeConfig, VerifyConfig
+from pipeline.cases import Case
 from pipeline.generate import chat_tokens, greedy
 
 if TYPE_CHECKING:
@@ -39,15 +40,6 @@ FACTOR = 3.0
 accumulating differently moves that size by a small factor.  What was ever seen wrong was off by 100 times."""
 NARROW = (torch.float16, torch.bfloat16)
 CHUNK = 32  # positions compared at a time, few enough to stay in the cache: three times as fast as 256
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    length: int
-    padding: str
-    """``none``, ``left`` or ``right``: every second row, and the only one, is padded by a third."""
-    sample: int
 
 
 @dataclass(frozen=True)
@@ -74,38 +66,6 @@ def fp16_accumulation() -> Iterator[None]:
         yield
     finally:
         matmul.allow_fp16_accumulation = before
-
-
-def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: str) -> list[Case]:
-    """Both ends of the profile, odd lengths, around 512, and the maximum; with padding where there is a mask for it.
-
-    Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
-    """
-    paddings = ["none"]
-    if "attention_mask" in inputs:
-        paddings += ["left"] if logits == "last" else ["left", "right"]
-    lengths = config.lengths or [n for n in (shape.min, 7, 77, 511, 512, 513, shape.max) if shape.min <= n <= shape.max]
-    found = []
-    for length in sorted(set(lengths)):
-        for padding in paddings if length > 2 else ("none",):
-            for sample in range(config.samples):
-                suffix = ("" if padding == "none" else f"_{padding}_padding") + (f"_{sample}" if sample else "")
-                found.append(Case(f"length_{length}{suffix}", length, padding, sample))
-    return found
-
-
-def padding_mask(case: Case, batch: int) -> Tensor | None:
-    """[batch, length] bool, True at padding; None without padding."""
-    if case.padding == "none":
-        return None
-    mask = torch.zeros(batch, case.length, dtype=torch.bool)
-    pad = case.length // 3
-    rows = slice(0, None, 2)
-    if case.padding == "left":
-        mask[rows, :pad] = True
-    else:
-        mask[rows, case.length - pad :] = True
-    return mask
 
 
 def judge(
@@ -153,15 +113,25 @@ def gate(section: dict[str, Any]) -> None:
     if section["passed"]:
         return
     failed = [row for row in section["cases"] if not row["passed"]]
-    worst = max(
-        failed, key=lambda row: row["relative_error"] if row["relative_error"] == row["relative_error"] else 1e30
-    )
+    worst = _worst(failed)
     raise RunError(
         "accuracy",
         f"{len(failed)} of {len(section['cases'])} cases failed; worst {worst['name']}: relative error "
         f"{worst['relative_error']:.3g} where {worst['tolerance']:.3g} is allowed, "
         f"top-1 agreement {worst['top1_agreement']:.1%}",
     )
+
+
+def cost(cases: list[dict[str, Any]], assumed: Collection[str]) -> dict[str, Any]:
+    """The report's ``verify.outside``: judged ``cases`` that break what was ``assumed``, and the worst of them."""
+    worst = _worst(cases)
+    fields = ("name", "relative_error", "max_abs", "cosine", "kl", "top1_agreement")
+    return {"assumed": list(assumed), "cases": cases, "worst": {name: worst[name] for name in fields}}
+
+
+def _worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row with the largest relative error; NaN is the largest."""
+    return max(rows, key=lambda row: inf if isnan(row["relative_error"]) else row["relative_error"])
 
 
 def _real_positions(truth: Tensor, padding: Tensor | None) -> Tensor:

@@ -15,9 +15,10 @@ from passes import rewrite
 from passes.errors import RunError, UserError
 from passes.stack import load_stack
 from pipeline import compile, verify
+from pipeline.cases import Case, case_inputs
 from pipeline.config import BackendConfig, ShapeConfig
 from pipeline.engine import Engine
-from pipeline.export import CallForm, InputSpec, make_inputs, trace
+from pipeline.export import CallForm, InputSpec, trace
 from pipeline.generate import chat_tokens, greedy
 from pipeline.model import DTYPES, load, load_reference
 
@@ -39,14 +40,15 @@ STRATEGIES = [
 def build(
     strategy: str, unproven: str | None, precision: str = "fp16", name: str = "llama", *,
     inputs: tuple[str, ...] = ("input_ids",), batch: int = 1, lengths: tuple[int, int] = (2, LONGEST),
-    cuda_graph: bool = False, **changes: Any,
+    cuda_graph: bool = False, assume: tuple[str, ...] = (), **changes: Any,
 ) -> Engine:  # fmt: skip
     stack, device = load_stack(), torch.device("cuda")
     traced = tiny.traced(name, precision, inputs, batch, lengths, device, **changes)
-    program = rewrite.apply_strategy(traced.program, strategy, unproven).program
-    lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), precision)
+    rewritten = rewrite.apply_strategy(traced.program, strategy, unproven, assume)
+    lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
     network = compile.interpret(stack, lowered, strategy == "upstream")
-    return Engine(stack, compile.build(stack, network, lambda *_: True).data, traced.inputs, cuda_graph)
+    data, conditions = compile.build(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
+    return Engine(stack, data, traced.inputs, cuda_graph, conditions)
 
 
 @functools.cache
@@ -61,17 +63,15 @@ def judged(
     names, batch = [spec.name for spec in engine.inputs], engine.inputs[0].batch
     form = CallForm(tiny.model(name, precision, torch.device("cuda"), **changes), "all")
 
-    def inputs_of(case: verify.Case) -> tuple[dict[str, Tensor], Tensor | None]:
-        padded = verify.padding_mask(case, batch)
-        tokens = tiny.tokens(batch, case.length).cuda()
-        return make_inputs(names, tokens, None if padded is None else padded.cuda()), padded
+    def inputs_of(case: Case) -> tuple[dict[str, Tensor], Tensor | None]:
+        return case_inputs(case, names, tiny.tokens(batch, case.length).cuda())
 
     def accumulating_in_fp16(inputs: dict[str, Tensor]) -> Tensor:
         with verify.fp16_accumulation():
             return form(**inputs)
 
     return verify.judge(
-        [verify.Case(f"length_{length}", length, padding, 0) for length in lengths],
+        [Case(f"length_{length}", length, padding, 0) for length in lengths],
         inputs_of,
         reference=lambda inputs: reference(name, precision, tuple(sorted(changes.items())))(**inputs),
         yardsticks={"pytorch": lambda inputs: form(**inputs), "pytorch_fp16_accumulation": accumulating_in_fp16},
@@ -159,6 +159,20 @@ def test_a_captured_graph_replays_the_engine_or_says_that_it_cannot(lengths: tup
             assert error.kind == "cuda_graph" and "captured" in str(error)
             return
         torch.testing.assert_close(got, plain(inputs))
+
+
+@pytest.mark.parametrize("lengths", [(513, 513), (2, LONGEST)], ids=["static", "dynamic"])
+def test_an_engine_that_assumes_no_padding_takes_the_mask_that_it_no_longer_reads_and_refuses_padding(
+    lengths: tuple[int, int],
+) -> None:
+    engine = build("detect_causal", "mask", inputs=PADDED, lengths=lengths, assume=("no_padding",), **SHARP)
+    assert engine.conditions == ("no_padding",)
+    assert judged(engine, "fp16", (513,), **SHARP)["passed"]
+    padded, _ = case_inputs(Case("", 513, "left", 0), list(PADDED), tiny.tokens(1, 513).cuda())
+    with pytest.raises(RunError, match="attention_mask is 0 at row 0, token 0"):
+        engine(padded)
+    full = padded | {"attention_mask": torch.ones_like(padded["attention_mask"])}
+    assert torch.equal(engine.unguarded(padded), engine(full))
 
 
 def test_the_default_model_answers_as_pytorch_does() -> None:

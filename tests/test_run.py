@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import CONF, TINY_LLAMA, save_tiny_llama
 from rich.console import Console
+from runs import DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, outcome_in
 
 from passes.errors import UserError
 from pipeline import tracking
@@ -24,12 +25,8 @@ from pipeline.__main__ import _main, _terminated, compose_config
 from pipeline.config import STAGES
 from pipeline.console import StageDisplay
 from pipeline.engine import load_engine, open_engine
-from pipeline.run import Outcome, run
+from pipeline.run import Outcome
 from pipeline.tracking_names import parameters
-
-GPU = torch.cuda.is_available()
-DONE = "ok" if GPU else "not_executed"
-SMALL = ["shape.max=64", "benchmark=none"]
 
 # shared/DESIGN.md's report.json, schema 1: what readers may count on.
 CONTRACT = {
@@ -38,12 +35,12 @@ CONTRACT = {
     "transformers python git",
     "model": "name source revision sha256 parameters weights",
     "attention": "calls summary",
-    "attention.summary": "by_mask by_action",
+    "attention.summary": "by_mask by_action assumed",
     "attention.calls.0": "index name op mask proof depends_on action reason",
     "engine": "file bytes sha256 target layers iattention iattention_causal iattention_masked softmax "
     "torch_fallback_ops",
     "verify": "executed cases passed",
-    "verify.cases.0": "name relative_error max_abs cosine kl top1_agreement passed padding",
+    "verify.cases.0": "name relative_error max_abs cosine kl top1_agreement passed padding positions",
 }
 
 
@@ -57,53 +54,11 @@ def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "one-layer", num_hidden_layers=1)
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """One MLflow store for all runs of this file; making one takes seconds."""
-    return f"sqlite:///{tmp_path_factory.mktemp('store')}/mlflow.db"
-
-
-@pytest.fixture
-def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cwd"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["pipeline"])
-    return folder
-
-
-def do(store: str, output: Path, model: Path, *overrides: str, display: StageDisplay | None = None) -> Outcome:
-    settings = ["model=local", f"model.path={model}", f"tracking.uri={store}", f"output={output}", *overrides]
-    return run(compose_config(settings), display or StageDisplay(Console(file=io.StringIO())))
-
-
-def mlflow_run(store: str, outcome: Outcome) -> Any:
-    """The one MLflow run of ``outcome``."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(store)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.run_folder = '{outcome.folder.resolve()}'")
-    assert len(found) == 1
-    return found[0]
-
-
-def artifacts(store: str, run_id: str) -> set[str]:
-    from mlflow import MlflowClient
-
-    return {item.path for item in MlflowClient(store).list_artifacts(run_id)}
-
-
 def at(report: dict[str, Any], path: str) -> Any:
     value: Any = report
     for part in filter(None, path.split(".")):
         value = value[int(part)] if part.isdigit() else value[part]
     return value
-
-
-def failure(outcome: Outcome) -> tuple[str, str]:
-    assert outcome.report["status"] == "failed"
-    return outcome.report["failure"]["stage"], outcome.report["failure"]["kind"]
 
 
 # What a finished run leaves
@@ -251,7 +206,7 @@ def test_every_strategy_precision_and_shape_becomes_a_verified_engine(
     assert (engine["iattention_fused"] == 0 and engine["notes"] != []) == (precision == "precision=fp32")
 
 
-def test_padding_and_positions_as_inputs_keep_the_mask_and_are_verified_padded(
+def test_padding_and_positions_as_inputs_keep_the_mask_and_are_verified_padded_and_packed(
     store: str, tiny: Path, tmp_path: Path
 ) -> None:
     inputs = "model.inputs=[input_ids,attention_mask,position_ids]"
@@ -261,7 +216,8 @@ def test_padding_and_positions_as_inputs_keep_the_mask_and_are_verified_padded(
     assert report["attention"]["summary"]["by_action"] == {"native_mask": 2}
     assert all("attention_mask" in call["depends_on"] for call in report["attention"]["calls"])
     assert {case["padding"] for case in report["verify"]["cases"]} == {"none", "left", "right"}
-    assert len(report["verify"]["cases"]) == 1 + 3 + 3  # nothing to pad at length 2
+    assert {case["positions"] for case in report["verify"]["cases"]} == {"counted", "packed"}
+    assert len(report["verify"]["cases"]) == 1 + 4 + 4  # nothing to pad or pack at length 2
     assert report["engine"]["iattention_masked"] == 2 and report["engine"]["iattention_causal"] == 0
 
 
@@ -298,32 +254,6 @@ def test_until_leaves_the_report_of_what_was_done_so_far(
 
 
 # Failures: exit code 1, and the report says how
-
-
-def test_a_mask_dropped_against_the_proof_fails_verification_and_is_not_measured(
-    store: str, tiny: Path, cwd: Path
-) -> None:
-    code = _main(
-        [
-            "model=local", f"model.path={tiny}", "strategy=lowering", "strategy.unproven=force",
-            "model.inputs=[input_ids,attention_mask]", "shape.max=64", "precision=fp32", f"tracking.uri={store}",
-        ]
-    )  # fmt: skip
-
-    assert code == 1
-    outcome = outcome_in(cwd / "outputs")
-    report, kept = outcome.report, mlflow_run(store, outcome)
-    assert failure(outcome) == ("verify", "accuracy")
-    assert not report["verify"]["passed"] and report["benchmark"] is None
-    passed = {case["name"]: case["passed"] for case in report["verify"]["cases"]}
-    assert passed["length_64"] and not passed["length_64_left_padding"]
-    assert {call["proof"] for call in report["attention"]["calls"]} == {"unproved"}
-    assert len([note for note in report["notes"] if "unproved" in note]) == 2
-    assert kept.info.status == "FAILED" and kept.data.tags["failure.kind"] == "accuracy"
-    assert kept.data.metrics["verify.passed"] == 0
-    assert not any(key.startswith("benchmark") for key in kept.data.metrics)
-    with pytest.raises(UserError, match="did not pass verification"):
-        tracking.fetch_engine(kept.info.run_id, store)
 
 
 def test_a_model_that_cannot_be_exported_fails_in_its_stage(store: str, tmp_path: Path) -> None:
@@ -508,12 +438,6 @@ def is_closed_as_interrupted(outcome: Outcome, by: str, store: str) -> None:
     assert failure(outcome)[1] == "interrupted" and by in outcome.report["failure"]["message"]
     assert kept.info.status == "KILLED" and kept.data.tags["failure.kind"] == "interrupted"
     assert "report.json" in artifacts(store, kept.info.run_id)
-
-
-def outcome_in(output: Path) -> Outcome:
-    """What the only run under ``output`` left."""
-    (folder,) = output.glob("*/*")
-    return Outcome(json.loads((folder / "report.json").read_text()), folder)
 
 
 def test_ctrl_c_ends_a_run_with_code_130_and_its_report_and_mlflow_run_are_closed(

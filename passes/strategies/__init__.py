@@ -34,6 +34,10 @@ class Action(Enum):
     """Left to the installed Torch-TensorRT."""
 
 
+KEEPS_MASK = frozenset({Action.NATIVE_MASK, Action.DECOMPOSED, Action.UNTOUCHED})
+"""Actions that are right for every mask, since they apply it."""
+
+
 @dataclass(frozen=True)
 class Decision:
     action: Action

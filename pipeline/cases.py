@@ -1,0 +1,86 @@
+"""What an engine is compared on: lengths over the whole profile, padded rows, and rows of two packed documents."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline import guard
+from pipeline.config import ShapeConfig, VerifyConfig
+from pipeline.export import make_inputs
+
+ROWS = slice(0, None, 2)
+"""Which rows of a batch are padded or packed: every second one, and the only one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    length: int
+    padding: str
+    """``none``, ``left`` or ``right``: a third of the row."""
+    sample: int
+    positions: str = "counted"
+    """``counted``: of the real tokens, as Hugging Face's ``generate`` counts them.  ``packed``: the row holds two
+    documents, and positions restart at 0 with the second, in the middle."""
+
+
+def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: str) -> list[Case]:
+    """Both ends of the profile, odd lengths, around 512, and the maximum; with padding and packed documents where
+    ``attention_mask`` and ``position_ids`` are among the ``inputs`` to say so.
+
+    Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
+    """
+    kinds = [("none", "counted")]
+    if "attention_mask" in inputs:
+        kinds += [("left", "counted")] + [("right", "counted")] * (logits == "all")
+    if "position_ids" in inputs:
+        kinds.append(("none", "packed"))
+    lengths = config.lengths or [n for n in (shape.min, 7, 77, 511, 512, 513, shape.max) if shape.min <= n <= shape.max]
+    found = []
+    for length in sorted(set(lengths)):
+        for padding, positions in kinds if length > 2 else kinds[:1]:
+            suffix = "" if padding == "none" else f"_{padding}_padding"
+            suffix += "" if positions == "counted" else f"_{positions}"
+            for sample in range(config.samples):
+                name = f"length_{length}{suffix}" + (f"_{sample}" if sample else "")
+                found.append(Case(name, length, padding, sample, positions))
+    return found
+
+
+def case_inputs(case: Case, names: list[str], tokens: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The inputs ``names`` of ``case`` for ``tokens`` [batch, length], and its :func:`padding_mask`."""
+    padding = padding_mask(case, len(tokens))
+    inputs = make_inputs(names, tokens, None if padding is None else padding.to(tokens.device))
+    if case.positions == "packed":
+        restart = case.length // 2
+        inputs["position_ids"][ROWS, restart:] -= restart
+    return inputs, padding
+
+
+def padding_mask(case: Case, batch: int) -> Tensor | None:
+    """[batch, length] bool, True at padding; None without padding."""
+    if case.padding == "none":
+        return None
+    mask = torch.zeros(batch, case.length, dtype=torch.bool)
+    pad = case.length // 3
+    if case.padding == "left":
+        mask[ROWS, :pad] = True
+    else:
+        mask[ROWS, case.length - pad :] = True
+    return mask
+
+
+def split(
+    every: list[Case], conditions: Collection[str], names: list[str], batch: int
+) -> tuple[list[Case], list[Case]]:
+    """The cases whose inputs keep the ``conditions`` (see :mod:`pipeline.guard`), and those whose inputs do not."""
+    inside: list[Case] = []
+    outside: list[Case] = []
+    for case in every:
+        inputs, _ = case_inputs(case, names, torch.zeros(batch, case.length, dtype=torch.int64))
+        (outside if guard.violation(conditions, inputs) else inside).append(case)
+    return inside, outside
