@@ -21,8 +21,8 @@ import torch
 import z3
 from torch.fx import Node
 
-from passes.operations import MODELS, MOVES, in_range
-from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, is_tensor, literal
+from passes.operations import MODELS, MOVES
+from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, in_range, is_tensor, literal
 
 INT64_MAX = 2**63 - 1
 SOLVER_TIMEOUT_MS = 2000
