@@ -126,20 +126,21 @@ def _confirmed(
     queries, keys = scores[2:]
     causal = torch.arange(keys) <= torch.arange(queries)[:, None]
     if mask.dtype == torch.bool:
-        seen, plain = mask, mask
+        wrong = mask ^ causal
     elif mask.is_floating_point():
-        seen, plain = mask > torch.finfo(mask.dtype).min, mask == 0
+        wrong = torch.where(causal, mask != 0, mask > torch.finfo(mask.dtype).min)
     else:
         return None
-    wrong = torch.where(causal, ~plain, seen)
     wrong = wrong.reshape((1,) * (4 - wrong.dim()) + wrong.shape)
-    where = int(wrong.any(0).any(0).to(torch.uint8).argmax())  # the first of the largest
-    query, key = divmod(where, keys)
-    if not wrong[:, :, query, key].any():
+    query = _first(wrong.any(-1).any(0).any(0))
+    if query is None:
         return None
-    batch, head = divmod(int(wrong[:, :, query, key].to(torch.uint8).argmax()), wrong.shape[1])
+    key = _first(wrong[:, :, query].any(0).any(0))
+    assert key is not None
+    batch, head = (int(place[0]) for place in wrong[:, :, query, key].nonzero(as_tuple=True))
     value = mask.expand(scores)[batch, head, query, key].item()
-    attends = bool(seen.expand(scores)[batch, head, query, key])
+    is_bool = mask.dtype == torch.bool
+    attends = bool(value) if is_bool else not value <= torch.finfo(mask.dtype).min
     stored = sum(tensor.numel() for tensor in inputs.values()) <= MOST_STORED
     return Counterexample(
         batch=batch,
@@ -147,12 +148,18 @@ def _confirmed(
         query=query,
         key=key,
         attends=attends,
-        bias=float(value) if attends and mask.is_floating_point() and value != 0 else None,
+        bias=float(value) if attends and not is_bool and value != 0 else None,
         queries=queries,
         keys=keys,
         sizes=dict(sizes),
         inputs={name: tensor.tolist() for name, tensor in inputs.items()} if stored else {},
     )
+
+
+def _first(flags: Tensor) -> int | None:
+    """The place of the first True of a row."""
+    places = flags.nonzero()
+    return int(places[0]) if len(places) else None
 
 
 # -- readable inputs ---------------------------------------------------------------------------------
