@@ -19,7 +19,7 @@ from torch import Tensor
 from passes.attention import AttentionCall
 from passes.mask_program import MaskProgram, NotRunnable
 from passes.smallest_model import Model, possible_sizes, smallest_model
-from passes.symbolic import INT64_MAX, Evaluator, Term
+from passes.symbolic import Evaluator, Term
 
 SOLVER_SECONDS = 1.0
 TRIAL_SECONDS = 1.0
@@ -169,8 +169,7 @@ def _sizes(program: MaskProgram, evaluator: Evaluator, least: int) -> Iterator[d
     """Sizes within the profile whose sum is ``least`` or more, ascending: the first few, powers of two, the largest."""
     few = 6 if len(program.symbols) <= 3 else 2
     choices = []
-    for name in program.symbols:
-        low, high = evaluator.ranges.get(name, (0, INT64_MAX))
+    for low, high in program.ranges(evaluator.ranges).values():
         powers = (2**exponent for exponent in range(3, 23)) if len(program.symbols) <= 2 else ()
         choices.append(sorted({size for size in (*range(low, low + few), *powers, high) if low <= size <= high}))
     for combination in sorted(itertools.product(*choices), key=lambda sizes: (sum(sizes), sizes)):

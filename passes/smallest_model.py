@@ -12,7 +12,7 @@ import z3
 from torch import Tensor
 
 from passes.mask_program import MaskProgram
-from passes.symbolic import INT64_MAX, Evaluator, Term
+from passes.symbolic import Evaluator, Term
 
 ATTEMPT_MS = 250
 """Limit of one question to the solver; the smallest-first search goes on with what it has."""
@@ -42,9 +42,8 @@ def smallest_model(
     """
     search = _Search(evaluator, seconds)
     symbols = {name: z3.Int(name) for name in program.symbols}
-    for name, symbol in symbols.items():
-        low, high = evaluator.ranges.get(name, (0, INT64_MAX))
-        search.solver.add(symbol >= low, symbol <= high)
+    for name, (low, high) in program.ranges(evaluator.ranges).items():
+        search.solver.add(symbols[name] >= low, symbols[name] <= high)
     search.solver.add(*inside, claim)
     first = search.check()
     if first != z3.sat:
