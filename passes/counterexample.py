@@ -28,6 +28,8 @@ MOST_ELEMENTS = 2**26
 MOST_TRIAL_ELEMENTS = 2**22
 """The same for a trial: length 2048."""
 MOST_VARIANTS = 300
+FEW_SIZES = 6
+"""Sizes at which a negative value, which no tokenizer makes, is not yet tried."""
 MOST_STORED = 4096
 MOST_SHOWN = 64
 
@@ -105,10 +107,12 @@ def find(
         if found:
             return found
         least = sum(model.sizes.values())
-    for sizes in possible_sizes(evaluator, _sizes(program, evaluator, least)):
-        found = _readable(program, sizes, MOST_TRIAL_ELEMENTS, deadline)
-        if found or time.perf_counter() > deadline:
-            return found
+    for some, negative in ((FEW_SIZES, False), (None, True)):
+        sizes_to_try = itertools.islice(_sizes(program, evaluator, least), some)
+        for sizes in possible_sizes(evaluator, sizes_to_try):
+            found = _readable(program, sizes, MOST_TRIAL_ELEMENTS, deadline, negative)
+            if found or time.perf_counter() > deadline:
+                return found
     return None
 
 
@@ -178,7 +182,7 @@ def _sizes(program: MaskProgram, evaluator: Evaluator, least: int) -> Iterator[d
 
 
 def _readable(
-    program: MaskProgram, sizes: dict[str, int], most_elements: int, deadline: float
+    program: MaskProgram, sizes: dict[str, int], most_elements: int, deadline: float, negative: bool = False
 ) -> Counterexample | None:
     """A counterexample among inputs that a person would think of.
 
@@ -198,7 +202,7 @@ def _readable(
             if time.perf_counter() > deadline:
                 break
             continue
-        variants = ({**base, name: varied} for name in names for varied in _variants(base[name]))
+        variants = ({**base, name: varied} for name in names for varied in _variants(base[name], negative))
         for inputs in itertools.islice(variants, MOST_VARIANTS):
             found = _confirmed(program, sizes, inputs, most_elements)
             if found or time.perf_counter() > deadline:
@@ -215,10 +219,11 @@ def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [*positions, torch.ones_like(zeros), zeros]
 
 
-def _variants(base: Tensor) -> Iterator[Tensor]:
-    """``base`` with a second start somewhere in its rows, one other element, or padding on a side."""
+def _variants(base: Tensor, negative: bool) -> Iterator[Tensor]:
+    """``base`` with a second start somewhere in its rows, one other element, padding on a side; or a -1."""
     length = base.shape[-1] if base.dim() else 0
-    if not base.dtype.is_floating_point and base.dtype != torch.bool:
+    signed = base.dtype.is_signed and not base.dtype.is_floating_point
+    if signed:
         for start in range(1, length):
             restarted = torch.cat([base[..., :start], base[..., : length - start]], -1)
             if not torch.equal(restarted, base):
@@ -226,14 +231,14 @@ def _variants(base: Tensor) -> Iterator[Tensor]:
     other = torch.finfo(base.dtype).min if base.dtype.is_floating_point else 1
     flat = base.flatten()
     for place in range(base.numel()):
-        changed = flat.clone()
-        changed[place] = other if flat[place] == 0 else 0
-        yield changed.reshape(base.shape)
+        yield flat.index_fill(0, torch.tensor(place), other if flat[place] == 0 else 0).reshape(base.shape)
     for start in range(2, length):
         left, right = base.clone(), base.clone()
         left[..., :start] = 0
         right[..., start:] = 0
         yield from (left, right)
+    for place in range(base.numel() if signed and negative else 0):
+        yield flat.index_fill(0, torch.tensor(place), -1).reshape(base.shape)
 
 
 # -- text --------------------------------------------------------------------------------------------

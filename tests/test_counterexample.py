@@ -289,6 +289,17 @@ def test_behind_an_operation_without_a_model_a_larger_size_is_tried() -> None:
     assert found.keys == 8 and not found.inputs
 
 
+def test_behind_an_operation_without_a_model_a_negative_value_is_tried() -> None:
+    def attention(x: Tensor, ids: Tensor) -> Tensor:
+        sums = ids.cumsum(-1)
+        return sdpa(x, (k(x.shape[2]) <= q(x.shape[2])) & (sums[:, None, :, None] >= sums[:, None, None, :]))
+
+    length = tiny.length()
+    program = tiny.program_of(attention, X, torch.zeros(1, 7, dtype=torch.int64), dynamic=({2: length}, {1: length}))
+    found = confirmed(program)
+    assert (found.query, found.key) == (1, 0) and list(found.inputs.values()) == [[[0, -1]]]
+
+
 def test_inputs_that_the_graph_refuses_are_no_counterexample() -> None:
     """A table of 4 rows is read at the input's values; the solver is free to choose others, the graph is not."""
     table = torch.tensor([True, True, False, True])
