@@ -137,7 +137,7 @@ class Claims:
         pairs, lemmas = self._pairs(), []
         for c_mine, c_theirs in pairs:
             running = nodes[self.evaluator.inputs[c_mine.decl().name()]]
-            if running.target is not torch.ops.aten.cumsum.default or not self._sums_last(running):
+            if running.target is not torch.ops.aten.cumsum.default or not self._counts_along_rows(running):
                 continue
             place = z3.FreshInt("place")
             row = c_mine.children()[:-1]
@@ -153,12 +153,11 @@ class Claims:
                     lemmas.append(z3.Implies(c_mine == c_theirs, x_mine - x_theirs == apart))
         return lemmas
 
-    def _sums_last(self, running: Node) -> bool:
-        """Whether ``running`` adds up conditions along its last dimension."""
-        source = running.args[0]
-        return bool(dtype_of(source) == torch.bool) and self.evaluator.dim(running, running.args[1]) == (  # type: ignore[arg-type]
-            running.meta["val"].dim() - 1
-        )
+    def _counts_along_rows(self, running: Node) -> bool:
+        """Whether ``running`` counts conditions along its last dimension, in a type that no count overflows."""
+        last = running.meta["val"].dim() - 1
+        types = dtype_of(running.args[0]), dtype_of(running)  # type: ignore[arg-type]
+        return types == (torch.bool, torch.int64) and self.evaluator.dim(running, running.args[1]) == last  # type: ignore[arg-type]
 
     def _least_numbers(self) -> str:
         """A warning where blocked entries of a float mask are not -inf."""
@@ -207,13 +206,16 @@ class Claims:
         return bool(moved.eq(term))
 
     def _pairs(self) -> list[tuple[Term, Term]]:
-        """Applications of one function, to the query's place and to the key."""
+        """Applications of one function: to the query's place in a row, and to the key in the same row."""
         found = self._applications()
+        elsewhere = (self.k, z3.FreshInt("k"))
         return [
             (mine, theirs)
             for mine in found
             for theirs in found
             if mine.decl() == theirs.decl()
             and not mine.eq(theirs)
+            and z3.substitute(mine, elsewhere).eq(mine)
+            and all(a.eq(b) for a, b in zip(mine.children()[:-1], theirs.children()[:-1], strict=True))
             and z3.simplify(z3.substitute(mine, (self.q, self.k - self.keys + self.queries))).eq(z3.simplify(theirs))
         ]

@@ -43,7 +43,7 @@ from passes.attention import AttentionCall, find_calls
 from passes.claims import Claims, ancestors
 from passes.counterexample import Counterexample
 from passes.symbolic import Evaluator, symbol_ranges
-from passes.terms import FLOATS, Index, Term, Unmodelled, literal, size_expression
+from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, literal, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
@@ -123,8 +123,7 @@ class Prover:
             kind = "causal" if call.is_causal else "none"
             return MaskProof(kind, PROVED, reason="the call says so itself", profile=self.ranges)
         # The proof depends on the mask and on the scores' sizes; each layer has a query of its own.
-        batch, heads, queries = call.query.meta["val"].shape[:3]
-        sizes = (batch, heads, queries, call.key.meta["val"].shape[2])
+        sizes = (*call.query.meta["val"].shape[:-1], call.key.meta["val"].shape[-2])
         key = (call.mask, call.is_causal, *(size_expression(size) for size in sizes))
         if key not in self._known:
             started = time.perf_counter()
@@ -138,6 +137,9 @@ class Prover:
         reached = tuple(sorted(ancestors([mask]) & self.inputs))
         if call.is_causal:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason="both a mask and is_causal were given")
+        ranks = {node.meta["val"].dim() for node in (call.query, call.key)}
+        if ranks != {4}:
+            return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"attention over {max(ranks)}-D tensors")
         if value.dtype not in (torch.bool, *FLOATS) or value.dim() > 4:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"a {value.dim()}-D mask of {value.dtype}")
         try:
@@ -147,12 +149,14 @@ class Prover:
             if name == "arbitrary" and depends_on:
                 bounded = Claims(Evaluator(self.ranges, self.constants, bounded=True), call)
                 name, reason = bounded.of_bounded_inputs() or (name, reason)
+            conditions, conditional = self._conditions(call, depends_on) if name not in DROPPABLE else ((), "")
         except (Unmodelled, z3.Z3Exception) as error:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
+        if name == "padding" and not depends_on:  # a condition on keys that no input is behind
+            name, reason = "arbitrary", f"is not proved causal{reason.removeprefix('causal')}"
         proof = MaskProof(name, NOT_PROVED if name in ("bias", "arbitrary") else PROVED, depends_on, reason=reason)
         if name in DROPPABLE:
             return replace(proof, depends_on=())
-        conditions, conditional = self._conditions(call, depends_on)
         if conditions and self.assume.issuperset(conditions):
             asserted = " and ".join(CONDITIONS[condition] for condition in conditions)
             reason = f"as asserted, {asserted}; without that it is {name}: {reason}"
@@ -165,7 +169,7 @@ class Prover:
         assert call.mask is not None
         placeholders = {node.name: node for node in call.mask.graph.nodes if node.op == "placeholder"}
         about = {
-            condition: [name for name in depends_on if word in name and placeholders[name].meta["val"].dim() <= 2]
+            condition: [name for name in depends_on if word in name and _is_row(placeholders[name].meta["val"])]
             for condition, word in CONDITION_INPUTS.items()
         }
         possible = [condition for condition, names in about.items() if names]
@@ -183,6 +187,11 @@ class Prover:
 
 CONDITION_INPUTS = {"contiguous_positions": "position", "no_padding": "attention_mask"}
 """What the inputs are called that a condition is about: Hugging Face's names, as parts of the placeholder's name."""
+
+
+def _is_row(value: torch.Tensor) -> bool:
+    """Whether ``value`` holds one number a token: [length] or [batch, length], and no fractions."""
+    return value.dim() in (1, 2) and value.dtype in (torch.bool, *INTEGERS)
 
 
 def _contiguous(evaluator: Evaluator, node: Node) -> Callable[[Index], Term]:

@@ -140,7 +140,7 @@ def product(left: z3.ArithRef, right: z3.ArithRef) -> Term:
 
 
 def positive(term: Term) -> int:
-    """The positive number that ``term`` is, to divide by: z3 then rounds down and has remainders from 0 on, as Python."""
+    """The positive number that ``term`` is, to divide by; z3 then rounds down and leaves remainders from 0 on."""
     divisor = z3.simplify(term)
     if not z3.is_int_value(divisor) or divisor.as_long() <= 0:
         raise Unmodelled("a divisor that is not a positive number")

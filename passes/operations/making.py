@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,11 +38,10 @@ _models = models(MODELS)
 def _arange(ev: Evaluator, node: Any, index: Index) -> Term:
     if dtype_of(node) not in INTEGERS:
         raise Unmodelled("a range of fractions")
-    args = node.args
-    if len(args) == 1:
-        return index[0]
+    args = (0, *node.args) if len(node.args) == 1 else node.args
     step = ev.size(args[2]) if len(args) > 2 else z3.IntVal(1)
-    return ev.size(args[0]) + product(index[0], step)
+    term = z3.simplify(ev.size(args[0]) + product(index[0], step))
+    return cast(ev, term, torch.int64, dtype_of(node), in_range(ev, node, index))
 
 
 @_models(aten.full.default, aten.new_full.default, aten.full_like.default, aten.scalar_tensor.default)
@@ -64,38 +64,45 @@ def stored(ev: Evaluator, scalar: Any, node: Any) -> Term:
     """A scalar argument as an element of ``node``."""
     if isinstance(scalar, bool | int | float):
         return literal(scalar, dtype_of(node))
-    return cast(ev, ev.at(scalar, ()), torch.int64, node, ())
+    return cast(ev, ev.at(scalar, ()), torch.int64, dtype_of(node), ())
 
 
-def cast(ev: Evaluator, term: Term, source: torch.dtype, node: Any, index: Index) -> Term:
-    """``term``, an element of type ``source``, in the type of ``node``, whose element at ``index`` it becomes."""
-    target = dtype_of(node)
+def cast(ev: Evaluator, term: Term, source: torch.dtype, target: torch.dtype, inside: Sequence[z3.BoolRef]) -> Term:
+    """``term``, of type ``source``, in the type ``target``; ``inside`` are the premises under which it is read."""
     if source == target:
         return term
     if target == torch.bool and source in INTEGERS:
         return boolean(term)
     if target in INTEGERS and source in (torch.bool, *INTEGERS):
-        term, limits = integer(term), torch.iinfo(target)
-        inside = in_range(ev, node, index) if index else []
-        if source != torch.bool and not ev.proves(z3.And(term >= limits.min, term <= limits.max), *inside):
+        term = integer(term)
+        if source != torch.bool and not ev.proves(_fits(term, target), *inside):
             raise Unmodelled(f"may not fit {target}")
         return term
 
     def convert(leaf: Term) -> Term:
-        return literal(torch.tensor(value_of(leaf), dtype=source).to(target).item(), target)
+        number = value_of(leaf)
+        if target in INTEGERS and not torch.iinfo(target).min <= number <= torch.iinfo(target).max:
+            raise Unmodelled(f"{number} as {target}: each device does something else")
+        return literal(torch.tensor(number, dtype=source).to(target).item(), target)
 
     return leaf_by_leaf(convert, term)
 
 
+def _fits(term: Term, target: torch.dtype) -> z3.BoolRef:
+    limits = torch.iinfo(target)
+    return z3.And(term >= limits.min, term <= limits.max)
+
+
 @_models(aten._to_copy.default)
 def _convert(ev: Evaluator, node: Any, index: Index) -> Term:
-    return cast(ev, ev.at(node.args[0], index), dtype_of(node.args[0]), node, index)
+    return cast(ev, ev.at(node.args[0], index), dtype_of(node.args[0]), dtype_of(node), in_range(ev, node, index))
 
 
 def choice(ev: Evaluator, operand: Any, node: Any, index: Index) -> Term:
     if not is_tensor(operand):
         return stored(ev, operand, node)
-    return cast(ev, ev.broadcast(operand, node, index), dtype_of(operand), node, index)
+    term = ev.broadcast(operand, node, index)
+    return cast(ev, term, dtype_of(operand), dtype_of(node), in_range(ev, node, index))
 
 
 @_models(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)

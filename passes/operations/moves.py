@@ -111,8 +111,8 @@ def _slice(ev: Evaluator, node: Any, index: Index) -> Term:
 @_models(aten.slice_scatter.default)
 def _slice_scatter(ev: Evaluator, node: Any, index: Index) -> Term:
     target, source, dim, start, end, step = arguments(node, None, 0, None, None, 1)
-    if step != 1:
-        raise Unmodelled("a slice with a step")
+    if step != 1 or dtype_of(source) != dtype_of(node):
+        raise Unmodelled("a slice with a step, or of another type")
     dim = ev.dim(node, dim)
     size = ev.shape(target)[dim]
     first = _bound(ev, start, size, 0)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import z3
 
+from passes.operations.making import cast
 from passes.operations.registry import Model, arguments, models
 from passes.terms import (
     FLOATS,
@@ -18,6 +19,7 @@ from passes.terms import (
     Unmodelled,
     boolean,
     dtype_of,
+    in_range,
     integer,
     is_tensor,
     leaf_by_leaf,
@@ -66,26 +68,63 @@ def _by_numbers(ev: Evaluator, node: Any, index: Index) -> Term:
     return leaf_by_leaf(calculate, *(ev.broadcast(operand, node, index) for operand in operands))
 
 
-def _pointwise(exactly: Model | None) -> Model:
-    """``exactly`` for integers and booleans; floating-point numbers one by one."""
+def _quotient(ev: Evaluator, node: Any, index: Index) -> Term:
+    if not isinstance(node.args[1], int | float) or node.args[1] == 0:
+        raise Unmodelled("a divisor that may be zero")  # of which _by_numbers has lost the sign
+    return _by_numbers(ev, node, index)
+
+
+def _pointwise(exactly: Model | None, floats: Model = _by_numbers) -> Model:
+    """``exactly`` for integers and booleans, ``floats`` where there is a floating-point number."""
 
     def model(ev: Evaluator, node: Any, index: Index) -> Term:
         if exactly is None or dtype_of(node) in FLOATS or any(map(_is_inexact, node.args)):
-            return _by_numbers(ev, node, index)
+            return floats(ev, node, index)
         return exactly(ev, node, index)
 
     return model
 
 
-def _arithmetic(combine: Callable[[Any, Any], Term]) -> Model:
+def _promoted(ev: Evaluator, node: Any, index: Index) -> list[Term]:
+    """The first two operands as integers of the type in which torch calculates with them."""
+    operands = node.args[:2]
+    # Only types and whether there are dimensions matter to torch; a size is a number here, as any scalar is.
+    common = torch.result_type(*(_stand_in(operand) for operand in operands))
+    terms = []
+    for operand in operands:
+        term = ev.broadcast(operand, node, index)
+        source = dtype_of(operand) if is_tensor(operand) else torch.bool if z3.is_bool(term) else torch.int64
+        terms.append(integer(cast(ev, term, source, common, in_range(ev, node, index))))
+    return terms
+
+
+def _stand_in(operand: Any) -> Any:
+    if is_tensor(operand):
+        return torch.empty((1,) * min(operand.meta["val"].dim(), 1), dtype=dtype_of(operand))
+    return operand if isinstance(operand, bool) else 1
+
+
+def _arithmetic(combine: Callable[[Any, Any], Term], scaled: int = 1, floats: Model = _by_numbers) -> Model:
+    """``combine`` of two integers, of which the one at place ``scaled`` is first multiplied by ``alpha``."""
+
     def model(ev: Evaluator, node: Any, index: Index) -> Term:
         if dtype_of(node) not in INTEGERS:
             raise Unmodelled("arithmetic on booleans")
-        left, right = (integer(ev.broadcast(operand, node, index)) for operand in node.args[:2])
+        operands = _promoted(ev, node, index)
         alpha = node.args[2] if len(node.args) > 2 else node.kwargs.get("alpha", 1)
-        return combine(left, right if alpha == 1 else right * ev.size(alpha))
+        if alpha != 1:
+            operands[scaled] = operands[scaled] * ev.size(alpha)
+        return combine(*operands)
 
-    return _pointwise(model)
+    return _pointwise(model, floats)
+
+
+def _reversed_difference(left: z3.ArithRef, right: z3.ArithRef) -> Term:
+    return right - left
+
+
+def _remainder(left: z3.ArithRef, right: z3.ArithRef) -> Term:
+    return left % positive(right)
 
 
 def _floor(left: z3.ArithRef, right: z3.ArithRef) -> Term:
@@ -104,16 +143,9 @@ def _divide(ev: Evaluator, node: Any, index: Index) -> Term:
     return _arithmetic(rounding)(ev, node, index)
 
 
-def _quotient(ev: Evaluator, node: Any, index: Index) -> Term:
-    if not isinstance(node.args[1], int | float) or node.args[1] == 0:
-        raise Unmodelled("a divisor that may be zero")  # of which _by_numbers has lost the sign
-    return _by_numbers(ev, node, index)
-
-
 def _comparison(compare: Callable[[Any, Any], Any]) -> Model:
     def model(ev: Evaluator, node: Any, index: Index) -> Term:
-        left, right = (integer(ev.broadcast(operand, node, index)) for operand in node.args[:2])
-        return compare(left, right)
+        return compare(*_promoted(ev, node, index))
 
     return _pointwise(model)
 
@@ -168,13 +200,13 @@ def _overloads(name: str, *overloads: str) -> Iterator[Any]:
             yield getattr(packet, overload)
 
 
-for _name, _combine in (
-    ("add", operator.add), ("sub", operator.sub), ("rsub", lambda left, right: right - left), ("mul", product),
-    ("remainder", lambda left, right: left % positive(right)),
-):  # fmt: skip
+for _name, _combine in (("add", operator.add), ("sub", operator.sub), ("mul", product)):
     MODELS.update(dict.fromkeys(_overloads(_name), _arithmetic(_combine)))
-for _name, _combine in (("minimum", _smaller), ("maximum", _larger), ("floor_divide", _floor)):
-    MODELS.update(dict.fromkeys(_overloads(_name, "default", "Scalar"), _arithmetic(_combine)))
+MODELS.update(dict.fromkeys(_overloads("rsub"), _arithmetic(_reversed_difference, scaled=0)))
+MODELS.update(dict.fromkeys(_overloads("remainder"), _arithmetic(_remainder, floats=_quotient)))
+MODELS.update(dict.fromkeys(_overloads("floor_divide", "default", "Scalar"), _arithmetic(_floor, floats=_quotient)))
+for _name, _combine in (("minimum", _smaller), ("maximum", _larger)):
+    MODELS[getattr(aten, _name).default] = _arithmetic(_combine)
 for _name, _compare in (
     ("le", operator.le), ("lt", operator.lt), ("ge", operator.ge),
     ("gt", operator.gt), ("eq", operator.eq), ("ne", operator.ne),
