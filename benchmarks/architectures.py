@@ -25,11 +25,13 @@ TINY: dict[str, Any] = {
 """What a config takes of this depends on its architecture: each names the same size differently."""
 
 PLAIN = (
-    "llama qwen2 qwen3 mixtral gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neox opt bloom mpt gpt_oss smollm3 cohere "
-    "cohere2 gptj gpt_bigcode codegen llama4_text modernbert-decoder bart olmo olmo2 olmo3 olmoe starcoder2 stablelm "
-    "granite granitemoe glm glm4 nemotron qwen2_moe qwen3_moe ministral ministral3 exaone4 ernie4_5 arcee apertus "
-    "helium persimmon biogpt xglm seed_oss hunyuan_v1_dense bitnet diffllama phimoe gpt_neox_japanese"
-).split()
+    "llama", "qwen2", "qwen3", "mixtral", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt",
+    "bloom", "mpt", "gpt_oss", "smollm3", "cohere", "cohere2", "gptj", "gpt_bigcode", "codegen", "llama4_text",
+    "modernbert-decoder", "bart", "olmo", "olmo2", "olmo3", "olmoe", "starcoder2", "stablelm", "granite",
+    "granitemoe", "glm", "glm4", "nemotron", "qwen2_moe", "qwen3_moe", "ministral", "ministral3", "exaone4",
+    "ernie4_5", "arcee", "apertus", "helium", "persimmon", "biogpt", "xglm", "seed_oss", "hunyuan_v1_dense",
+    "bitnet", "diffllama", "phimoe", "gpt_neox_japanese",
+)  # fmt: skip
 # Name in the table -> (model_type, what its config has beside TINY).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in PLAIN},

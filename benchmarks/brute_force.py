@@ -107,14 +107,20 @@ def _scores(call: AttentionCall, sizes: dict[Any, int]) -> list[int]:
 
 
 def runs(graph: MaskGraph, form: CallForm, shape: str) -> Iterator[list[Run | None]]:
-    """Each call's mask, for every size and content of the inputs of ``form``."""
+    """Each call's mask, for every size and content of the inputs of ``form`` that the graph runs on.
+
+    It may run on fewer than were asked for: falcon's alibi with a static cache needs a cache that is filled exactly.
+    """
     for queries, past in form.sizes(shape):
         state = {"cumulative_length": torch.tensor(past)} if form.cache == "static" else {}
         for inputs in contents(form, queries, past):
             given: dict[str, Any] = dict(inputs)
             if form.cache == "dynamic":
                 given["past"] = graph_past(graph, past)
-            masks = graph.run(given, state)
+            try:
+                masks = graph.run(given, state)
+            except RuntimeError:  # the model itself fails there
+                break
             yield [None if mask is None else Run(mask, inputs) for mask in masks]
 
 
@@ -228,6 +234,8 @@ def truths(seen: list[Run]) -> list[str]:
 
 def contradiction(proof: MaskProof, seen: list[Run]) -> str | None:
     """What the runs of one mask say against ``proof``; None where they agree."""
+    if not seen:
+        return "its graph runs on no input: nothing was checked"
     if proof.proof == "proved" and proof.mask != "arbitrary" and not describes(proof.mask, seen):
         return f"called {proof.mask}, and brute force disagrees"
     if proof.proof == "proved" and proof.mask == "arbitrary":

@@ -118,14 +118,18 @@ class _Called(nn.Module):
 
 
 def _cached(model: PreTrainedModel, length: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [batch, heads, length, head size] of each layer, as the model itself makes them."""
+    """Keys and values [batch, heads, length, head size] of each layer, as the model itself makes them.
+
+    All of them, of windowed layers too: the cache that the traced call fills with them knows what it keeps.
+    """
+    cache = DynamicCache()
     with torch.no_grad():
-        cache = model(torch.ones(BATCH, length, dtype=torch.int64), use_cache=True).past_key_values
+        model(torch.ones(BATCH, length, dtype=torch.int64), past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def export(model: PreTrainedModel, form: CallForm, shape: str) -> ExportedProgram:
-    """``model`` called as ``form`` says, exported and prepared as the pipeline does; raises what torch.export raises."""
+    """``model`` called as ``form`` says, exported and prepared as the pipeline does; raises what export raises."""
     queries, past = form.example(shape)
     example = next(contents(form, queries, past, 1))
     if form.cache == "dynamic":

@@ -86,7 +86,9 @@ def check(program: ExportedProgram, form: CallForm, shape: str) -> list[CheckedC
         for each, run in zip(seen, masks, strict=True):
             each += [] if run is None else [run]
     return [
-        CheckedCall(call.name, proof, truths(each), contradiction(proof, each)) if each else CheckedCall(call.name, proof)
+        CheckedCall(call.name, proof)
+        if call.mask is None
+        else CheckedCall(call.name, proof, truths(each), contradiction(proof, each))
         for (call, proof), each in zip(proved, seen, strict=True)
     ]
 
@@ -114,8 +116,10 @@ def cells(architecture: str) -> list[Cell]:
 
 
 def _first_line(error: Exception) -> str:
+    """The exception's first line; where torch.export lists violated constraints, the first of these."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
+    listed = [line.strip(" -") for line in lines if line.startswith("  - ")]
+    return f"{type(error).__name__}: {(listed or lines)[0][:160]}"
 
 
 def summary(table: list[Cell]) -> str:
@@ -124,14 +128,18 @@ def summary(table: list[Cell]) -> str:
     true = [call for _, call in calls if call.truths]
     proved = sum(call.complete for call in true)
     wrong = sum(call.contradiction is not None for _, call in calls)
-    cell, slowest = max(calls, key=lambda pair: pair[1].proof.seconds)
+    slowest = max(calls, key=lambda pair: pair[1].proof.seconds, default=None)
+    cost = "no proof"
+    if slowest is not None:
+        cell, call = slowest
+        cost = f"{call.proof.seconds:.2f} s ({cell.architecture}, {cell.form}, {cell.shape} shape)"
     return (
         f"{len({cell.architecture for cell in table})} architectures, {len(table)} graphs "
         f"({sum(bool(cell.reason) for cell in table)} not made), {len(calls)} attention calls.\n"
         f"Sound: {'yes' if not wrong else f'NO, {wrong} proofs contradicted'}.\n"
         f"Complete: {proved} of {len(true)} calls that are causal, lower-right or full on every input tried are "
         f"proved so ({proved / max(len(true), 1):.1%}).\n"
-        f"Slowest proof: {slowest.proof.seconds:.2f} s ({cell.architecture}, {cell.form}, {cell.shape} shape).\n"
+        f"Slowest proof: {cost}.\n"
     )
 
 
@@ -144,8 +152,8 @@ def markdown(table: list[Cell]) -> str:
         "that they are called, and whether that is proved.  "
         f"Each proof was compared with the mask itself, computed for every length up to {LONGEST}, "
         f"{BATCH} rows of padding and positions at a time.\n\n"
-        f"Made by `python -m benchmarks.masks --write` with torch {torch.__version__.partition('+')[0]} and transformers "
-        f"{transformers.__version__}.\n\n{summary(table)}\n"
+        f"Made by `python -m benchmarks.masks --write` with torch {torch.__version__.partition('+')[0]} and "
+        f"transformers {transformers.__version__}.\n\n{summary(table)}\n"
         "A cell names the classes of the graph's calls, of a static and of a dynamic shape where they differ "
         "(static · dynamic); a number says below why there is no such graph.\n"
     ]
