@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from benchmarks.call_forms import LONGEST, PADDED, POSITIONS, CallForm, contents
 from passes.attention import AttentionCall
+from passes.counterexample import Counterexample
 from passes.masks import MaskProof
 
 
@@ -28,6 +29,8 @@ class Run:
     mask: Tensor
     """[B, H, L, S]: bool (may attend), or the float that is added to the scores."""
     inputs: dict[str, Tensor]
+    past: int = 0
+    """Keys in the cache before the call."""
 
     @property
     def attends(self) -> Tensor | None:
@@ -38,7 +41,7 @@ class Run:
         return ~blocked if bool((blocked | (self.mask == 0)).all()) else None
 
     def rows(self, chosen: Tensor) -> Run:
-        return Run(self.mask[chosen], {name: value[chosen] for name, value in self.inputs.items()})
+        return Run(self.mask[chosen], {name: value[chosen] for name, value in self.inputs.items()}, self.past)
 
     @property
     def queries(self) -> Tensor:
@@ -50,8 +53,10 @@ class Run:
 
     @property
     def alignments(self) -> dict[str, Tensor]:
-        """Position [L, 1] of each query among the keys, by either corner."""
-        return {"upper_left": self.queries, "lower_right": self.queries + self.mask.shape[3] - self.mask.shape[2]}
+        """Position [L, 1] of each query among the keys: by either corner of the mask, or by the cache's state."""
+        queries, keys = self.mask.shape[2:]
+        offsets = {"upper_left": 0, "lower_right": keys - queries, "cache": self.past}
+        return {name: self.queries + offset for name, offset in offsets.items()}
 
 
 class MaskGraph:
@@ -121,7 +126,34 @@ def runs(graph: MaskGraph, form: CallForm, shape: str) -> Iterator[list[Run | No
                 masks = graph.run(given, state)
             except RuntimeError:  # the model itself fails there
                 break
-            yield [None if mask is None else Run(mask, inputs) for mask in masks]
+            yield [None if mask is None else Run(mask, inputs, past) for mask in masks]
+
+
+def confirms(graph: MaskGraph, index: int, example: Counterexample) -> bool:
+    """Whether the mask of call ``index`` says what ``example`` says, and the causal mask the opposite."""
+    given: dict[str, Tensor] = {}
+    for node in graph.placeholders:
+        if node.name in graph.signature.user_inputs:
+            value = node.meta["val"]
+            content = example.inputs.get(node.name)
+            shape = [_evaluated(size, example.sizes) for size in value.shape]
+            zeros = torch.zeros(shape, dtype=value.dtype)
+            given[node.name] = zeros if content is None else torch.tensor(content, dtype=value.dtype).expand(shape)
+    state = {name: torch.tensor(content) for name, content in example.inputs.items() if name not in given}
+    mask = graph.run(given, state)[index]
+    attends = None if mask is None else Run(mask, {}).attends
+    if attends is None:
+        return False
+    here = bool(attends[example.batch, example.head, example.query, example.key])
+    return here == example.attends and here != (example.key <= example.query)
+
+
+def _evaluated(size: Any, values: dict[str, int]) -> int:
+    """A size under the shape symbols' values, 1 where they say nothing."""
+    expression = _expression(size)
+    if isinstance(expression, int):
+        return expression
+    return int(expression.xreplace({symbol: values.get(symbol.name, 1) for symbol in expression.free_symbols}))
 
 
 def graph_past(graph: MaskGraph, length: int) -> list[Tensor]:
@@ -216,15 +248,19 @@ CONDITIONS: dict[str, Callable[[Run], Tensor]] = {
 """Condition -> the rows [B] on which it holds."""
 
 
-def describes(kind: str, seen: Iterable[Run]) -> bool:
-    """Whether ``kind`` with the same parameters describes every run; nothing describes no runs."""
+def parameters(kind: str, seen: Iterable[Run]) -> set[Any]:
+    """The parameters with which ``kind`` describes every run; none describes no runs."""
     found: set[Any] | None = None
     for run in seen:
         here = MEANINGS[kind](run)
         found = here if found is None else found & here
         if not found:
-            return False
-    return bool(found)
+            break
+    return found or set()
+
+
+def describes(kind: str, seen: Iterable[Run]) -> bool:
+    return bool(parameters(kind, seen))
 
 
 def truths(seen: list[Run]) -> list[str]:

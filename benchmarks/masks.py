@@ -23,7 +23,7 @@ import transformers
 from torch.export import ExportedProgram
 
 from benchmarks.architectures import VARIANTS, build
-from benchmarks.brute_force import MaskGraph, Run, contradiction, runs, truths
+from benchmarks.brute_force import MaskGraph, Run, confirms, contradiction, parameters, runs, truths
 from benchmarks.call_forms import BATCH, FORMS, LONGEST, CallForm, export
 from passes.attention import AttentionCall, find_calls
 from passes.masks import PROVED, MaskProof, Prover
@@ -42,6 +42,8 @@ class CheckedCall:
     truths: list[str] = field(default_factory=list)
     """The droppable classes that describe its mask on every input tried; empty where it has no mask."""
     contradiction: str | None = None
+    size: int | None = None
+    """The width of a sliding window, the size of a chunk (tokens)."""
 
     @property
     def complete(self) -> bool:
@@ -67,7 +69,8 @@ class Cell:
 
 def _kind(call: CheckedCall) -> str:
     conditions = " and ".join(name.replace("_", " ") for name in call.proof.conditions)
-    kind = call.proof.mask.replace("_", " ") + (f" (causal if {conditions})" if conditions else "")
+    kind = call.proof.mask.replace("_", " ") + (f" {call.size}" if call.size else "")
+    kind += f" (droppable if {conditions})" if conditions else ""
     return kind if call.complete else f"{kind} (unproved: {call.truths[0].replace('_', ' ')})"
 
 
@@ -81,16 +84,30 @@ def prove(program: ExportedProgram) -> list[tuple[AttentionCall, MaskProof]]:
 def check(program: ExportedProgram, form: CallForm, shape: str) -> list[CheckedCall]:
     """The calls of ``program``, which was exported for ``form`` and ``shape``."""
     proved = prove(program)
+    graph = MaskGraph(program, [call for call, _ in proved])
     seen: list[list[Run]] = [[] for _ in proved]
-    for masks in runs(MaskGraph(program, [call for call, _ in proved]), form, shape):
+    for masks in runs(graph, form, shape):
         for each, run in zip(seen, masks, strict=True):
             each += [] if run is None else [run]
     return [
         CheckedCall(call.name, proof)
         if call.mask is None
-        else CheckedCall(call.name, proof, truths(each), contradiction(proof, each))
-        for (call, proof), each in zip(proved, seen, strict=True)
+        else CheckedCall(call.name, proof, truths(each), _against(proof, each, graph, index), _size(proof, each))
+        for index, ((call, proof), each) in enumerate(zip(proved, seen, strict=True))
     ]
+
+
+def _against(proof: MaskProof, seen: list[Run], graph: MaskGraph, index: int) -> str | None:
+    """What brute force says against the proof of call ``index`` or against its counterexample."""
+    if proof.counterexample is not None and not confirms(graph, index, proof.counterexample):
+        return f"the counterexample {proof.counterexample} is none"
+    return contradiction(proof, seen)
+
+
+def _size(proof: MaskProof, seen: list[Run]) -> int | None:
+    if proof.mask not in ("sliding_window", "chunked"):
+        return None
+    return min((size for _, size in parameters(proof.mask, seen)), default=None)
 
 
 def cells(architecture: str) -> list[Cell]:
@@ -155,7 +172,9 @@ def markdown(table: list[Cell]) -> str:
         f"Made by `python -m benchmarks.masks --write` with torch {torch.__version__.partition('+')[0]} and "
         f"transformers {transformers.__version__}.\n\n{summary(table)}\n"
         "A cell names the classes of the graph's calls, of a static and of a dynamic shape where they differ "
-        "(static · dynamic); a number says below why there is no such graph.\n"
+        "(static · dynamic); a number says below why there is no such graph.  "
+        "A static cache of a windowed layer counts its tokens in Python, which torch.export makes a constant: "
+        "its graph, and so its class, is that of an empty cache.\n"
     ]
     found = {(cell.architecture, cell.form, cell.shape): cell for cell in table}
     for title, forms in (
@@ -169,7 +188,7 @@ def markdown(table: list[Cell]) -> str:
             row = [_cell([found[name, form.name, shape] for shape in form.shapes], reasons) for form in forms]
             parts.append(f"| {name} | {' | '.join(row)} |\n")
     parts.append("\n## Why there is no graph\n\n")
-    parts += [f"{number}. {reason}\n" for reason, number in reasons.items()]
+    parts += [f"{number}. `{reason}`\n" for reason, number in reasons.items()]
     return "".join(parts)
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.architectures import build
-from benchmarks.brute_force import MEANINGS, MaskGraph, Run, contradiction, describes, runs
+from benchmarks.brute_force import MEANINGS, MaskGraph, Run, confirms, contradiction, describes, runs
 from benchmarks.call_forms import FORMS, LONGEST, export
 from benchmarks.masks import Cell, CheckedCall, cells, check, markdown
 from passes.attention import find_calls
+from passes.counterexample import Counterexample
 from passes.masks import PROVED, MaskProof
+from passes.symbolic import symbol_ranges
 
 FORM = {form.name: form for form in FORMS}
 
@@ -65,6 +67,17 @@ def test_a_wrong_class_is_contradicted_in_a_real_graph() -> None:
         "bias",
     ):
         assert "brute force disagrees" in str(contradiction(MaskProof(wrong, PROVED), seen)), wrong
+
+
+def test_a_counterexample_is_run_before_it_is_believed() -> None:
+    form, shape = FORM["attention_mask"], "dynamic"
+    program = export(build("qwen2"), form, shape)
+    graph = MaskGraph(program, find_calls(program.graph_module))
+    (length,) = symbol_ranges(program)
+    blocked = Counterexample(0, 0, 2, 1, False, {length: 3}, {"attention_mask": [[1, 0, 1]]})
+    assert confirms(graph, 0, blocked)
+    assert not confirms(graph, 0, replace(blocked, inputs={"attention_mask": [[1, 1, 1]]}))
+    assert not confirms(graph, 0, replace(blocked, query=1, key=2))
 
 
 # -- the classes as brute force knows them -----------------------------------------------------------
@@ -147,4 +160,4 @@ def test_an_architecture_without_sdpa_has_a_row_that_says_so() -> None:
     row = cells("gptj")
     assert all(cell.reason.startswith("ValueError: GPTJForCausalLM does not support") for cell in row)
     document = markdown(row)
-    assert "| gptj | — (1) |" in document and f"1. {row[0].reason}" in document
+    assert "| gptj | — (1) |" in document and f"1. `{row[0].reason}`" in document
