@@ -1,6 +1,6 @@
 """The table of masks: every architecture and call form, its masks' classes proved and checked by brute force.
 
-python -m benchmarks.masks                       # the table, some minutes
+python -m benchmarks.masks                       # the table: half an hour of two cores
 python -m benchmarks.masks --only llama,gpt2     # a part of it
 python -m benchmarks.masks --write               # into docs/architectures.md
 
@@ -163,13 +163,15 @@ def summary(table: list[Cell]) -> str:
 def markdown(table: list[Cell]) -> str:
     """The document."""
     reasons: dict[str, int] = {}
+    names = list(dict.fromkeys(cell.architecture for cell in table))
+    only = "" if names == list(VARIANTS) else f' --only "{",".join(names)}"'
     parts = [
         "# Masks across architectures\n\n"
         "What the mask of each attention call is, for tiny random models of transformers' own classes in every way "
         "that they are called, and whether that is proved.  "
         f"Each proof was compared with the mask itself, computed for every length up to {LONGEST}, "
         f"{BATCH} rows of padding and positions at a time.\n\n"
-        f"Made by `python -m benchmarks.masks --write` with torch {torch.__version__.partition('+')[0]} and "
+        f"Made by `python -m benchmarks.masks --write{only}` with torch {torch.__version__.partition('+')[0]} and "
         f"transformers {transformers.__version__}.\n\n{summary(table)}\n"
         "A cell names the classes of the graph's calls, of a static and of a dynamic shape where they differ "
         "(static · dynamic); a number says below why there is no such graph.  "
@@ -184,7 +186,7 @@ def markdown(table: list[Cell]) -> str:
     ):
         header = ["architecture", *(form.name.removeprefix(f"{form.cache} cache, ") for form in forms)]
         parts.append(f"\n## {title}\n\n| {' | '.join(header)} |\n|{'---|' * len(header)}\n")
-        for name in dict.fromkeys(cell.architecture for cell in table):
+        for name in names:
             row = [_cell([found[name, form.name, shape] for shape in form.shapes], reasons) for form in forms]
             parts.append(f"| {name} | {' | '.join(row)} |\n")
     parts.append("\n## Why there is no graph\n\n")

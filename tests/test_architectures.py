@@ -35,7 +35,7 @@ def checked(architecture: str, form: str, shape: str) -> list[CheckedCall]:
         ("llama", "dynamic cache, chunk", "dynamic", ["causal_lower_right"]),
         ("llama", "dynamic cache, decode", "static", ["full"]),
         ("gemma3_text", "ids", "static", [None, "causal"]),
-        ("llama4_text", "4-D mask", "static", [None, None]),
+        ("gpt_bigcode", "4-D mask", "static", [None]),
         ("llama", "static cache, decode", "static", [None]),
         ("falcon (alibi)", "ids", "static", [None]),
     ],
@@ -71,7 +71,7 @@ def test_a_wrong_class_is_contradicted_in_a_real_graph() -> None:
 
 def test_a_counterexample_is_run_before_it_is_believed() -> None:
     form, shape = FORM["attention_mask"], "dynamic"
-    program = export(build("qwen2"), form, shape)
+    program = export(build("gpt2"), form, shape)
     graph = MaskGraph(program, find_calls(program.graph_module))
     (length,) = symbol_ranges(program)
     blocked = Counterexample(0, 0, 2, 1, False, {length: 3}, {"attention_mask": [[1, 0, 1]]})
