@@ -150,16 +150,18 @@ def export(model: PreTrainedModel, form: CallForm, shape: str) -> ExportedProgra
 
 
 def _dynamic(name: str, form: CallForm, layers: int) -> Any:
-    """The dynamic sizes of one input; those that are sums of others are left to torch.export."""
-    queries = {} if form.decode else {1: Dim("queries", min=1, max=LONGEST)}
+    """The dynamic sizes of one input; the sum of two others, which no ``Dim`` can say, is left to torch.export."""
+    queries = Dim("queries", min=1, max=LONGEST)
+    past = Dim("past", min=1, max=LONGEST - 1)
     if name == "past":
-        past = Dim("past", min=1, max=LONGEST - 1)
         return [({2: past}, {2: past})] * layers
     if name == "mask_4d":
-        return {2: Dim("queries", min=1, max=LONGEST), 3: Dim("queries", min=1, max=LONGEST)}
+        return {2: queries, 3: queries}
     if name == PADDED and form.cache == "dynamic":
-        return {1: Dim.AUTO}
-    return {} if name == PADDED and form.cache == "static" else queries
+        return {1: past + 1 if form.decode else Dim.AUTO}
+    if form.decode or (name == PADDED and form.cache == "static"):
+        return {}
+    return {1: queries}
 
 
 def contents(form: CallForm, queries: int, past: int, most: int = 1000) -> Iterator[dict[str, Any]]:

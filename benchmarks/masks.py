@@ -202,6 +202,9 @@ def _cell(shapes: list[Cell], reasons: dict[str, int]) -> str:
 
 
 def _lines(row: list[Cell]) -> Iterator[str]:
+    if len({cell.reason for cell in row}) == 1 and row[0].reason:
+        yield f"{row[0].architecture:20} {row[0].reason}"
+        return
     for cell in row:
         where = f"{cell.architecture:20} {cell.form:40} {cell.shape:8}"
         yield f"{where} {cell.text or cell.reason}"
