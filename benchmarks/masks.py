@@ -26,9 +26,7 @@ from benchmarks.architectures import VARIANTS, build
 from benchmarks.brute_force import MaskGraph, Run, confirms, contradiction, parameters, runs, truths
 from benchmarks.call_forms import BATCH, FORMS, LONGEST, CallForm, export
 from passes.attention import AttentionCall, find_calls
-from passes.masks import PROVED, MaskProof, Prover
-from passes.rewrite import _constants
-from passes.symbolic import symbol_ranges
+from passes.masks import PROVED, MaskProof, prover_of
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 
@@ -76,8 +74,7 @@ def _kind(call: CheckedCall) -> str:
 
 def prove(program: ExportedProgram) -> list[tuple[AttentionCall, MaskProof]]:
     """Every attention call of a prepared program and the class of its mask."""
-    inputs = frozenset(program.graph_signature.user_inputs)
-    prover = Prover(symbol_ranges(program), inputs, _constants(program))
+    prover = prover_of(program)
     return [(call, prover.prove(call)) for call in find_calls(program.graph_module)]
 
 
