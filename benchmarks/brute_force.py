@@ -141,11 +141,13 @@ def confirms(graph: MaskGraph, index: int, example: Counterexample) -> bool:
             given[node.name] = zeros if content is None else torch.tensor(content, dtype=value.dtype).expand(shape)
     state = {name: torch.tensor(content) for name, content in example.inputs.items() if name not in given}
     mask = graph.run(given, state)[index]
-    attends = None if mask is None else Run(mask, {}).attends
-    if attends is None:
+    if mask is None:
         return False
-    here = bool(attends[example.batch, example.head, example.query, example.key])
-    return here == example.attends and here != (example.key <= example.query)
+    value = mask[example.batch, example.head, example.query, example.key]
+    attends = bool(value) if value.dtype == torch.bool else bool(value > torch.finfo(value.dtype).min)
+    if example.bias is not None:
+        return attends and float(value) == example.bias != 0
+    return attends == example.attends and attends != (example.key <= example.query)
 
 
 def _evaluated(size: Any, values: dict[str, int]) -> int:
