@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import z3
@@ -13,6 +13,17 @@ from passes.symbolic import SOLVER_TIMEOUT_MS, Evaluator
 from passes.terms import INFINITY, Term, dtype_of, literal
 
 EVERYWHERE = "holds for every index and length of the profile"
+
+
+_DROPPABLE = {"full": "true", "causal": "k <= q", "causal_lower_right": "k <= p"}
+
+
+class Class(NamedTuple):
+    """A class of masks, the predicate that a mask of it is (for p see :mod:`passes.masks`), and why in a clause."""
+
+    name: str
+    predicate: str
+    reason: str
 
 
 def _name(application: Term) -> str:
@@ -93,37 +104,42 @@ class Claims:
                 return name
         return None
 
-    def classify(self) -> tuple[str, str]:
-        """The class and, in a clause, why."""
+    def classify(self) -> Class:
+        """The narrowest class of :mod:`passes.masks` that is proved, but for those of :meth:`of_bounded_inputs`."""
         name = self.droppable()
         if name:
-            return name, f"{EVERYWHERE}{self._least_numbers()}"
+            return Class(name, _DROPPABLE[name], f"{EVERYWHERE}{self._least_numbers()}")
         if self.is_float and not self.evaluator.proves(z3.Or(self.attends, self.blocked), *self.inside):
-            return "bias", f"may hold numbers other than 0 and blocked{self._unmodelled()}"
+            return Class("bias", "", f"may hold numbers other than 0 and blocked{self._unmodelled()}")
         past = self.k <= self.place
         reads = self.evaluator.reads(self.attends)
         if not reads:
             width = self._first_blocked(self.place - self.k)
             if width and self.holds(z3.And(past, self.place - self.k < width)):
-                return "sliding_window", f"sees the last {width} keys, itself included"
+                reason = f"sees the last {width} keys, itself included"
+                return Class("sliding_window", f"k <= p and p - k < {width}", reason)
             size = self._first_blocked(self.place)
             if size and self.holds(z3.And(past, self.k / size == self.place / size)):
-                return "chunked", f"sees the keys of its own chunk of {size}"
-            return "arbitrary", "is not causal"
+                reason = f"sees the keys of its own chunk of {size}"
+                return Class("chunked", f"k <= p and k // {size} == p // {size}", reason)
+            return Class("arbitrary", "", "is not causal")
         named = ", ".join(sorted(reads))
         if self.holds(z3.And(past, self._attends_last())):
-            return "padding", f"causal, and keys hang on {named}"
-        return "arbitrary", f"hangs on {named}{self._unmodelled()}"
+            return Class("padding", "k <= p and mask[b, h, L - 1, k]", f"causal, and keys hang on {named}")
+        return Class("arbitrary", "", f"hangs on {named}{self._unmodelled()}")
 
-    def of_bounded_inputs(self) -> tuple[str, str] | None:
-        """``causal_offset`` or ``packed`` and why: classes that hold only as long as no sum of inputs overflows."""
+    def of_bounded_inputs(self) -> Class | None:
+        """``causal_offset`` or ``packed``: classes that hold only as long as no sum of inputs overflows."""
         for offset in self._applications():
             if self._is_free(offset) and self.holds(self.k <= self.q + offset):
-                return "causal_offset", f"sees keys up to its own place behind {_name(offset)}"
+                reason = f"sees keys up to its own place behind {_name(offset)}"
+                return Class("causal_offset", f"k <= q + {_name(offset)}", reason)
         lemmas = self._segment_lemmas()
         for mine, theirs in self._pairs():
             if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):
-                return "packed", f"causal within equal {_name(mine)}"
+                segment = _name(mine)
+                reason = f"causal among places of equal {segment}"
+                return Class("packed", f"k <= p and {segment}[b, k] == {segment}[b, p]", reason)
         return None
 
     def _segment_lemmas(self) -> list[z3.BoolRef]:

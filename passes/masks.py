@@ -71,6 +71,8 @@ class MaskProof:
     """The graph inputs that the mask's truth hangs on."""
     conditions: tuple[str, ...] = ()
     """The :data:`CONDITIONS` on those inputs under which the mask is proved droppable; empty where none are known."""
+    predicate: str = ""
+    """The claim that was proved of every element, in the letters of this module; empty where none was."""
     reason: str = ""
     counterexample: Counterexample | None = None
     """Inputs on which the mask is not causal, checked by running the mask's graph on them."""
@@ -88,11 +90,15 @@ class MaskProof:
         return self.mask in ("none", "full") and self.proof in (PROVED, ASSUMED)
 
     def __str__(self) -> str:
-        where = ", ".join(f"{symbol} in [{low}, {high}]" for symbol, (low, high) in self.profile.items())
-        lines = [f"{self.mask} ({self.proof.replace('_', ' ')}{f', for {where}' if where else ''})"]
-        lines += [self.reason] if self.reason else []
+        lines = [f"{self.mask}, {self.proof.replace('_', ' ')}"]
+        if self.predicate:
+            lines.append(f"mask[b, h, q, k] == ({self.predicate}) for every b, h, q, k and every input")
+        if self.profile:
+            sizes = ", ".join(f"{low} <= {symbol} <= {high}" for symbol, (low, high) in self.profile.items())
+            lines.append(f"at every size with {sizes}")
+        lines += [self.reason] if self.reason and (self.mask not in DROPPABLE or self.proof == ASSUMED) else []
         lines += [f"depends on {', '.join(self.depends_on)}"] if self.depends_on else []
-        if self.conditions:
+        if self.conditions and self.proof != ASSUMED:
             lines.append(f"may be dropped where {' and '.join(CONDITIONS[name] for name in self.conditions)}")
         lines += [self.counterexample.text] if self.counterexample else []
         return "\n  ".join(lines)
@@ -144,23 +150,25 @@ class Prover:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"a {value.dim()}-D mask of {value.dtype}")
         try:
             claims = Claims(Evaluator(self.ranges, self.constants), call)
-            name, reason = claims.classify()
+            found = claims.classify()
             depends_on = claims.depends_on(self.inputs)
-            if name == "arbitrary" and depends_on:
+            if found.name in ("arbitrary", "padding") and depends_on:
                 bounded = Claims(Evaluator(self.ranges, self.constants, bounded=True), call)
-                name, reason = bounded.of_bounded_inputs() or (name, reason)
+                found = bounded.of_bounded_inputs() or found
+            name, predicate, reason = found
             conditions, conditional = self._conditions(call, depends_on) if name not in DROPPABLE else ((), "")
         except (Unmodelled, z3.Z3Exception) as error:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
         if name == "padding" and not depends_on:  # a condition on keys that no input is behind
-            name, reason = "arbitrary", f"is not proved causal{reason.removeprefix('causal')}"
-        proof = MaskProof(name, NOT_PROVED if name in ("bias", "arbitrary") else PROVED, depends_on, reason=reason)
+            name, predicate, reason = "arbitrary", "", f"is not proved causal{reason.removeprefix('causal')}"
+        proved = NOT_PROVED if name in ("bias", "arbitrary") else PROVED
+        proof = MaskProof(name, proved, depends_on, reason=reason, predicate=predicate)
         if name in DROPPABLE:
             return replace(proof, depends_on=())
         if conditions and self.assume.issuperset(conditions):
             asserted = " and ".join(CONDITIONS[condition] for condition in conditions)
             reason = f"as asserted, {asserted}; without that it is {name}: {reason}"
-            return replace(proof, mask=conditional, proof=ASSUMED, conditions=conditions, reason=reason)
+            return replace(proof, mask=conditional, proof=ASSUMED, conditions=conditions, reason=reason, predicate="")
         witness = counterexample.find(call, *claims.search(), self.inputs)
         return replace(proof, conditions=conditions, counterexample=witness)
 
@@ -248,7 +256,11 @@ class Classification(list[tuple[AttentionCall, MaskProof]]):
         found: dict[str, list[str]] = {}
         for call, proof in self:
             found.setdefault(str(proof), []).append(call.name)
-        return "\n".join(f"{', '.join(names)}\n{text}" for text, names in found.items())
+        return "\n".join(f"{_listed(names)}: {text}" for text, names in found.items())
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def classify(program: ExportedProgram, assume: Collection[str] = ()) -> Classification:
