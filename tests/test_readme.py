@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,3 +21,12 @@ def test_the_two_commands_are_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "pip install -e '.[rtx]' && python -m pipeline" in readme
     assert "pip install -e '.[rtx,test]' && pytest" in readme
+
+
+def test_the_examples_about_masks_print_what_the_document_shows() -> None:
+    """The page's Python blocks, run one after the other; the names of shape symbols are torch's own business."""
+    page = (ROOT / "docs" / "masks.md").read_text()
+    code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    shown = "".join(re.findall(r"```text\n(.*?)```", page, re.DOTALL))
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert re.sub(r"\bs\d+\b", "s", printed) == re.sub(r"\bs\d+\b", "s", shown)
