@@ -15,8 +15,8 @@ import z3
 from torch.fx import GraphModule, Node
 
 from passes.errors import RunError
-from passes.operations import in_range
 from passes.symbolic import Evaluator
+from passes.terms import in_range
 
 aten = torch.ops.aten
 

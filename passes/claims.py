@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import z3
@@ -13,6 +13,17 @@ from passes.symbolic import SOLVER_TIMEOUT_MS, Evaluator
 from passes.terms import INFINITY, Term, dtype_of, literal
 
 EVERYWHERE = "holds for every index and length of the profile"
+
+
+_DROPPABLE = {"full": "true", "causal": "k <= q", "causal_lower_right": "k <= p"}
+
+
+class Class(NamedTuple):
+    """A class of masks, the predicate that a mask of it is (for p see :mod:`passes.masks`), and why in a clause."""
+
+    name: str
+    predicate: str
+    reason: str
 
 
 def _name(application: Term) -> str:
@@ -93,37 +104,42 @@ class Claims:
                 return name
         return None
 
-    def classify(self) -> tuple[str, str]:
-        """The class and, in a clause, why."""
+    def classify(self) -> Class:
+        """The narrowest class of :mod:`passes.masks` that is proved, but for those of :meth:`of_bounded_inputs`."""
         name = self.droppable()
         if name:
-            return name, f"{EVERYWHERE}{self._least_numbers()}"
+            return Class(name, _DROPPABLE[name], f"{EVERYWHERE}{self._least_numbers()}")
         if self.is_float and not self.evaluator.proves(z3.Or(self.attends, self.blocked), *self.inside):
-            return "bias", f"may hold numbers other than 0 and blocked{self._unmodelled()}"
+            return Class("bias", "", f"may hold numbers other than 0 and blocked{self._unmodelled()}")
         past = self.k <= self.place
         reads = self.evaluator.reads(self.attends)
         if not reads:
             width = self._first_blocked(self.place - self.k)
             if width and self.holds(z3.And(past, self.place - self.k < width)):
-                return "sliding_window", f"sees the last {width} keys, itself included"
+                reason = f"sees the last {width} keys, itself included"
+                return Class("sliding_window", f"k <= p and p - k < {width}", reason)
             size = self._first_blocked(self.place)
             if size and self.holds(z3.And(past, self.k / size == self.place / size)):
-                return "chunked", f"sees the keys of its own chunk of {size}"
-            return "arbitrary", "is not causal"
+                reason = f"sees the keys of its own chunk of {size}"
+                return Class("chunked", f"k <= p and k // {size} == p // {size}", reason)
+            return Class("arbitrary", "", "is not causal")
         named = ", ".join(sorted(reads))
         if self.holds(z3.And(past, self._attends_last())):
-            return "padding", f"causal, and keys hang on {named}"
-        return "arbitrary", f"hangs on {named}{self._unmodelled()}"
+            return Class("padding", "k <= p and mask[b, h, L - 1, k]", f"causal, and keys hang on {named}")
+        return Class("arbitrary", "", f"hangs on {named}{self._unmodelled()}")
 
-    def of_bounded_inputs(self) -> tuple[str, str] | None:
-        """``causal_offset`` or ``packed`` and why: classes that hold only as long as no sum of inputs overflows."""
+    def of_bounded_inputs(self) -> Class | None:
+        """``causal_offset`` or ``packed``: classes that hold only as long as no sum of inputs overflows."""
         for offset in self._applications():
             if self._is_free(offset) and self.holds(self.k <= self.q + offset):
-                return "causal_offset", f"sees keys up to its own place behind {_name(offset)}"
+                reason = f"sees keys up to its own place behind {_name(offset)}"
+                return Class("causal_offset", f"k <= q + {_name(offset)}", reason)
         lemmas = self._segment_lemmas()
         for mine, theirs in self._pairs():
             if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):
-                return "packed", f"causal within equal {_name(mine)}"
+                segment = _name(mine)
+                reason = f"causal among places of equal {segment}"
+                return Class("packed", f"k <= p and {segment}[b, k] == {segment}[b, p]", reason)
         return None
 
     def _segment_lemmas(self) -> list[z3.BoolRef]:
@@ -137,7 +153,7 @@ class Claims:
         pairs, lemmas = self._pairs(), []
         for c_mine, c_theirs in pairs:
             running = nodes[self.evaluator.inputs[c_mine.decl().name()]]
-            if running.target is not torch.ops.aten.cumsum.default or not self._sums_last(running):
+            if running.target is not torch.ops.aten.cumsum.default or not self._counts_along_rows(running):
                 continue
             place = z3.FreshInt("place")
             row = c_mine.children()[:-1]
@@ -153,12 +169,11 @@ class Claims:
                     lemmas.append(z3.Implies(c_mine == c_theirs, x_mine - x_theirs == apart))
         return lemmas
 
-    def _sums_last(self, running: Node) -> bool:
-        """Whether ``running`` adds up conditions along its last dimension."""
-        source = running.args[0]
-        return bool(dtype_of(source) == torch.bool) and self.evaluator.dim(running, running.args[1]) == (  # type: ignore[arg-type]
-            running.meta["val"].dim() - 1
-        )
+    def _counts_along_rows(self, running: Node) -> bool:
+        """Whether ``running`` counts conditions along its last dimension, in a type that no count overflows."""
+        last = running.meta["val"].dim() - 1
+        types = dtype_of(running.args[0]), dtype_of(running)  # type: ignore[arg-type]
+        return types == (torch.bool, torch.int64) and self.evaluator.dim(running, running.args[1]) == last  # type: ignore[arg-type]
 
     def _least_numbers(self) -> str:
         """A warning where blocked entries of a float mask are not -inf."""
@@ -207,13 +222,16 @@ class Claims:
         return bool(moved.eq(term))
 
     def _pairs(self) -> list[tuple[Term, Term]]:
-        """Applications of one function, to the query's place and to the key."""
+        """Applications of one function: to the query's place in a row, and to the key in the same row."""
         found = self._applications()
+        elsewhere = (self.k, z3.FreshInt("k"))
         return [
             (mine, theirs)
             for mine in found
             for theirs in found
             if mine.decl() == theirs.decl()
             and not mine.eq(theirs)
+            and z3.substitute(mine, elsewhere).eq(mine)
+            and all(a.eq(b) for a, b in zip(mine.children()[:-1], theirs.children()[:-1], strict=True))
             and z3.simplify(z3.substitute(mine, (self.q, self.k - self.keys + self.queries))).eq(z3.simplify(theirs))
         ]

@@ -19,7 +19,7 @@ from torch import Tensor
 from passes.attention import AttentionCall
 from passes.mask_program import MaskProgram, NotRunnable
 from passes.smallest_model import Model, possible_sizes, smallest_model
-from passes.symbolic import INT64_MAX, Evaluator
+from passes.symbolic import Evaluator
 from passes.terms import Term
 
 SOLVER_SECONDS = 1.0
@@ -29,6 +29,8 @@ MOST_ELEMENTS = 2**26
 MOST_TRIAL_ELEMENTS = 2**22
 """The same for a trial: length 2048."""
 MOST_VARIANTS = 300
+FEW_SIZES = 6
+"""Sizes at which a negative value, which no tokenizer makes, is not yet tried."""
 MOST_STORED = 4096
 MOST_SHOWN = 64
 
@@ -106,10 +108,12 @@ def find(
         if found:
             return found
         least = sum(model.sizes.values())
-    for sizes in possible_sizes(evaluator, _sizes(program, evaluator, least)):
-        found = _readable(program, sizes, MOST_TRIAL_ELEMENTS, deadline)
-        if found or time.perf_counter() > deadline:
-            return found
+    for some, negative in ((FEW_SIZES, False), (None, True)):
+        sizes_to_try = itertools.islice(_sizes(program, evaluator, least), some)
+        for sizes in possible_sizes(evaluator, sizes_to_try):
+            found = _readable(program, sizes, MOST_TRIAL_ELEMENTS, deadline, negative)
+            if found or time.perf_counter() > deadline:
+                return found
     return None
 
 
@@ -127,20 +131,21 @@ def _confirmed(
     queries, keys = scores[2:]
     causal = torch.arange(keys) <= torch.arange(queries)[:, None]
     if mask.dtype == torch.bool:
-        seen, plain = mask, mask
+        wrong = mask ^ causal
     elif mask.is_floating_point():
-        seen, plain = mask > torch.finfo(mask.dtype).min, mask == 0
+        wrong = torch.where(causal, mask != 0, mask > torch.finfo(mask.dtype).min)
     else:
         return None
-    wrong = torch.where(causal, ~plain, seen)
     wrong = wrong.reshape((1,) * (4 - wrong.dim()) + wrong.shape)
-    where = int(wrong.any(0).any(0).to(torch.uint8).argmax())  # the first of the largest
-    query, key = divmod(where, keys)
-    if not wrong[:, :, query, key].any():
+    query = _first(wrong.any(-1).any(0).any(0))
+    if query is None:
         return None
-    batch, head = divmod(int(wrong[:, :, query, key].to(torch.uint8).argmax()), wrong.shape[1])
+    key = _first(wrong[:, :, query].any(0).any(0))
+    assert key is not None
+    batch, head = (int(place[0]) for place in wrong[:, :, query, key].nonzero(as_tuple=True))
     value = mask.expand(scores)[batch, head, query, key].item()
-    attends = bool(seen.expand(scores)[batch, head, query, key])
+    is_bool = mask.dtype == torch.bool
+    attends = bool(value) if is_bool else not value <= torch.finfo(mask.dtype).min
     stored = sum(tensor.numel() for tensor in inputs.values()) <= MOST_STORED
     return Counterexample(
         batch=batch,
@@ -148,12 +153,18 @@ def _confirmed(
         query=query,
         key=key,
         attends=attends,
-        bias=float(value) if attends and mask.is_floating_point() and value != 0 else None,
+        bias=float(value) if attends and not is_bool and value != 0 else None,
         queries=queries,
         keys=keys,
         sizes=dict(sizes),
         inputs={name: tensor.tolist() for name, tensor in inputs.items()} if stored else {},
     )
+
+
+def _first(flags: Tensor) -> int | None:
+    """The place of the first True of a row."""
+    places = flags.nonzero()
+    return int(places[0]) if len(places) else None
 
 
 # -- readable inputs ---------------------------------------------------------------------------------
@@ -163,8 +174,7 @@ def _sizes(program: MaskProgram, evaluator: Evaluator, least: int) -> Iterator[d
     """Sizes within the profile whose sum is ``least`` or more, ascending: the first few, powers of two, the largest."""
     few = 6 if len(program.symbols) <= 3 else 2
     choices = []
-    for name in program.symbols:
-        low, high = evaluator.ranges.get(name, (0, INT64_MAX))
+    for low, high in program.ranges(evaluator.ranges).values():
         powers = (2**exponent for exponent in range(3, 23)) if len(program.symbols) <= 2 else ()
         choices.append(sorted({size for size in (*range(low, low + few), *powers, high) if low <= size <= high}))
     for combination in sorted(itertools.product(*choices), key=lambda sizes: (sum(sizes), sizes)):
@@ -173,7 +183,7 @@ def _sizes(program: MaskProgram, evaluator: Evaluator, least: int) -> Iterator[d
 
 
 def _readable(
-    program: MaskProgram, sizes: dict[str, int], most_elements: int, deadline: float
+    program: MaskProgram, sizes: dict[str, int], most_elements: int, deadline: float, negative: bool = False
 ) -> Counterexample | None:
     """A counterexample among inputs that a person would think of.
 
@@ -193,7 +203,7 @@ def _readable(
             if time.perf_counter() > deadline:
                 break
             continue
-        variants = ({**base, name: varied} for name in names for varied in _variants(base[name]))
+        variants = ({**base, name: varied} for name in names for varied in _variants(base[name], negative))
         for inputs in itertools.islice(variants, MOST_VARIANTS):
             found = _confirmed(program, sizes, inputs, most_elements)
             if found or time.perf_counter() > deadline:
@@ -210,10 +220,11 @@ def _plain(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [*positions, torch.ones_like(zeros), zeros]
 
 
-def _variants(base: Tensor) -> Iterator[Tensor]:
-    """``base`` with a second start somewhere in its rows, one other element, or padding on a side."""
+def _variants(base: Tensor, negative: bool) -> Iterator[Tensor]:
+    """``base`` with a second start somewhere in its rows, one other element, padding on a side; or a -1."""
     length = base.shape[-1] if base.dim() else 0
-    if not base.dtype.is_floating_point and base.dtype != torch.bool:
+    signed = base.dtype.is_signed and not base.dtype.is_floating_point
+    if signed:
         for start in range(1, length):
             restarted = torch.cat([base[..., :start], base[..., : length - start]], -1)
             if not torch.equal(restarted, base):
@@ -221,14 +232,14 @@ def _variants(base: Tensor) -> Iterator[Tensor]:
     other = torch.finfo(base.dtype).min if base.dtype.is_floating_point else 1
     flat = base.flatten()
     for place in range(base.numel()):
-        changed = flat.clone()
-        changed[place] = other if flat[place] == 0 else 0
-        yield changed.reshape(base.shape)
+        yield flat.index_fill(0, torch.tensor(place), other if flat[place] == 0 else 0).reshape(base.shape)
     for start in range(2, length):
         left, right = base.clone(), base.clone()
         left[..., :start] = 0
         right[..., start:] = 0
         yield from (left, right)
+    for place in range(base.numel() if signed and negative else 0):
+        yield flat.index_fill(0, torch.tensor(place), -1).reshape(base.shape)
 
 
 # -- text --------------------------------------------------------------------------------------------

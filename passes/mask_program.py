@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from passes.attention import AttentionCall
+from passes.symbolic import INT64_MAX
 from passes.terms import size_expression
 
 aten = torch.ops.aten
@@ -51,8 +52,21 @@ class MaskProgram:
         expressions += [size_expression(size) for value in self.inputs.values() for size in value.shape]
         self.symbols = sorted({symbol.name for expression in expressions for symbol in expression.free_symbols})
         """Names of the shape symbols."""
-        if not self._backed.issuperset(self.symbols):
+        if not self._backed.keys() >= set(self.symbols):
             raise NotRunnable("a size that only a run of the model gives")
+
+    def ranges(self, proved: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """Bounds of the symbols: those of the proof, but nothing shorter than the program takes.
+
+        A proof widens lower bounds (:func:`passes.symbolic.symbol_ranges`).  A 2 stays widened: torch.export writes it
+        for a 1 as well.
+        """
+        found = {}
+        for name in self.symbols:
+            low, high = proved.get(name, (0, INT64_MAX))
+            least = self._backed[name]
+            found[name] = (min(max(low, least if least > 2 else 0), high), high)
+        return found
 
     def scores(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """Batch, heads, queries and keys of the call."""
@@ -138,24 +152,29 @@ class MaskProgram:
         value = node.meta.get("val")
         if not isinstance(value, int | torch.SymInt):
             return False
-        return self._backed.issuperset(symbol.name for symbol in size_expression(value).free_symbols)
+        return self._backed.keys() >= {symbol.name for symbol in size_expression(value).free_symbols}
 
     def _count(self, value: Any) -> None:
         for part in value if isinstance(value, tuple | list) else [value]:
             if isinstance(part, Tensor):
                 count = sympy.sympify(sympy.prod([size_expression(size) for size in part.shape]))
-                if self._backed.issuperset(symbol.name for symbol in count.free_symbols):
+                if self._backed.keys() >= {symbol.name for symbol in count.free_symbols}:
                     self._elements.add(count)
 
 
-def _symbols_of_placeholders(graph: Graph) -> set[str]:
-    found: set[str] = set()
+def _symbols_of_placeholders(graph: Graph) -> dict[str, int]:
+    """The symbols that the inputs' shapes give -> the least value that the export declares."""
+    found: dict[str, int] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
             value = node.meta.get("val")
             for size in value.shape if isinstance(value, Tensor) else [value]:
                 if isinstance(size, torch.SymInt):
-                    found |= {symbol.name for symbol in size_expression(size).free_symbols}
+                    assert size.node.shape_env is not None
+                    declared = size.node.shape_env.var_to_range
+                    for symbol in size_expression(size).free_symbols:
+                        least = declared[symbol].lower if symbol in declared else sympy.Integer(0)
+                        found[symbol.name] = int(least) if least.is_Integer else 0
     return found
 
 

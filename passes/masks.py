@@ -43,7 +43,7 @@ from passes.attention import AttentionCall, find_calls
 from passes.claims import Claims, ancestors
 from passes.counterexample import Counterexample
 from passes.symbolic import Evaluator, symbol_ranges
-from passes.terms import FLOATS, Index, Term, Unmodelled, literal, size_expression
+from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, literal, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
@@ -71,6 +71,8 @@ class MaskProof:
     """The graph inputs that the mask's truth hangs on."""
     conditions: tuple[str, ...] = ()
     """The :data:`CONDITIONS` on those inputs under which the mask is proved droppable; empty where none are known."""
+    predicate: str = ""
+    """The claim that was proved of every element, in the letters of this module; empty where none was."""
     reason: str = ""
     counterexample: Counterexample | None = None
     """Inputs on which the mask is not causal, checked by running the mask's graph on them."""
@@ -88,11 +90,15 @@ class MaskProof:
         return self.mask in ("none", "full") and self.proof in (PROVED, ASSUMED)
 
     def __str__(self) -> str:
-        where = ", ".join(f"{symbol} in [{low}, {high}]" for symbol, (low, high) in self.profile.items())
-        lines = [f"{self.mask} ({self.proof.replace('_', ' ')}{f', for {where}' if where else ''})"]
-        lines += [self.reason] if self.reason else []
+        lines = [f"{self.mask}, {self.proof.replace('_', ' ')}"]
+        if self.predicate:
+            lines.append(f"mask[b, h, q, k] == ({self.predicate}) for every b, h, q, k and every input")
+        if self.profile:
+            sizes = ", ".join(f"{low} <= {symbol} <= {high}" for symbol, (low, high) in self.profile.items())
+            lines.append(f"at every size with {sizes}")
+        lines += [self.reason] if self.reason and (self.mask not in DROPPABLE or self.proof == ASSUMED) else []
         lines += [f"depends on {', '.join(self.depends_on)}"] if self.depends_on else []
-        if self.conditions:
+        if self.conditions and self.proof != ASSUMED:
             lines.append(f"may be dropped where {' and '.join(CONDITIONS[name] for name in self.conditions)}")
         lines += [self.counterexample.text] if self.counterexample else []
         return "\n  ".join(lines)
@@ -123,8 +129,7 @@ class Prover:
             kind = "causal" if call.is_causal else "none"
             return MaskProof(kind, PROVED, reason="the call says so itself", profile=self.ranges)
         # The proof depends on the mask and on the scores' sizes; each layer has a query of its own.
-        batch, heads, queries = call.query.meta["val"].shape[:3]
-        sizes = (batch, heads, queries, call.key.meta["val"].shape[2])
+        sizes = (*call.query.meta["val"].shape[:-1], call.key.meta["val"].shape[-2])
         key = (call.mask, call.is_causal, *(size_expression(size) for size in sizes))
         if key not in self._known:
             started = time.perf_counter()
@@ -138,25 +143,32 @@ class Prover:
         reached = tuple(sorted(ancestors([mask]) & self.inputs))
         if call.is_causal:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason="both a mask and is_causal were given")
+        ranks = {node.meta["val"].dim() for node in (call.query, call.key)}
+        if ranks != {4}:
+            return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"attention over {max(ranks)}-D tensors")
         if value.dtype not in (torch.bool, *FLOATS) or value.dim() > 4:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"a {value.dim()}-D mask of {value.dtype}")
         try:
             claims = Claims(Evaluator(self.ranges, self.constants), call)
-            name, reason = claims.classify()
+            found = claims.classify()
             depends_on = claims.depends_on(self.inputs)
-            if name == "arbitrary" and depends_on:
+            if found.name in ("arbitrary", "padding") and depends_on:
                 bounded = Claims(Evaluator(self.ranges, self.constants, bounded=True), call)
-                name, reason = bounded.of_bounded_inputs() or (name, reason)
+                found = bounded.of_bounded_inputs() or found
+            name, predicate, reason = found
+            conditions, conditional = self._conditions(call, depends_on) if name not in DROPPABLE else ((), "")
         except (Unmodelled, z3.Z3Exception) as error:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
-        proof = MaskProof(name, NOT_PROVED if name in ("bias", "arbitrary") else PROVED, depends_on, reason=reason)
+        if name == "padding" and not depends_on:  # a condition on keys that no input is behind
+            name, predicate, reason = "arbitrary", "", f"is not proved causal{reason.removeprefix('causal')}"
+        proved = NOT_PROVED if name in ("bias", "arbitrary") else PROVED
+        proof = MaskProof(name, proved, depends_on, reason=reason, predicate=predicate)
         if name in DROPPABLE:
             return replace(proof, depends_on=())
-        conditions, conditional = self._conditions(call, depends_on)
         if conditions and self.assume.issuperset(conditions):
             asserted = " and ".join(CONDITIONS[condition] for condition in conditions)
             reason = f"as asserted, {asserted}; without that it is {name}: {reason}"
-            return replace(proof, mask=conditional, proof=ASSUMED, conditions=conditions, reason=reason)
+            return replace(proof, mask=conditional, proof=ASSUMED, conditions=conditions, reason=reason, predicate="")
         witness = counterexample.find(call, *claims.search(), self.inputs)
         return replace(proof, conditions=conditions, counterexample=witness)
 
@@ -165,7 +177,7 @@ class Prover:
         assert call.mask is not None
         placeholders = {node.name: node for node in call.mask.graph.nodes if node.op == "placeholder"}
         about = {
-            condition: [name for name in depends_on if word in name and placeholders[name].meta["val"].dim() <= 2]
+            condition: [name for name in depends_on if word in name and _is_row(placeholders[name].meta["val"])]
             for condition, word in CONDITION_INPUTS.items()
         }
         possible = [condition for condition, names in about.items() if names]
@@ -183,6 +195,11 @@ class Prover:
 
 CONDITION_INPUTS = {"contiguous_positions": "position", "no_padding": "attention_mask"}
 """What the inputs are called that a condition is about: Hugging Face's names, as parts of the placeholder's name."""
+
+
+def _is_row(value: torch.Tensor) -> bool:
+    """Whether ``value`` holds one number a token: [length] or [batch, length], and no fractions."""
+    return value.dim() in (1, 2) and value.dtype in (torch.bool, *INTEGERS)
 
 
 def _contiguous(evaluator: Evaluator, node: Node) -> Callable[[Index], Term]:
@@ -239,7 +256,11 @@ class Classification(list[tuple[AttentionCall, MaskProof]]):
         found: dict[str, list[str]] = {}
         for call, proof in self:
             found.setdefault(str(proof), []).append(call.name)
-        return "\n".join(f"{', '.join(names)}\n{text}" for text, names in found.items())
+        return "\n".join(f"{_listed(names)}: {text}" for text, names in found.items())
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def classify(program: ExportedProgram, assume: Collection[str] = ()) -> Classification:

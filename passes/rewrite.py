@@ -26,7 +26,12 @@ from passes.symbolic import symbol_ranges
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out}
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
-CASTS = (torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device)
+CASTS = (
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten.to.device,
+    torch.ops.aten.detach_.default,  # of a cache's empty tensors; changes no element
+)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import z3
 from torch import Tensor
 
 from passes.mask_program import MaskProgram
-from passes.symbolic import INT64_MAX, Evaluator
+from passes.symbolic import Evaluator
 from passes.terms import Term
 
 ATTEMPT_MS = 250
@@ -38,28 +38,29 @@ def smallest_model(
 ) -> Model | bool:
     """The sizes of least sum, then the least query, key, batch and head, for which ``claim`` can hold.
 
+    Inputs that are not negative are preferred to smaller sizes.
+
     False: it holds nowhere.  True: it may hold, but no model was found in time, or one whose inputs have more than
     ``most_elements`` elements.
     """
     search = _Search(evaluator, seconds)
     symbols = {name: z3.Int(name) for name in program.symbols}
-    for name, symbol in symbols.items():
-        low, high = evaluator.ranges.get(name, (0, INT64_MAX))
-        search.solver.add(symbol >= low, symbol <= high)
+    for name, (low, high) in program.ranges(evaluator.ranges).items():
+        search.solver.add(symbols[name] >= low, symbols[name] <= high)
     search.solver.add(*inside, claim)
     first = search.check()
     if first != z3.sat:
         return bool(first != z3.unsat)
+    functions = _applications(claim, evaluator, program)
+    integers = [term for terms in functions.values() for term in terms if z3.is_int(term)]
+    search.prefer(*(term >= 0 for term in integers))
     batch, head, query, key = position
     total = z3.Sum(*symbols.values()) if symbols else z3.IntVal(0)
     for objective in (total, query, key, batch, head):
         search.minimize(objective)
-    functions = _applications(claim, evaluator, program)
-    integers = [term for terms in functions.values() for term in terms if z3.is_int(term)]
-    largest = search.value(total) + search.value(key)
-    for bound in (1, largest):  # zeros and ones if possible, or else about as large as positions are
-        if search.check(*(z3.And(term >= 0, term <= bound) for term in integers)) == z3.sat:
-            break
+    # Zeros and ones if possible, or else values about as large as positions are.
+    if not search.prefer(*(term <= 1 for term in integers)):
+        search.prefer(*(term <= search.value(total) for term in integers))
     sizes = {name: search.value(symbol) for name, symbol in symbols.items()}
     shapes = {name: program.shape(name, sizes) for name in program.inputs}
     if sum(torch.Size(shape).numel() for shape in shapes.values()) > most_elements:
@@ -95,6 +96,13 @@ class _Search:
             return result
         finally:
             self.solver.pop()
+
+    def prefer(self, *wishes: Term) -> bool:
+        """Hold ``wishes`` where they can hold."""
+        if self.check(*wishes) != z3.sat:
+            return False
+        self.solver.add(*wishes)
+        return True
 
     def value(self, term: Term) -> int:
         assert self.model is not None

@@ -21,8 +21,8 @@ import torch
 import z3
 from torch.fx import Node
 
-from passes.operations import MODELS, MOVES, in_range
-from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, is_tensor, literal
+from passes.operations import MODELS, MOVES
+from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, in_range, is_tensor, literal
 
 INT64_MAX = 2**63 - 1
 SOLVER_TIMEOUT_MS = 2000
@@ -151,8 +151,11 @@ class Evaluator:
             return z3.IntVal(node)
         if not isinstance(node, Node):
             raise Unmodelled(f"{node!r}")
-        if isinstance(node.meta.get("val"), torch.SymInt | int):
+        value = node.meta.get("val")
+        if isinstance(value, torch.SymInt | int):
             return self.size(node)
+        if isinstance(value, torch.Tensor) and value.dim() != len(index):
+            raise Unmodelled(f"{len(index)} indices into {value.dim()} dimensions")
         key = (node, tuple(item.get_id() for item in index))
         if key not in self._known:  # the index is kept with it: z3 gives the ids of terms that are gone again
             self._known[key] = (index, self._element(node, index))
@@ -183,8 +186,9 @@ class Evaluator:
         self.inputs[name] = node.name
         function = z3.Function(name, *[z3.IntSort()] * len(index), sort)
         element = function(*index)
-        if self.bounded and node.op == "placeholder" and z3.is_int(element):
-            self.premises.append(z3.And(element > -(2**62), element < 2**62))
+        if z3.is_int(element) and isinstance(value, torch.Tensor):
+            limits, part = torch.iinfo(value.dtype), 2 if self.bounded and node.op == "placeholder" else 1
+            self.premises.append(z3.And(element >= -(-limits.min // part), element <= limits.max // part))
         return element
 
     def _bounded(self, term: Term, node: Node, index: Index) -> Term:
@@ -224,6 +228,8 @@ class Evaluator:
 
     def dim(self, node: Node, dim: int) -> int:
         rank = node.meta["val"].dim()
+        if not rank:
+            raise Unmodelled("a number has no dimensions")
         return dim + rank if dim < 0 else dim
 
 
@@ -240,7 +246,7 @@ def constant_element(tensor: torch.Tensor, index: Index) -> Term:
     if tensor.dim() == 1:
         if tensor.dtype in INTEGERS:
             step = int(tensor[1]) - int(first)
-            if torch.equal(tensor.long(), int(first) + step * torch.arange(len(tensor))):
+            if tensor.tolist() == [int(first) + step * position for position in range(len(tensor))]:
                 return int(first) + step * index[0]
         if len(tensor) > SHORT:
             raise Unmodelled("a long constant without a pattern")

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sympy
 import torch
 import z3
 from torch.fx import Node
+
+if TYPE_CHECKING:
+    from passes.symbolic import Evaluator
 
 Term: TypeAlias = Any
 """A z3 expression; z3 ships no types."""
@@ -60,6 +63,11 @@ def align(shape: Sequence[Any], target: Sequence[Any], index: Index) -> Index:
         else:
             raise Unmodelled("a size that may or may not broadcast")
     return tuple(result)
+
+
+def in_range(ev: Evaluator, node: Node, index: Index) -> list[z3.BoolRef]:
+    """``0 <= index < size`` for every dimension of ``node``."""
+    return [z3.And(item >= 0, item < size) for item, size in zip(index, ev.shape(node), strict=True)]
 
 
 def integer(term: Term) -> z3.ArithRef:
@@ -123,3 +131,17 @@ def leaf_by_leaf(function: Callable[..., Term], *terms: Term) -> Term:
         return function(*operands)
 
     return walk(*terms)
+
+
+def product(left: z3.ArithRef, right: z3.ArithRef) -> Term:
+    if not (z3.is_int_value(z3.simplify(left)) or z3.is_int_value(z3.simplify(right))):
+        raise Unmodelled("a product of two unknowns")
+    return left * right
+
+
+def positive(term: Term) -> int:
+    """The positive number that ``term`` is, to divide by; z3 then rounds down and leaves remainders from 0 on."""
+    divisor = z3.simplify(term)
+    if not z3.is_int_value(divisor) or divisor.as_long() <= 0:
+        raise Unmodelled("a divisor that is not a positive number")
+    return int(divisor.as_long())

@@ -19,8 +19,9 @@ from torch.fx import Graph, Node
 from passes import terms
 from passes.attention import find_calls
 from passes.masks import Prover
-from passes.operations import MODELS, in_range
+from passes.operations import MODELS
 from passes.symbolic import INT64_MAX, Evaluator, symbol_ranges
+from passes.terms import in_range
 
 aten = torch.ops.aten
 

@@ -1,0 +1,249 @@
+"""Operations that put elements in other places."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sympy
+import torch
+import z3
+
+from passes.operations.making import choice
+from passes.operations.registry import Model, arguments, models
+from passes.terms import (
+    INTEGERS,
+    Index,
+    Term,
+    Unmodelled,
+    align,
+    dtype_of,
+    integer,
+    positive,
+    same_size,
+    size_expression,
+)
+
+if TYPE_CHECKING:
+    from passes.symbolic import Evaluator
+
+aten = torch.ops.aten
+
+MODELS: dict[Any, Model] = {}
+_models = models(MODELS)
+
+# Operations that only move elements, and so are modelled for every type.
+MOVES = frozenset(
+    [
+        aten.alias.default, aten.cat.default, aten.clone.default, aten.detach.default, aten.expand.default,
+        aten.flip.default, aten.gather.default, aten.index.Tensor, aten.index_select.default,
+        aten.lift_fresh_copy.default,
+        aten.permute.default, aten.repeat.default, aten.reshape.default, aten._reshape_copy.default, aten.select.int,
+        aten.slice.Tensor, aten.slice_scatter.default, aten.squeeze.dim, aten.squeeze.dims, aten.stack.default,
+        aten.t.default,
+        aten.transpose.int, aten._unsafe_view.default, aten.unsqueeze.default, aten.view.default,
+    ]
+)  # fmt: skip
+
+
+@_models(aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
+def _same(ev: Evaluator, node: Any, index: Index) -> Term:
+    return ev.at(node.args[0], index)
+
+
+@_models(aten.copy.default)
+def _copy(ev: Evaluator, node: Any, index: Index) -> Term:
+    return choice(ev, node.args[1], node, index)
+
+
+@_models(aten.expand.default)
+def _expand(ev: Evaluator, node: Any, index: Index) -> Term:
+    return ev.broadcast(node.args[0], node, index)
+
+
+@_models(aten.unsqueeze.default)
+def _unsqueeze(ev: Evaluator, node: Any, index: Index) -> Term:
+    dim = ev.dim(node, node.args[1])
+    return ev.at(node.args[0], index[:dim] + index[dim + 1 :])
+
+
+@_models(aten.squeeze.dim, aten.squeeze.dims)
+def _squeeze(ev: Evaluator, node: Any, index: Index) -> Term:
+    source = node.args[0]
+    dims = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])
+    gone = {ev.dim(source, dim) for dim in dims}
+    if not all(same_size(source.meta["val"].shape[dim], 1) for dim in gone):
+        raise Unmodelled("a squeeze of a size that may not be 1")
+    rest = iter(index)
+    return ev.at(source, tuple(z3.IntVal(0) if dim in gone else next(rest) for dim in range(source.meta["val"].dim())))
+
+
+@_models(aten.permute.default, aten.transpose.int, aten.t.default)
+def _permute(ev: Evaluator, node: Any, index: Index) -> Term:
+    rank = len(index)
+    if node.target is aten.permute.default:
+        order = [ev.dim(node, dim) for dim in node.args[1]]
+    else:
+        order = list(range(rank))
+        dims = node.args[1:3] if node.target is aten.transpose.int else (0, rank - 1)
+        a, b = (ev.dim(node, dim) for dim in dims)
+        order[a], order[b] = order[b], order[a]
+    source: list[Any] = [None] * rank
+    for position, dim in enumerate(order):
+        source[dim] = index[position]
+    return ev.at(node.args[0], tuple(source))
+
+
+def _bound(ev: Evaluator, position: Any, size: z3.ArithRef, default: int) -> z3.ArithRef:
+    """A slice's bound by Python's rule: negative ones count from the end, and everything is clamped to the size."""
+    term = ev.size(default if position is None else position)
+    term = z3.If(term < 0, z3.If(term + size < 0, 0, term + size), z3.If(term > size, size, term))
+    return z3.simplify(term)
+
+
+@_models(aten.slice.Tensor)
+def _slice(ev: Evaluator, node: Any, index: Index) -> Term:
+    source, dim, start, _end, step = arguments(node, 0, None, None, 1)
+    dim = ev.dim(source, dim)
+    first = _bound(ev, start, ev.shape(source)[dim], 0)
+    return ev.at(source, (*index[:dim], z3.simplify(index[dim] * ev.size(step) + first), *index[dim + 1 :]))
+
+
+@_models(aten.slice_scatter.default)
+def _slice_scatter(ev: Evaluator, node: Any, index: Index) -> Term:
+    target, source, dim, start, end, step = arguments(node, None, 0, None, None, 1)
+    if step != 1 or dtype_of(source) != dtype_of(node):
+        raise Unmodelled("a slice with a step, or of another type")
+    dim = ev.dim(node, dim)
+    size = ev.shape(target)[dim]
+    first = _bound(ev, start, size, 0)
+    last = size if end is None else _bound(ev, end, size, 0)
+    here = index[dim]
+    inner = (*index[:dim], z3.simplify(here - first), *index[dim + 1 :])
+    return z3.If(z3.And(here >= first, here < last), ev.at(source, inner), ev.at(target, index))
+
+
+@_models(aten.select.int)
+def _select(ev: Evaluator, node: Any, index: Index) -> Term:
+    source, dim, position = node.args
+    dim, chosen = ev.dim(source, dim), ev.size(position)
+    chosen = z3.If(chosen < 0, chosen + ev.shape(source)[dim], chosen)
+    return ev.at(source, (*index[:dim], z3.simplify(chosen), *index[dim:]))
+
+
+@_models(aten.flip.default)
+def _flip(ev: Evaluator, node: Any, index: Index) -> Term:
+    turned = {ev.dim(node, dim) for dim in node.args[1]}
+    sizes = ev.shape(node)
+    return ev.at(node.args[0], tuple(sizes[d] - 1 - at if d in turned else at for d, at in enumerate(index)))
+
+
+@_models(aten.repeat.default)
+def _repeat(ev: Evaluator, node: Any, index: Index) -> Term:
+    source = node.args[0]
+    shape, inner = source.meta["val"].shape, []
+    for at, size, times in zip(index[len(index) - len(shape) :], shape, node.args[1][-len(shape) :], strict=True):
+        if same_size(size, 1):
+            inner.append(z3.IntVal(0))
+        elif times == 1:
+            inner.append(at)
+        else:
+            inner.append(at % positive(ev.size(size)))
+    return ev.at(source, tuple(inner))
+
+
+@_models(aten.index.Tensor)
+def _index(ev: Evaluator, node: Any, index: Index) -> Term:
+    source, positions = node.args
+    given = [dim for dim, position in enumerate(positions) if position is not None]
+    if any(dtype_of(positions[dim]) not in INTEGERS for dim in given):
+        raise Unmodelled("an index of another type")
+    rank = max(positions[dim].meta["val"].dim() for dim in given)
+    # torch's rule: indices side by side leave their dimensions where they are, others put them first.
+    at = given[0] if given == list(range(given[0], given[-1] + 1)) else 0
+    picked, rest = index[at : at + rank], iter((*index[:at], *index[at + rank :]))
+    target = node.meta["val"].shape[at : at + rank]
+    shape, inner = ev.shape(source), []
+    for dim in range(len(shape)):
+        if dim not in given:
+            inner.append(next(rest))
+            continue
+        position = positions[dim]
+        where = integer(ev.at(position, align(position.meta["val"].shape, target, picked)))
+        inner.append(z3.simplify(z3.If(where < 0, where + shape[dim], where)))
+    return ev.at(source, tuple(inner))
+
+
+@_models(aten.index_select.default, aten.gather.default)
+def _pick(ev: Evaluator, node: Any, index: Index) -> Term:
+    """Positions below zero are an error here, unlike in ``index``."""
+    source, dim, positions = node.args[:3]
+    dim = ev.dim(source, dim)
+    along = index if node.target is aten.gather.default else (index[dim],)
+    return ev.at(source, (*index[:dim], z3.simplify(integer(ev.at(positions, along))), *index[dim + 1 :]))
+
+
+@_models(aten.cat.default)
+def _cat(ev: Evaluator, node: Any, index: Index) -> Term:
+    parts = node.args[0]
+    dim = ev.dim(node, node.args[1] if len(node.args) > 1 else 0)
+    kind = (dtype_of(node), node.meta["val"].dim())
+    if not all((dtype_of(part), part.meta["val"].dim()) == kind for part in parts):
+        raise Unmodelled("a concatenation of mixed types, or with torch's empty 1-D tensor")
+    position, pieces = index[dim], []
+    for part in parts:
+        pieces.append((position, ev.shape(part)[dim], part))
+        position = position - pieces[-1][1]
+    result = ev.at(pieces[-1][2], (*index[:dim], pieces[-1][0], *index[dim + 1 :]))
+    for where, size, part in reversed(pieces[:-1]):
+        result = z3.If(where < size, ev.at(part, (*index[:dim], where, *index[dim + 1 :])), result)
+    return result
+
+
+@_models(aten.stack.default)
+def _stack(ev: Evaluator, node: Any, index: Index) -> Term:
+    parts = node.args[0]
+    dim = ev.dim(node, node.args[1] if len(node.args) > 1 else 0)
+    if any(dtype_of(part) != dtype_of(node) for part in parts):
+        raise Unmodelled("a stack of mixed types")
+    rest = index[:dim] + index[dim + 1 :]
+    result = ev.at(parts[-1], rest)
+    for place in range(len(parts) - 2, -1, -1):
+        result = z3.If(index[dim] == place, ev.at(parts[place], rest), result)
+    return result
+
+
+@_models(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_copy.default)
+def _view(ev: Evaluator, node: Any, index: Index) -> Term:
+    """Splits and merges of neighbouring dimensions; sizes inside a split or merge must be static but the first."""
+    source = node.args[0]
+    before = [size_expression(size) for size in source.meta["val"].shape]
+    after = [size_expression(size) for size in node.meta["val"].shape]
+    rest, result = list(index), []
+    while before or after:
+        left, right = before[:1], after[:1]  # the smallest runs of dimensions with equal volume
+        del before[:1], after[:1]
+        while (ratio := sympy.prod(right) / sympy.prod(left)) != 1:
+            grow, pool = (left, before) if ratio.is_integer else (right, after)
+            if not pool:
+                raise Unmodelled("a reshape whose dimensions do not line up")
+            grow.append(pool.pop(0))
+        here, rest = rest[: len(right)], rest[len(right) :]
+        if len(left) == len(right) == 1:
+            result += here
+            continue
+        ones_left, ones_right = ([size for size in sizes if size != 1] for sizes in (left, right))
+        if ones_left == ones_right:  # sizes of 1 that come or go
+            moved = iter([at for at, size in zip(here, right, strict=True) if size != 1])
+            result += [z3.IntVal(0) if size == 1 else next(moved) for size in left]
+            continue
+        if not all(size.is_Integer for size in (*left[1:], *right[1:])):
+            raise Unmodelled("a reshape across a dynamic size")
+        flat: z3.ArithRef = z3.IntVal(0)
+        for size, item in zip(right, here, strict=True):
+            flat = flat * int(size) + item if size.is_Integer else item
+        unpacked: list[z3.ArithRef] = []
+        for size in reversed(left[1:]):
+            unpacked.insert(0, flat % int(size))
+            flat = flat / int(size)
+        result += [flat, *unpacked][: len(left)]
+    return ev.at(source, tuple(z3.simplify(item) for item in result))
