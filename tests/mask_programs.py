@@ -32,7 +32,8 @@ Program = tuple[Statement, ...]
 
 SMALL, DIVISOR, BIT = st.integers(-3, 9), st.integers(1, 9), st.integers(0, 1)
 CONSTANTS: dict[str, st.SearchStrategy[Any]] = {
-    "small": SMALL, "other": SMALL, "divisor": DIVISOR, "bit": BIT, "diagonal": st.integers(-2, 2), "bool": st.booleans(),
+    "small": SMALL, "other": SMALL, "divisor": DIVISOR, "bit": BIT, "diagonal": st.integers(-2, 2),
+    "bool": st.booleans(),
     "five": st.one_of(st.sampled_from([[0, 1, 2, 3, 4], [3] * 5]), st.lists(SMALL, min_size=5, max_size=5)),
     "wide": st.sampled_from([-256, -129, -128, 3, 5, 127, 128, 255, 256, 258, 65536, 2**31, 2**32]),
     "narrow": st.sampled_from(["int8", "uint8", "int16", "int32", "int64"]),
@@ -43,69 +44,78 @@ CONSTANTS: dict[str, st.SearchStrategy[Any]] = {
     "share": st.sampled_from([2, -0.5, 1e-38]),
 }  # fmt: skip
 
-# {v} and {w} are integers along {axis}, whose places are {places} and whose size is {size}.
+# {v} and {w} are two rows or two columns.
+ROW = {"axis": 0, "places": "q", "size": "L", "first": "[:1]", "others": "[1:]", "line": "[:, 0]"}
+COLUMN = {"axis": 1, "places": "k", "size": "S", "first": "[:, :1]", "others": "[:, 1:]", "line": "[0]"}
 INTEGERS = (
     "{v} + {small}", "{small} - {v}", "{v} * {small}", "{v} - {w}", "torch.add({v}, {w}, alpha={small})",
-    "torch.rsub({v}, {w}, alpha={small})", "torch.rsub({v}, {small}, alpha={other})", "{v} // {divisor}", "{v} % {divisor}", "{v} // {wide}",
-    "{v} % {wide}", "torch.div({v}, {divisor}, rounding_mode='trunc')", "torch.div({v}, {divisor}, rounding_mode='floor')",
-    "{v}.clamp({small}, {other})", "{v}.clamp(min={small})", "{v}.clamp(max={small})",
-    "torch.minimum({v}, {w})", "torch.maximum({v}, {w})", "torch.minimum({v}, torch.tensor({wide}))", "{v}.flip({axis})", "{v}.abs()", "-{v}",
-    "{v}.to(torch.{narrow})", "torch.where({v} {is} {small}, {v}, {w})", "{v}.masked_fill({w} {is} {other}, {small})",
-    "{v}.cummax({axis})[0]", "{v}.cummin({axis})[0]", "{v}.cumsum({axis})", "({v} >= {w}).cumsum({axis})",
-    "torch.diff({v}, dim={axis}, prepend={w}.narrow({axis}, 0, 1))",
-    "{v}.index_select({axis}, ({places} + {small}).clamp(0, {size} - 1).flatten())",
-    "torch.cat([{v}.narrow({axis}, 1, {size} - 1), {w}.narrow({axis}, 0, 1)], {axis})",
-    "torch.cat([{v}.narrow({axis}, 0, 1), {w}.narrow({axis}, 1, {size} - 1)], {axis})",
+    "torch.rsub({v}, {w}, alpha={small})", "torch.rsub({v}, {small}, alpha={other})", "{v} // {divisor}",
+    "{v} % {divisor}", "{v} // {wide}", "{v} % {wide}", "torch.div({v}, {divisor}, rounding_mode='trunc')",
+    "torch.div({v}, {divisor}, rounding_mode='floor')", "{v}.clamp({small}, {other})", "{v}.clamp(min={small})",
+    "{v}.clamp(max={small})", "torch.minimum({v}, {w})", "torch.maximum({v}, {w})",
+    "torch.minimum({v}, torch.tensor({wide}))", "{v}.flip({axis})", "{v}.abs()", "-{v}", "{v}.to(torch.{narrow})",
+    "torch.where({v} {is} {small}, {v}, {w})", "{v}.masked_fill({w} {is} {other}, {small})", "{v}.cummax({axis})[0]",
+    "{v}.cummin({axis})[0]", "{v}.cumsum({axis})", "({v} >= {w}).cumsum({axis})",
+    "torch.diff({v}, dim={axis}, prepend={w}{first})",
+    "{v}.index_select({axis}, ({places} + {small}).clamp(0, {size} - 1){line})",
+    "torch.cat([{v}{others}, {w}{first}], {axis})", "torch.cat([{v}{first}, {w}{others}], {axis})",
     "torch.tensor({five})[{v}.clamp(0, 4)]", "{v}.gather({axis}, {w}.clamp(0, {size} - 1).long())",
     "torch.arange({small}, {small} + {size}, dtype=torch.{narrow}).reshape({places}.shape)",
     "torch.arange({small}, {small} + 2 * {size}, 2).reshape({places}.shape)",
-    "torch.arange({size} - 1, -1, -1).reshape({places}.shape)",
-    "{v} + t", "torch.zeros_like({v}) + t.clamp(0, {divisor})", "torch.full_like({v}, {small})",
+    "torch.arange({size} - 1, -1, -1).reshape({places}.shape)", "{v} + t",
+    "torch.zeros_like({v}) + t.clamp(0, {divisor})", "torch.full_like({v}, {small})",
 )  # fmt: skip
 TABLES = (
-    "{r} {is} {c}", "{c} {is} {r}", "({r} {is} {small}).expand(L, S)", "({c} {is} {wide}).expand(L, S)", "({c} {is} {small}).expand(L, S)",
-    "({c}.to(torch.{narrow}) {is} torch.tensor({wide})).expand(L, S)", "({r}.to(torch.{narrow}) {is} {wide}).expand(L, S)",
-    "{c} + {r} {is} {small}", "({c} - {r}) // {divisor} {is} {small}", "({c} - {r}) % {divisor} {is} 0", "{c} // {divisor} {is} {r} // {divisor}",
-    "({r} - {c}).clamp({small}, {other}) {is} {small}", "{m} & ({r} >= {small})", "{m} & ({c} != {small})", "{m} | (({r} == {small}) & ({c} == {other}))",
-    "{m} & {n}", "{m} & {n}", "{m} | {n}", "{m} | {n}", "{m} ^ {n}", "~{m}", "torch.logical_not({m}.long())",
-    "{m} & ({m} | {n})", "{m} | ({m} & {n})", "{m} ^ {n} ^ {n}", "torch.where({n}, {m}, {m})", "({m} & {n}) | ({m} & ~{n})",
-    "torch.where({m}, {n}, {o})", "torch.where({m}, True, {n})", "{m}.masked_fill({n}, {bool})", "{m}.tril({diagonal})", "{m}.triu({diagonal})",
-    "{m}.flip({bit})", "{m}.flip(0).flip(1)", "{m} | ~{m}.any({bit}, keepdim=True)", "{m} | ~{n}.any({bit}, keepdim=True)",
-    "{m} & {n}.all({bit}, keepdim=True)", "{m} & {n}.any({bit}, keepdim=True)", "torch.stack([{m}, {n}]).any(0)", "torch.stack([{m}, {n}]).all(0)",
-    "torch.stack([{m}, {n}], 2)[..., {bit}]", "torch.stack([{m}, {n}], 1).select(1, {bit})",
-    "torch.cat([{m}[:1], {n}[1:]])", "torch.cat([{m}[:2], {n}[2:]])", "torch.cat([{m}[:, :1], {n}[:, 1:]], 1)", "torch.cat([{m}[:, 1:], {n}[:, :1]], 1)",
-    "torch.constant_pad_nd({m}[1:], (0, 0, 1, 0), {bool})", "torch.constant_pad_nd({m}, (-1, 1), {bool})", "torch.constant_pad_nd({m}, (1, -1, 1, -1), {bool})",
-    "{m}[(q + {diagonal}).clamp(0, L - 1), k]", "{m}[:, (k + {diagonal}).clamp(0, S - 1)[0]]", "{m}[{r}.clamp(0, L - 1).long(), {c}.clamp(0, S - 1).long()]",
-    "{m}.gather(1, {c}.clamp(0, S - 1).long().expand(L, S))", "{m}.gather(1, {r}.clamp(0, S - 1).long().expand(L, S))",
-    "{m}.reshape(1, L * S).reshape(L, S)", "{m}.repeat(2, 1, 1)[{bit}]", "{m}[None].permute(1, 2, 0).squeeze(2)", "{m}[:, :, None].expand(L, S, 2)[..., 1]",
-    "{m}[::1]", "{m}[-L:]", "{m}.T.contiguous().T", "torch.slice_scatter({m}, {n}[1:], 0, 1)", "torch.slice_scatter({m}, {n}[:, 2:], 1, 2)",
-    "({m}.to(torch.{narrow}) - 1).clamp(0) == {bit}", "{m}.to(torch.{narrow}) + {n}.to(torch.{narrow}) {is} {bit}",
-    "{m} & keep[None]", "{m} | keep[S - L:, None]", "{m} & (ids[None] == ids[S - L:, None])", "{m} & (ids[None] <= ids[S - L:, None])",
-    "{f} {is} {number}", "{f} {is} {number}", "{f} {is} {g}", "{f}.isinf()", "{f}.bool()",
+    "{r} {is} {c}", "{c} {is} {r}", "({r} {is} {small}).expand(L, S)", "({c} {is} {wide}).expand(L, S)",
+    "({c} {is} {small}).expand(L, S)", "({c}.to(torch.{narrow}) {is} torch.tensor({wide})).expand(L, S)",
+    "({r}.to(torch.{narrow}) {is} {wide}).expand(L, S)", "{c} + {r} {is} {small}",
+    "({c} - {r}) // {divisor} {is} {small}", "({c} - {r}) % {divisor} {is} 0",
+    "{c} // {divisor} {is} {r} // {divisor}", "({r} - {c}).clamp({small}, {other}) {is} {small}",
+    "{m} & ({r} >= {small})", "{m} & ({c} != {small})", "{m} | (({r} == {small}) & ({c} == {other}))", "{m} & {n}",
+    "{m} & {n}", "{m} | {n}", "{m} | {n}", "{m} ^ {n}", "~{m}", "torch.logical_not({m}.long())", "{m} & ({m} | {n})",
+    "{m} | ({m} & {n})", "{m} ^ {n} ^ {n}", "torch.where({n}, {m}, {m})", "({m} & {n}) | ({m} & ~{n})",
+    "torch.where({m}, {n}, {o})", "torch.where({m}, True, {n})", "{m}.masked_fill({n}, {bool})",
+    "{m}.tril({diagonal})", "{m}.triu({diagonal})", "{m}.flip({bit})", "{m}.flip(0).flip(1)",
+    "{m} | ~{m}.any({bit}, keepdim=True)", "{m} | ~{n}.any({bit}, keepdim=True)",
+    "{m} & {n}.all({bit}, keepdim=True)", "{m} & {n}.any({bit}, keepdim=True)", "torch.stack([{m}, {n}]).any(0)",
+    "torch.stack([{m}, {n}]).all(0)", "torch.stack([{m}, {n}], 2)[..., {bit}]",
+    "torch.stack([{m}, {n}], 1).select(1, {bit})", "torch.cat([{m}[:1], {n}[1:]])", "torch.cat([{m}[:2], {n}[2:]])",
+    "torch.cat([{m}[:, :1], {n}[:, 1:]], 1)", "torch.cat([{m}[:, 1:], {n}[:, :1]], 1)",
+    "torch.constant_pad_nd({m}[1:], (0, 0, 1, 0), {bool})", "torch.constant_pad_nd({m}, (-1, 1), {bool})",
+    "torch.constant_pad_nd({m}, (1, -1, 1, -1), {bool})", "{m}[(q + {diagonal}).clamp(0, L - 1), k]",
+    "{m}[:, (k + {diagonal}).clamp(0, S - 1)[0]]", "{m}[{r}.clamp(0, L - 1).long(), {c}.clamp(0, S - 1).long()]",
+    "{m}.gather(1, {c}.clamp(0, S - 1).long().expand(L, S))",
+    "{m}.gather(1, {r}.clamp(0, S - 1).long().expand(L, S))", "{m}.reshape(1, L * S).reshape(L, S)",
+    "{m}.repeat(2, 1, 1)[{bit}]", "{m}[None].permute(1, 2, 0).squeeze(2)", "{m}[:, :, None].expand(L, S, 2)[..., 1]",
+    "{m}[::1]", "{m}[-L:]", "{m}.T.contiguous().T", "torch.slice_scatter({m}, {n}[1:], 0, 1)",
+    "torch.slice_scatter({m}, {n}[:, 2:], 1, 2)", "({m}.to(torch.{narrow}) - 1).clamp(0) == {bit}",
+    "{m}.to(torch.{narrow}) + {n}.to(torch.{narrow}) {is} {bit}", "{m} & keep[None]", "{m} | keep[S - L:, None]",
+    "{m} & (ids[None] == ids[S - L:, None])", "{m} & (ids[None] <= ids[S - L:, None])", "{f} {is} {number}",
+    "{f} {is} {number}", "{f} {is} {g}", "{f}.isinf()", "{f}.bool()",
 )  # fmt: skip
 ADDED = (
-    *("torch.where({m}, 0.0, {block})", "torch.where({m}, {block}, 0.0)", "torch.zeros(L, S).masked_fill(~{m}, {block})") * 2,
-    "(1.0 - {m}.float()) * {block}", "torch.full((L, S), {block}).triu({bit})", "{m}.float() - 1.0", "{m}.float().log()",
-    "{f} + {g}", "{f} - {g}", "{f} * {number}", "{f} * {g}", "-{f}", "torch.minimum({f}, {g})", "torch.maximum({f}, {g})",
-    "torch.floor_divide({f}, {g})", "torch.remainder({f}, {g})", "{f} / {share}", "{f}.to(torch.{float}).float()", "{f}.clamp(min={number})",
-    "{f}.clamp({number}, 0.0)", "{f}.exp() - 1", "{f}.abs()", "torch.where({m}, {f}, {g})", "{f}.masked_fill({m}, {block})", "{f}.tril()",
-    "{f}.triu(1)", "{f}.flip(1)", "torch.cat([{f}[:, :1], {g}[:, 1:]], 1)", "torch.where({f} {is} {number}, {f}, {g})", "{f}.relu()",
-    "torch.add({f}, {g}, alpha={small})", "torch.rsub({f}, {g}, alpha={small})", "torch.where({f}.isnan(), {f}, {g})", "{m} * {f}",
+    "torch.where({m}, 0.0, {block})", "torch.where({m}, 0.0, {block})", "torch.where({m}, {block}, 0.0)",
+    "torch.zeros(L, S).masked_fill(~{m}, {block})", "torch.zeros(L, S).masked_fill(~{m}, {block})",
+    "(1.0 - {m}.float()) * {block}", "torch.full((L, S), {block}).triu({bit})", "{m}.float() - 1.0",
+    "{m}.float().log()", "{f} + {g}", "{f} - {g}", "{f} * {number}", "{f} * {g}", "-{f}", "torch.minimum({f}, {g})",
+    "torch.maximum({f}, {g})", "torch.floor_divide({f}, {g})", "torch.remainder({f}, {g})", "{f} / {share}",
+    "{f}.to(torch.{float}).float()", "{f}.clamp(min={number})", "{f}.clamp({number}, 0.0)", "{f}.exp() - 1",
+    "{f}.abs()", "torch.where({m}, {f}, {g})", "{f}.masked_fill({m}, {block})", "{f}.tril()", "{f}.triu(1)",
+    "{f}.flip(1)", "torch.cat([{f}[:, :1], {g}[:, 1:]], 1)", "torch.where({f} {is} {number}, {f}, {g})", "{f}.relu()",
+    "torch.add({f}, {g}, alpha={small})", "torch.rsub({f}, {g}, alpha={small})",
+    "torch.where({f}.isnan(), {f}, {g})", "{m} * {f}",
 )  # fmt: skip
-START = (
-    *(Statement(f"r{place}", text, ()) for place, text in enumerate(("q", "q + (S - L)", "ids[S - L:, None]", "ids[S - L:, None].clamp(0, 5)"))),
-    *(Statement(f"c{place}", text, ()) for place, text in enumerate(("k", "k - (S - L)", "ids[None]", "keep[None].long()"))),
-    *(
-        Statement(f"m{place}", text, ())
-        for place, text in enumerate(
-            (
-                "k <= q", "q >= k", "torch.ones(L, S, dtype=torch.bool).tril()", "k - q < 1", "k <= q + (S - L)", "torch.full((L, S), True)",
-                "k - q < S", "k < q", "q <= k", "k > q - 3", "q - k < 8", "k // 3 == q // 3", "k <= q + t",
-            )
-        )
+FIRST = {
+    "r": ("q", "q + (S - L)", "ids[S - L:, None]", "ids[S - L:, None].clamp(0, 5)"),
+    "c": ("k", "k - (S - L)", "ids[None]", "keep[None].long()"),
+    "m": (
+        "k <= q", "q >= k", "torch.ones(L, S, dtype=torch.bool).tril()", "k - q < 1", "k <= q + (S - L)",
+        "torch.full((L, S), True)", "k - q < S", "k < q", "q <= k", "k > q - 3", "q - k < 8", "k // 3 == q // 3",
+        "k <= q + t",
     ),
-    *(Statement(f"f{place}", text, ()) for place, text in enumerate(("torch.where(k <= q, 0.0, -inf)", "torch.zeros(L, S)"))),
-)  # fmt: skip
+    "f": ("torch.where(k <= q, 0.0, -inf)", "torch.zeros(L, S)"),
+}  # fmt: skip
+START = tuple(Statement(f"{kind}{place}", text, ()) for kind in FIRST for place, text in enumerate(FIRST[kind]))
 GOOD = 4
 """How many of the first of a kind are drawn as often as all others together."""
 
@@ -117,7 +127,7 @@ def programs(draw: st.DrawFn, statements: int) -> Program:
     for _ in range(statements):
         kind = draw(st.sampled_from("rrccmmmmmmfff"))
         template = draw(st.sampled_from({"m": TABLES, "f": ADDED}.get(kind, INTEGERS)))
-        parts: dict[str, Any] = {"axis": "rc".find(kind), "places": "q" if kind == "r" else "k", "size": "L" if kind == "r" else "S"}
+        parts: dict[str, Any] = dict(ROW if kind == "r" else COLUMN)
         reads = []
         for field in sorted({field for _, field, _, _ in Formatter().parse(template) if field} - set(parts)):
             if field in CONSTANTS:
@@ -152,7 +162,7 @@ def values(program: Program, queries: Any, keys: Any, ids: Tensor, keep: Tensor,
         "q": torch.arange(queries)[:, None], "k": torch.arange(keys)[None], "ids": ids, "keep": keep, "t": t,
     }  # fmt: skip
     for name, text, _ in program:
-        names[name] = eval(text, names)  # noqa: S307 - the text is ours
+        names[name] = eval(text, names)
     return {name: names[name] for name, _, _ in program}
 
 
