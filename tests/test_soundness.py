@@ -167,8 +167,8 @@ def refused_by_none(program: Program, form: Form) -> Program:
 STATEMENTS = 150
 """Some 110 of them are masks; one export takes them all."""
 FORMS = {
-    "static": (Form(0, True), 8),
-    "static, with past keys": (Form(3, True), 6),
+    "static": (Form(0, True), 10),
+    "static, with past keys": (Form(3, True), 8),
     "dynamic": (Form(0, False), 3),
     "dynamic, with past keys": (Form(3, False), 3),
 }
@@ -199,7 +199,7 @@ def test_what_is_proved_of_a_random_mask_is_so(form: Form, examples: int, monkey
         dropped += sum(proof.mask in DROPPED for proof in proofs.values())
 
     check()
-    assert checked >= 90 * examples and dropped >= checked // 6
+    assert checked >= 80 * examples and dropped >= checked // 6
 
 
 def test_brute_force_tells_the_classes_apart() -> None:
