@@ -74,7 +74,7 @@ def test_a_counterexample_is_run_before_it_is_believed() -> None:
     program = export(build("gpt2"), form, shape)
     graph = MaskGraph(program, find_calls(program.graph_module))
     (length,) = symbol_ranges(program)
-    blocked = Counterexample(0, 0, 2, 1, False, {length: 3}, {"attention_mask": [[1, 0, 1]]})
+    blocked = Counterexample(0, 0, 2, 1, False, None, 3, 3, {length: 3}, {"attention_mask": [[1, 0, 1]]})
     assert confirms(graph, 0, blocked)
     assert not confirms(graph, 0, replace(blocked, inputs={"attention_mask": [[1, 1, 1]]}))
     assert not confirms(graph, 0, replace(blocked, query=1, key=2))

@@ -226,6 +226,68 @@ def test_a_hand_written_mask_has_the_class_that_brute_force_finds(name: str) -> 
     assert (kind in true_of) if kind in PREDICATES else not true_of
 
 
+def narrow(length: int, dtype: torch.dtype) -> Tensor:
+    return torch.arange(length)[None].to(dtype)
+
+
+# Masks that an earlier prover called causal or full; none of them is.
+ONCE_FALSE: dict[str, Mask] = {
+    "reversed difference with a factor": lambda n, m: torch.rsub(k(m), q(n), alpha=2) == 2 * q(n) - k(m),
+    "a number that wraps in a narrow type": lambda n, m: (narrow(m, torch.uint8) + 0 * q(n).to(torch.uint8)) != 256,
+    "a bound that wraps in a narrow type": lambda n, m: (narrow(m, torch.int32) + 0 * q(n).to(torch.int32)) < 2**32,
+    "a quotient by a zero with a sign": lambda n, m: torch.where(
+        causal(n, m), 0.0, torch.floor_divide(-torch.ones(n, m), torch.zeros(n, m) * -1.0)
+    ),
+    "minus infinity as an integer": lambda n, m: torch.where(causal(n, m), 0.0, -torch.inf).to(torch.int64) == 0,
+}
+
+
+@functools.cache
+def of_once_false() -> dict[str, MaskProof]:
+    return dict(zip(ONCE_FALSE, hand_written(*ONCE_FALSE.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", ONCE_FALSE)
+def test_what_was_once_proved_falsely_is_not_proved(name: str) -> None:
+    found = of_once_false()[name]
+    assert not found.causal and not found.void
+
+
+def test_a_range_that_wraps_in_its_type_is_not_taken_for_its_index() -> None:
+    def wraps(n: int, m: int) -> Tensor:
+        return torch.arange(m, dtype=torch.int8)[None] <= torch.arange(n, dtype=torch.int8)[:, None]
+
+    assert hand_written(wraps, static=100)[0].causal
+    assert not hand_written(wraps, static=300)[0].causal
+
+
+def test_a_constant_that_wraps_is_not_taken_for_a_straight_line() -> None:
+    wraps = torch.tensor([0, 2**62, -(2**63), -(2**62), 0, 2**62, -(2**63)])
+    (found,) = hand_written(lambda n, m: (wraps[None] >= 0) | (q(n) < 0), static=7)
+    assert not found.void
+
+
+@pytest.mark.parametrize("rank", [2, 3, 5])
+def test_attention_over_other_than_four_dimensions_is_kept(rank: int) -> None:
+    hole = causal(20, 20) & ~((q(20) == 18) & (k(20) == 3))
+    x = torch.zeros(*(2, 3, 2)[: rank - 2], 20, 16)
+    program = tiny.program_of(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=hole), x)
+    for found in proofs(program):
+        assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+
+
+def test_a_table_that_is_given_is_no_segment() -> None:
+    table = torch.zeros(7, 7, dtype=torch.int64)
+    found = with_inputs(lambda x: causal(7, 7) & (x == x.gather(0, torch.arange(7)[None])), table)
+    assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+
+
+@pytest.mark.parametrize("given", [torch.tensor(3), torch.tensor([3])])
+def test_an_input_without_dimensions_is_never_a_crash(given: Tensor) -> None:
+    for made in (lambda p: p.cumsum(0) > 0, lambda p: (p > 0).any(0), lambda p: p.clamp(0, 5) > 0):
+        assert with_inputs(lambda p, made=made: causal(7, 7) & made(p), given).mask != "causal"
+
+
 def test_the_width_of_a_window_is_that_of_its_widest_row() -> None:
     for name, width in (("diagonal", 1), ("window", 3), ("window one short of the range", LONGEST - 1)):
         assert f"last {width} keys" in of_squares()[name].reason
