@@ -204,17 +204,7 @@ class Claims:
 
     def _applications(self) -> list[Term]:
         """The integers that the mask reads from inputs, and from operations without a model."""
-        pending, seen, found = [self.attends], set(), []
-        while pending:
-            term = pending.pop()
-            if term.get_id() in seen:
-                continue
-            seen.add(term.get_id())
-            if z3.is_app(term):
-                if z3.is_int(term) and term.decl().name() in self.evaluator.inputs:
-                    found.append(term)
-                pending.extend(term.children())
-        return found
+        return [term for _, term in self.evaluator.applications(self.attends) if z3.is_int(term)]
 
     def _is_free(self, term: Term) -> bool:
         """Whether ``term`` is the same for every query and key."""

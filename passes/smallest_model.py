@@ -51,8 +51,8 @@ def smallest_model(
     first = search.check()
     if first != z3.sat:
         return bool(first != z3.unsat)
-    functions = _applications(claim, evaluator, program)
-    integers = [term for terms in functions.values() for term in terms if z3.is_int(term)]
+    read = [(name, term) for name, term in evaluator.applications(claim) if name in program.inputs]
+    integers = [term for _, term in read if z3.is_int(term)]
     search.prefer(*(term >= 0 for term in integers))
     batch, head, query, key = position
     total = z3.Sum(*symbols.values()) if symbols else z3.IntVal(0)
@@ -68,7 +68,7 @@ def smallest_model(
     return Model(
         sizes,
         {
-            name: _content(search.model, functions.get(name, []), shape, program.inputs[name].dtype)
+            name: _content(search.model, [term for of, term in read if of == name], shape, program.inputs[name].dtype)
             for name, shape in shapes.items()
         },
     )
@@ -125,23 +125,6 @@ class _Search:
             else:
                 break
         self.solver.add(objective <= high)
-
-
-def _applications(claim: Term, evaluator: Evaluator, program: MaskProgram) -> dict[str, list[Term]]:
-    """Where ``claim`` reads each input: the applications of the function that stands for it."""
-    found: dict[str, list[Term]] = {}
-    pending, seen = [claim], set()
-    while pending:
-        term = pending.pop()
-        if term.get_id() in seen:
-            continue
-        seen.add(term.get_id())
-        if z3.is_app(term):
-            name = evaluator.inputs.get(term.decl().name())
-            if name in program.inputs:
-                found.setdefault(name, []).append(term)
-            pending.extend(term.children())
-    return found
 
 
 def _content(model: Any, applications: Sequence[Term], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -203,10 +203,9 @@ class Evaluator:
                 raise Unmodelled(f"may overflow {node.meta['val'].dtype}")
         return term
 
-    def reads(self, term: Term) -> set[str]:
-        """Names of the placeholders and operations whose values ``term`` hangs on."""
-        found: set[str] = set()
-        pending, seen = [term], set()
+    def applications(self, term: Term) -> list[tuple[str, Term]]:
+        """The elements of placeholders, and of operations without a model, that ``term`` is made of, by their names."""
+        found, pending, seen = [], [term], set()
         while pending:
             current = pending.pop()
             if current.get_id() in seen:
@@ -214,9 +213,13 @@ class Evaluator:
             seen.add(current.get_id())
             if z3.is_app(current):
                 if current.decl().name() in self.inputs:
-                    found.add(self.inputs[current.decl().name()])
+                    found.append((self.inputs[current.decl().name()], current))
                 pending.extend(current.children())
         return found
+
+    def reads(self, term: Term) -> set[str]:
+        """Names of the placeholders and operations whose values ``term`` hangs on."""
+        return {name for name, _ in self.applications(term)}
 
     # -- helpers of the models -----------------------------------------------------------------------
 
