@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
+from passes.errors import RunError
 from passes.masks import ASSUMED, MaskProof, prover_of
 from passes.scale import fold_scale
 from passes.strategies import KEEPS_MASK, Action, Decision, strategy
@@ -194,10 +195,22 @@ def _replace(program: ExportedProgram, call: AttentionCall, target: Any, args: t
     graph = program.graph_module.graph
     with graph.inserting_before(call.node):
         new = graph.call_function(target, args, kwargs)
-    new.meta = dict(call.node.meta)
-    call.node.replace_all_uses_with(new)
-    graph.erase_node(call.node)
+    output = _output(call)
+    new.meta = dict(output.meta)
+    output.replace_all_uses_with(new)
+    for node in dict.fromkeys((*call.node.users, call.node) if output is not call.node else (call.node,)):
+        graph.erase_node(node)
     _allow_any_layout(new)
+
+
+def _output(call: AttentionCall) -> Node:
+    """The node that is the attention's result: a kernel's call also gives what only its backward pass needs."""
+    if isinstance(call.node.meta["val"], torch.Tensor):
+        return call.node
+    used = [user for user in call.node.users if user.users]
+    if len(used) != 1 or used[0].args[1] != 0:
+        raise RunError("unsupported_op", f"{call.name}: more than the result of {call.op} is used")
+    return used[0]
 
 
 def _allow_any_layout(node: Node) -> None:

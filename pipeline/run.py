@@ -187,11 +187,14 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
 
 def _dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
     """What the reader must know of masks that were dropped without a proof for every input."""
+    forced: dict[str, list[str]] = {}  # calls that share a mask share the warning
     for call in rewritten.calls:
         if call.unproved:
             shown = (call.counterexample or {}).get("text")
-            why = f"({call.reason})" + (f"; {shown}" if shown else "")
-            yield f"{call.name}: mask dropped unproved; right only where it happens to be causal {why}"
+            forced.setdefault(f"({call.reason})" + (f"; {shown}" if shown else ""), []).append(call.name)
+    for why, names in forced.items():
+        calls = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+        yield f"{calls}: mask dropped unproved; right only where it happens to be causal {why}"
     if rewritten.assumed:
         checked = "the runtime checks it" if strategy.guard else "nothing checks it (strategy.guard=false)"
         yield f"masks were dropped on your word that {', '.join(rewritten.assumed)} holds for every input; {checked}"
