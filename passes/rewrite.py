@@ -23,7 +23,6 @@ from passes.errors import RunError
 from passes.masks import ASSUMED, MaskProof, prover_of
 from passes.scale import fold_scale
 from passes.strategies import KEEPS_MASK, Action, Decision, strategy
-from passes.symbolic import symbol_ranges
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out}
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -133,7 +132,7 @@ def apply_strategy(
     ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
     """
     calls = find_calls(program.graph_module)
-    ranges, prover = symbol_ranges(program), prover_of(program, assume)
+    prover = prover_of(program, assume)
     decide = strategy(name)
     records: list[CallRecord] = []
     for call in calls:
@@ -141,7 +140,7 @@ def apply_strategy(
         decision = decide(call, proof, unproven)
         key, value, scale = call.key, call.value, "in the graph"
         if decision.action not in (Action.UNTOUCHED, Action.DECOMPOSED):
-            key, value = use_native_gqa(call, ranges)
+            key, value = use_native_gqa(call, prover.ranges)
             call, scale = _without_scale(program, call)
         records.append(_record(call, proof, decision, key is not call.key, scale))
         if proof.proof == ASSUMED and decision.action not in KEEPS_MASK:

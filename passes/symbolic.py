@@ -22,7 +22,7 @@ import z3
 from torch.fx import Node
 
 from passes.operations import MODELS, MOVES
-from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, in_range, is_tensor, literal
+from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, dtype_of, fits, in_range, is_tensor, literal
 
 INT64_MAX = 2**63 - 1
 SOLVER_TIMEOUT_MS = 2000
@@ -196,11 +196,9 @@ class Evaluator:
 
         A term without operator (a number, an index, an element of an input) is not computed and cannot.
         """
-        if z3.is_int(term) and term.decl().kind() != z3.Z3_OP_UNINTERPRETED and not z3.is_int_value(term):
-            limits = torch.iinfo(node.meta["val"].dtype)
-            within = z3.And(term >= limits.min, term <= limits.max)
-            if not self.proves(within, *in_range(self, node, index)):
-                raise Unmodelled(f"may overflow {node.meta['val'].dtype}")
+        computed = z3.is_int(term) and term.decl().kind() != z3.Z3_OP_UNINTERPRETED and not z3.is_int_value(term)
+        if computed and not self.proves(fits(term, dtype_of(node)), *in_range(self, node, index)):
+            raise Unmodelled(f"may overflow {dtype_of(node)}")
         return term
 
     def applications(self, term: Term) -> list[tuple[str, Term]]:

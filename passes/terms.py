@@ -76,6 +76,12 @@ def integer(term: Term) -> z3.ArithRef:
     return z3.If(term, z3.IntVal(1), z3.IntVal(0)) if z3.is_bool(term) else term
 
 
+def fits(term: z3.ArithRef, dtype: torch.dtype) -> z3.BoolRef:
+    """Whether the integer ``term`` lies within the integer type ``dtype``."""
+    limits = torch.iinfo(dtype)
+    return z3.And(term >= limits.min, term <= limits.max)
+
+
 def boolean(term: Term) -> z3.BoolRef:
     if z3.is_real(term):
         raise Unmodelled("a fraction among booleans")

@@ -21,6 +21,7 @@ from passes.errors import RunError
 from pipeline import gpu
 from pipeline.clock import Clock, CudaClock
 from pipeline.config import BenchmarkConfig
+from pipeline.memory import collector_paused
 from pipeline.roofline import DecoderCost, prefill_floor_s
 from pipeline.statistics import drifts, summarise
 
@@ -126,7 +127,8 @@ def _measure_shape(
 
     held = gpu.memory()
     try:
-        with clock.on_stream(), _no_garbage_collection():
+        gc.collect()
+        with clock.on_stream(), collector_paused():
             runner.prepare(batch, length)
             warmup = _warm_up(runner, config, clock)
             before = read_state()
@@ -236,18 +238,6 @@ def _blocks(config: BenchmarkConfig) -> Iterator[tuple[int, Callable[[int], None
             return
         wanted = math.ceil(1.1 * done * (config.min_seconds - seconds) / seconds) if seconds > 0 else most
         count = min(wanted, most - done)
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextmanager

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError, UserError
+from passes.masks import LARGEST_POSITION
 from pipeline.config import ASSUMPTIONS
-
-LARGEST_POSITION = 2**31 - 1
-"""Of the first token, as ``passes.masks`` takes it; the proof says nothing of what lies beyond."""
 
 
 def _one_more_each(positions: Tensor) -> Tensor:
+    """The proof says nothing of a first position below 0 or beyond ``LARGEST_POSITION``."""
     return torch.cat([positions[:, :1].clamp(0, LARGEST_POSITION), positions[:, :-1] + 1], dim=1)
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from passes.errors import UserError
 from pipeline.config import Config, StrategyConfig
 from pipeline.console import StageDisplay
+from pipeline.memory import collector_paused, trim
 from pipeline.record import Record, StopHere
 
 if TYPE_CHECKING:
@@ -45,14 +44,14 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     tracking.check_store(config.tracking.uri)
     loaded = interruption = None
     try:
-        with record.stage("load"), _collector_paused():
+        with record.stage("load"), collector_paused():
             loaded, device = _load(record)
     except UserError:
         raise
     except Exception as error:
         record.fail(error)
     gc.collect()
-    _trim()
+    trim()
     gc.freeze()  # a million objects of the libraries that the collector need not walk again and again
     folder = record.open_folder("-".join(tracking.run_name(config).replace(" · ", "-").split()))
     try:
@@ -78,26 +77,6 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     if interruption is not None:
         raise interruption
     return Outcome(record.report, folder)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    """For stages that make millions of objects and drop few: the garbage collector would walk all of them again and
-    again, a quarter of the time that a GGUF file takes."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _trim() -> None:
-    """Give freed memory back to the system.  glibc keeps what reading a GGUF file, building an engine and comparing
-    logits took, most of a gigabyte for SmolLM2, in pieces that the next logits do not fit into."""
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _load(record: Record) -> tuple[LoadedModel, torch.device]:
@@ -136,7 +115,7 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
     config, report, stack = record.config, record.report, load_stack()
     form = export.CallForm(loaded.model, config.model.logits)
 
-    with record.stage("export"), _collector_paused():
+    with record.stage("export"), collector_paused():
         traced = export.trace(form, config.model, config.shape, device)
         record.keep("graph_before.txt", str(traced.program.graph))
         record.detail = f"{len(traced.program.graph.nodes)} nodes"
@@ -151,7 +130,7 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
     for note in _dropped(rewritten, asked):
         record.note(note)
 
-    with record.stage("lower"), _collector_paused():
+    with record.stage("lower"), collector_paused():
         lowered = compile.lower(stack, rewritten.program, traced.inputs, config.backend, config.precision)
 
     with record.stage("interpret"):
@@ -167,7 +146,7 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
         record.detail = f"{built.section['bytes'] / 1e6:.0f} MB"
     del lowered, network
     gc.collect()
-    _trim()
+    trim()
 
     with record.stage("verify"):
         if device.type == "cuda":
@@ -258,7 +237,7 @@ def _verify(
         yardsticks["pytorch_fp16_accumulation"] = in_fp16_accumulation
 
     def judged(done: int, total: int) -> None:
-        _trim()
+        trim()
         record.display.steps("case", done, total)
 
     judge = partial(

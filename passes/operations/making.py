@@ -16,6 +16,7 @@ from passes.terms import (
     Unmodelled,
     boolean,
     dtype_of,
+    fits,
     in_range,
     integer,
     is_tensor,
@@ -75,7 +76,7 @@ def cast(ev: Evaluator, term: Term, source: torch.dtype, target: torch.dtype, in
         return boolean(term)
     if target in INTEGERS and source in (torch.bool, *INTEGERS):
         term = integer(term)
-        if source != torch.bool and not ev.proves(_fits(term, target), *inside):
+        if source != torch.bool and not ev.proves(fits(term, target), *inside):
             raise Unmodelled(f"may not fit {target}")
         return term
 
@@ -86,11 +87,6 @@ def cast(ev: Evaluator, term: Term, source: torch.dtype, target: torch.dtype, in
         return literal(torch.tensor(number, dtype=source).to(target).item(), target)
 
     return leaf_by_leaf(convert, term)
-
-
-def _fits(term: Term, target: torch.dtype) -> z3.BoolRef:
-    limits = torch.iinfo(target)
-    return z3.And(term >= limits.min, term <= limits.max)
 
 
 @_models(aten._to_copy.default)
