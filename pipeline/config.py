@@ -7,9 +7,7 @@ answer at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -38,6 +36,13 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that h
     "cuda_graph": ("tensorrt",),
     "mode": ("torch_compile",),
     "cudnn_attention": ("eager", "torch_compile"),
+}
+BACKENDS = ("tensorrt", "eager", "torch_compile")
+CACHES: dict[str, tuple[str, ...]] = {  # `cache` -> the backends that have it
+    "none": BACKENDS,
+    "dynamic": ("eager",),
+    "static": BACKENDS,
+    "in_engine": ("tensorrt",),
 }
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -105,9 +110,13 @@ class ShapeConfig:
 
 @dataclass
 class CacheConfig:
-    """KV cache mode."""
+    """KV cache: what generation keeps of the tokens before."""
 
     name: str
+    """``none``: nothing, every token runs the whole prefix again.  ``dynamic``: Hugging Face's DynamicCache, which
+    grows.  ``static``: tensors of a fixed capacity that go in and out.  ``in_engine``: updated in place by TensorRT."""
+    capacity: int | None = None
+    """Tokens that it holds; null: the next size that has fast kernels for the longest generation asked for."""
 
 
 @dataclass
@@ -117,11 +126,24 @@ class BenchmarkShape:
 
 
 @dataclass
+class GenerateShape:
+    """A whole generation: a prompt of ``input_length`` tokens, then ``output_length`` new ones, no early stop."""
+
+    batch: int = 1
+    input_length: int = 2048
+    output_length: int = 128
+
+
+@dataclass
 class BenchmarkConfig:
     """What is timed once the engine is verified."""
 
     name: str
     shapes: list[BenchmarkShape] = field(default_factory=list)
+    """Prompts: one forward pass each."""
+    generate: GenerateShape | None = None
+    """The generation that is timed; null: none."""
+    min_generations: int = 5
     min_iterations: int = 50
     min_seconds: float = 1.0
     warmup_seconds: float = 1.0
@@ -190,6 +212,8 @@ def from_hydra(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise UserError(_refusal(error, plain)) from None
     assert isinstance(config, Config)
+    from pipeline.checks import check
+
     check(config)
     return config
 
@@ -232,140 +256,3 @@ _KINDS: dict[Any, str] = {
     dict: "a mapping, {a: 1}",
     NoneType: "null",
 }
-
-
-def _one_of(key: str, value: object, allowed: Iterable[object]) -> None:
-    allowed = list(allowed)
-    if value not in allowed:
-        raise UserError(f"{key}={value}: allowed are {', '.join(map(str, allowed))}")
-
-
-def _at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise UserError(f"{key}={value}: must be at least {least}")
-
-
-def check(config: Config) -> None:
-    """Refuse settings that contradict each other; raises :class:`UserError` naming key, value and remedy."""
-    _one_of("precision", config.precision, PRECISIONS)
-    if config.until is not None:
-        _one_of("until", config.until, STAGES)
-    _check_model(config.model)
-    _check_strategy(config.strategy)
-    _check_assumptions(config.strategy, config.model)
-    _check_backend(config)
-    _one_of("cache", config.cache.name, ("none",))
-    _check_shapes(config)
-    _at_least("seed", config.seed, 0)
-    _at_least("verify.samples", config.verify.samples, 1)
-    if not config.output:
-        raise UserError("output=: name a folder for the runs, for example output=outputs")
-    if not config.tracking.uri:
-        raise UserError("tracking.uri=: name the MLflow store, for example tracking.uri=sqlite:///mlflow.db")
-
-
-def _check_model(model: ModelConfig) -> None:
-    _one_of("model.weights", model.weights, ("pretrained", "random"))
-    _one_of("model.logits", model.logits, ("last", "all"))
-    for name in model.inputs:
-        _one_of("model.inputs", name, INPUTS)
-    if "input_ids" not in model.inputs or len(set(model.inputs)) != len(model.inputs):
-        raise UserError(f"model.inputs={model.inputs}: must name input_ids, and each input once")
-    if model.weights == "random" and not model.path and "model_type" not in model.architecture:
-        raise UserError("model.weights=random: needs model.architecture with its model_type, as conf/model/*.yaml has")
-    if model.weights == "pretrained" and not model.path and not model.source:
-        raise UserError("model.path=null: name the folder of the model, model.path=DIR")
-    if model.path is not None and not Path(model.path).is_dir():
-        raise UserError(f"model.path={model.path}: no such folder; name a Hugging Face model folder (with config.json)")
-    if model.path is not None and not (Path(model.path) / "config.json").is_file():
-        raise UserError(f"model.path={model.path}: holds no config.json; name a Hugging Face causal LM folder")
-
-
-def _check_strategy(strategy: StrategyConfig) -> None:
-    _one_of("strategy", strategy.name, STRATEGIES)
-    allowed = STRATEGIES[strategy.name]
-    if strategy.unproven is not None and strategy.unproven not in allowed:
-        takes = f"allowed are {', '.join(allowed)}" if allowed else "it takes none; leave it out"
-        owners = [name for name, values in STRATEGIES.items() if strategy.unproven in values]
-        hint = f" (it belongs to strategy={owners[0]})" if owners else ""
-        raise UserError(f"strategy.unproven={strategy.unproven}: not for strategy={strategy.name}{hint}; {takes}")
-    if allowed and strategy.unproven is None:
-        raise UserError(f"strategy.unproven=null: strategy={strategy.name} needs one of {', '.join(allowed)}")
-
-
-def _check_assumptions(strategy: StrategyConfig, model: ModelConfig) -> None:
-    if not STRATEGIES[strategy.name]:  # it proves nothing, or keeps every mask
-        for key, value in (
-            ("assume", _listed(strategy.assume) if strategy.assume else None),
-            ("guard", strategy.guard),
-        ):
-            if value is not None:
-                owners = " and ".join(f"strategy={name}" for name, unproven in STRATEGIES.items() if unproven)
-                raise UserError(
-                    f"strategy.{key}={value}: not for strategy={strategy.name} (it belongs to {owners}); leave it out"
-                )
-        return
-    if strategy.guard is None:
-        raise UserError(f"strategy.guard=null: strategy={strategy.name} needs true or false")
-    for condition in strategy.assume:
-        _one_of("strategy.assume", condition, ASSUMPTIONS)
-        if (about := ASSUMPTIONS[condition]) not in model.inputs:
-            raise UserError(
-                f"strategy.assume={condition}: is about {about}, which model.inputs={_listed(model.inputs)} lacks; "
-                f"add it, or leave the assumption out"
-            )
-
-
-def _listed(values: list[str]) -> str:
-    """``values`` as the command line takes them."""
-    return f"[{','.join(values)}]"
-
-
-def _check_backend(config: Config) -> None:
-    backend = config.backend
-    _one_of("backend", backend.name, ("tensorrt", "eager", "torch_compile"))
-    for key, owners in BACKEND_OPTIONS.items():
-        if getattr(backend, key) is not None and backend.name not in owners:
-            takes = [name for name, who in BACKEND_OPTIONS.items() if backend.name in who]
-            raise UserError(
-                f"backend.{key}={getattr(backend, key)}: an option of backend={owners[0]}, not of "
-                f"backend={backend.name}, which takes {', '.join(takes)}"
-            )
-    if backend.name == "torch_compile":
-        _one_of("backend.mode", backend.mode, COMPILE_MODES)
-    if backend.optimization_level is not None:
-        _one_of("backend.optimization_level", backend.optimization_level, range(6))
-    if backend.workspace_gib is not None and backend.workspace_gib <= 0:
-        raise UserError(f"backend.workspace_gib={backend.workspace_gib}: must be above 0")
-    if backend.name != "tensorrt" and config.until in ("export", "strategy", "lower", "interpret", "build"):
-        raise UserError(f"until={config.until}: a stage of backend=tensorrt; backend={backend.name} has none")
-
-
-def _check_shapes(config: Config) -> None:
-    shape = config.shape
-    _one_of("shape", shape.kind, ("dynamic", "static"))
-    _at_least("shape.batch", shape.batch, 1)
-    _at_least("shape.min", shape.min, 1)
-    if not shape.min <= shape.opt <= shape.max:
-        raise UserError(f"shape.opt={shape.opt}: must lie between shape.min={shape.min} and shape.max={shape.max}")
-    if shape.kind == "static" and shape.min != shape.max:
-        raise UserError(f"shape.min={shape.min}: a static shape has one length; set shape.max={shape.max} only")
-    if shape.kind == "dynamic" and shape.min == shape.max:
-        raise UserError(f"shape.min={shape.min}: equals shape.max; use shape=static shape.max={shape.max}")
-    limit = config.model.architecture.get("max_position_embeddings")
-    if limit is not None and shape.max > limit:
-        raise UserError(f"shape.max={shape.max}: above the model's max_position_embeddings={limit}")
-    for item in config.benchmark.shapes:
-        _within("benchmark.shapes.input_length", item.input_length, shape)
-        if item.batch != shape.batch:
-            raise UserError(
-                f"benchmark.shapes.batch={item.batch}: the profile has shape.batch={shape.batch}; make them equal"
-            )
-    for length in config.verify.lengths or []:
-        _within("verify.lengths", length, shape)
-    _at_least("benchmark.min_iterations", config.benchmark.min_iterations, 10)
-
-
-def _within(key: str, length: int, shape: ShapeConfig) -> None:
-    if not shape.min <= length <= shape.max:
-        raise UserError(f"{key}={length}: outside the profile shape.min={shape.min}..shape.max={shape.max}")

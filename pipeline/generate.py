@@ -1,9 +1,9 @@
-"""Greedy generation without a cache: one forward pass over the whole prefix for each new token."""
+"""What generates, as the benchmark and the verification see it; and greedy generation without a cache."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,37 @@ from pipeline.export import make_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class Generator(Protocol):
+    """Generates step by step on the device, greedily, for a batch of prompts of one length and without early stop.
+
+    One generation is :meth:`prefill` and then :meth:`decode` for each token after the first.
+    """
+
+    @property
+    def stream(self) -> torch.cuda.Stream: ...
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether a decode step really is the replay of a CUDA graph."""
+
+    @property
+    def generation(self) -> int:
+        """Goes up whenever anything is bound, built or captured.  It may not move while a generation is timed."""
+
+    def prepare(self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None) -> None:
+        """Allocate everything for prompts ``tokens`` [batch, length] int64 and ``new_tokens`` more, compile and
+        capture; ``padding`` [batch, length] bool is True at padding.  One whole generation has then run."""
+
+    def prefill(self) -> None:
+        """Launch the pass over the prompts and the choice of the first token on the current stream; no waiting."""
+
+    def decode(self) -> None:
+        """Launch the step that chooses the next token, fed with the last one on the device; no waiting."""
+
+    def tokens(self) -> Tensor:
+        """[batch, chosen so far] int64: what the last generation chose; waits for it."""
 
 
 def greedy(

@@ -40,6 +40,8 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written."""
     from pipeline import tracking
 
+    if config.cache.name != "none" or config.benchmark.generate is not None:
+        raise UserError(f"cache={config.cache.name}: generation is not built yet; use cache=none benchmark=prefill")
     record = Record(config, display or StageDisplay())
     tracking.check_store(config.tracking.uri)
     loaded = interruption = None

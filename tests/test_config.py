@@ -78,7 +78,11 @@ def test_the_default_job_is_the_one_that_the_readme_names() -> None:
 
 @pytest.mark.parametrize("group", ["model", "strategy", "backend", "shape", "cache", "benchmark", "tracking"])
 def test_every_choice_of_a_group_composes_with_the_defaults_of_the_others(group: str, model_dir: Path) -> None:
-    needed = {"local": [f"model.path={model_dir}"], "server": ["tracking.uri=http://127.0.0.1:5000"]}
+    needed = {
+        "local": [f"model.path={model_dir}"],
+        "dynamic": ["backend=eager"],
+        "server": ["tracking.uri=http://127.0.0.1:5000"],
+    }
     for choice in choices(group):
         config = compose_config([f"{group}={choice}", *needed.get(choice, [])])
 
