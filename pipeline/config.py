@@ -141,13 +141,13 @@ class BenchmarkConfig:
     name: str
     shapes: list[BenchmarkShape] = field(default_factory=list)
     """Prompts: one forward pass each."""
-    generate: GenerateShape | None = None
-    """The generation that is timed; null: none."""
-    min_generations: int = 5
     min_iterations: int = 50
     min_seconds: float = 1.0
     warmup_seconds: float = 1.0
     """Upper bound of the warm-up; it ends earlier when the rolling median settles."""
+    generate: GenerateShape | None = None
+    """The generation that is timed; null: none."""
+    min_generations: int = 5
 
 
 @dataclass
