@@ -30,6 +30,12 @@ def _name(application: Term) -> str:
     return str(application.decl().name()).removesuffix("[]")
 
 
+def _element(application: Term) -> str:
+    """``position[0]``: an input's name, and which element of it where that is fixed."""
+    places = ", ".join(str(place) for place in application.children())
+    return f"{_name(application)}[{places}]" if places else _name(application)
+
+
 def ancestors(nodes: list[Node]) -> set[str]:
     """Names of ``nodes`` and of everything whose contents they are computed from; a size is no content."""
     pending, seen = list(nodes), set()
@@ -133,7 +139,7 @@ class Claims:
         for offset in self._applications():
             if self._is_free(offset) and self.holds(self.k <= self.q + offset):
                 reason = f"sees keys up to its own place behind {_name(offset)}"
-                return Class("causal_offset", f"k <= q + {_name(offset)}", reason)
+                return Class("causal_offset", f"k <= q + {_element(offset)}", reason)
         lemmas = self._segment_lemmas()
         for mine, theirs in self._pairs():
             if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):

@@ -8,7 +8,7 @@ What is known about the layer, and how it is dealt with here:
 * The mask is rank 4, bool or of the query's type, and full in its last two dimensions.
 * The layer needs static head counts; reshapes with -1 in the traced graph hide them.
 * It does not scale.  A factor multiplied on right before a causal layer is lost by some kernels, so it goes into
-  the weights (:mod:`passes.scale`), and where it cannot, it is multiplied on as a vector (:func:`_scaled`).
+  the weights (:mod:`passes.scale`), and where it cannot, it is multiplied on as a vector (:func:`scaled`).
 * ``decomposable=False`` makes the build fail where no fused kernel exists.  fp32 and head sizes outside
   16..256 in steps of 8 have none (measured with ahead-of-time builds of TensorRT-RTX 1.4 and 1.6).
 """
@@ -68,7 +68,7 @@ def convert(
     shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
     scale = shape[-1] ** -0.5 if scale is None else scale
     if scale != 1.0:
-        query = _scaled(stack, ctx, query, scale, node)
+        query = scaled(stack, ctx, query, scale, node)
     layer = _add_layer(stack, network, (query, key, value), causal)
     if layer is None:
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
@@ -136,7 +136,7 @@ def _normalised_mask(stack: Stack, network: Any, mask: Any, query: Any) -> Any:
     return mask
 
 
-def _scaled(stack: Stack, ctx: Any, query: Any, scale: float, node: Node) -> Any:
+def scaled(stack: Stack, ctx: Any, query: Any, scale: float, node: Node) -> Any:
     """``query * scale`` in the query's own type, as a product with one equal factor for each channel.
 
     A single factor, constant or computed, is taken for the layer's own scale by some causal kernels and lost;

@@ -17,7 +17,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from passes import ops
+from passes import cache_ops, ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
 from passes.errors import RunError
 from passes.masks import ASSUMED, MaskProof, prover_of
@@ -269,6 +269,12 @@ def _decomposed(program: ExportedProgram, call: AttentionCall, key: Node, value:
     _replace(program, call, ops.DECOMPOSED, args, {})
 
 
+def _cached(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+    update = cache_ops.update_behind(call.key)
+    assert update is not None
+    _replace(program, call, cache_ops.CACHED, (call.query, key, value, update.args[2], call.scale), {})
+
+
 def _untouched(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
     return None
 
@@ -279,6 +285,7 @@ _REWRITES = {
     Action.NATIVE_MASK: _native("none", keep_mask=True),
     Action.REWRITTEN_CAUSAL: _rewritten(is_causal=True),
     Action.REWRITTEN_FULL: _rewritten(is_causal=False),
+    Action.CACHED: _cached,
     Action.DECOMPOSED: _decomposed,
     Action.UNTOUCHED: _untouched,
 }

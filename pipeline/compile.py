@@ -20,7 +20,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from passes import converters
+from passes import cache_converters, converters
 from passes.attention import FORMS
 from passes.errors import RunError
 from passes.rewrite import DECOMPOSITIONS
@@ -77,17 +77,17 @@ def lower(
         if not torch.cuda.is_available():
             # torch up to 2.11 would pick the CPU's attention kernel, which has no converter.
             table.pop(torch.ops.aten.scaled_dot_product_attention.default, None)
-        for target in converters.CONVERTED:
+        for target in (*converters.CONVERTED, *cache_converters.CONVERTED):
             if any(node.target is target for node in program.graph.nodes):
                 table.pop(target, None)
         graph = post_lowering(program.run_decompositions(table).module(), settings)
     return Lowered(graph, settings, inputs)
 
 
-def interpret(stack: Stack, lowered: Lowered, use_upstream: bool) -> Network:
-    """Convert the lowered graph, op by op, to a TensorRT network."""
+def interpret(stack: Stack, lowered: Lowered, use_upstream: bool, in_place: bool = False) -> Network:
+    """Convert the lowered graph, op by op, to a TensorRT network; ``in_place``: its KV cache is updated where it is."""
     made: list[converters.NativeLayer] = []
-    interpreter_type = _interpreter_type(stack, made, use_upstream)
+    interpreter_type = _interpreter_type(stack, made, use_upstream, in_place)
     specs = [_trt_input(stack, spec) for spec in lowered.inputs]
     with quiet(), torch.no_grad():
         interpreter = interpreter_type(lowered.graph, specs, compilation_settings=lowered.settings)
@@ -146,18 +146,19 @@ def _signals_held() -> Iterator[list[int]]:
 
 
 def _trt_input(stack: Stack, spec: InputSpec) -> Any:
+    dtype = getattr(torch, spec.dtype)
     if not spec.dynamic:
-        return stack.torch_tensorrt.Input(shape=spec.shape(spec.max), dtype=torch.int64, name=spec.name)
+        return stack.torch_tensorrt.Input(shape=spec.shape(spec.max), dtype=dtype, name=spec.name)
     return stack.torch_tensorrt.Input(
         min_shape=spec.shape(spec.min),
         opt_shape=spec.shape(spec.opt),
         max_shape=spec.shape(spec.max),
-        dtype=torch.int64,
+        dtype=dtype,
         name=spec.name,
     )
 
 
-def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upstream: bool) -> type:
+def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upstream: bool, in_place: bool) -> type:
     """Torch-TensorRT's interpreter with our converter for attention; ``made`` collects the native layers."""
     from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 
@@ -176,10 +177,12 @@ def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upst
 
     class Interpreter(TRTInterpreter):
         def validate_conversion(self) -> set[str]:
-            ours = tuple(str(target) for target in converters.CONVERTED)
+            ours = tuple(str(target) for target in (*converters.CONVERTED, *cache_converters.CONVERTED))
             return {op for op in super().validate_conversion() if not op.endswith(ours)}
 
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in cache_converters.CONVERTED:
+                return cache_converters.convert(stack, self.ctx, self._cur_node, args, in_place)
             if target not in converters.CONVERTED:
                 return super().call_function(target, args, kwargs)
             output, layer = converters.convert(stack, self.ctx, self._cur_node, args, kwargs)

@@ -20,20 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One int64 input [batch, length] of the traced program; length is in min..max (tokens)."""
+    """One input [batch, length] of the traced program, length in min..max (tokens), or one of fixed ``sizes``."""
 
     name: str
     batch: int
     min: int
     opt: int
     max: int
+    sizes: tuple[int, ...] | None = None
+    dtype: str = "int64"
 
     @property
     def dynamic(self) -> bool:
         return self.min != self.max
 
-    def shape(self, length: int) -> tuple[int, int]:
-        return (self.batch, length)
+    def shape(self, length: int) -> tuple[int, ...]:
+        return self.sizes or (self.batch, length)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 from passes.attention import AttentionCall
-from passes.masks import MaskProof
+from passes.cache_ops import update_behind
+from passes.masks import PROVED, MaskProof
 
 
 class Action(Enum):
@@ -28,6 +29,8 @@ class Action(Enum):
     """``scaled_dot_product_attention(is_causal=True)`` in the graph; converted to the native layer's causal flag."""
     REWRITTEN_FULL = "rewritten_full"
     """``scaled_dot_product_attention`` without mask in the graph."""
+    CACHED = "cached"
+    """Attention of one token over a cache of fixed capacity, in which its position says what it sees."""
     DECOMPOSED = "decomposed"
     """Written out as matmul, add, softmax, matmul."""
     UNTOUCHED = "untouched"
@@ -44,6 +47,22 @@ class Decision:
     reason: str
     unproved: bool = False
     """The mask is dropped although nothing proves that it may be."""
+
+
+def over_cache(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision | None:
+    """What is done about a call over a KV cache of fixed capacity; None for any other call.
+
+    The mask goes where it was proved to be ``k <= q + position[0]`` with the position at which the cache is
+    written.  Otherwise it is applied in the written-out form: the native layer with a mask and a query length of 1
+    does not build (TensorRT-RTX 1.4).
+    """
+    update = update_behind(call.key)
+    if update is None:
+        return None
+    position = f"{update.args[2]}[0]"
+    if proof.proof == PROVED and proof.predicate == f"k <= q + {position}" and call.query.meta["val"].shape[2] == 1:
+        return Decision(Action.CACHED, why(proof))
+    return None if unproven == "error" else Decision(Action.DECOMPOSED, why(proof))
 
 
 Strategy = Callable[[AttentionCall, MaskProof, "str | None"], Decision]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from passes.attention import AttentionCall
 from passes.errors import RunError
 from passes.masks import MaskProof
-from passes.strategies import Action, Decision, why
+from passes.strategies import Action, Decision, over_cache, why
 
 
 def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision:
@@ -16,6 +16,8 @@ def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decis
         return Decision(Action.REWRITTEN_CAUSAL, why(proof))
     if proof.void:
         return Decision(Action.REWRITTEN_FULL, why(proof))
+    if (decision := over_cache(call, proof, unproven)) is not None:
+        return decision
     if unproven == "error":
         raise RunError(
             "unproven", f"{call.name}: the mask is not proved causal ({why(proof)}); strategy.unproven=error"

@@ -1,0 +1,232 @@
+"""The two programs that generate with a KV cache of fixed capacity, as call forms that can be traced.
+
+*prefill* runs the prompts and fills the cache, *decode* runs one token a row.  Rows may be of different lengths:
+they begin at place 0 of the cache, so a prompt is padded on the right (:mod:`pipeline.decode` moves padding there),
+where a causal mask hides it.  The model's own code makes the masks, from the cache it is handed: the strategies
+prove them like any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
+
+from passes.cache_ops import cache_update
+from passes.errors import RunError, UserError
+from passes.rewrite import prepare
+from passes.stack import quiet
+from pipeline.config import CacheConfig, ShapeConfig
+from pipeline.export import InputSpec, Traced
+
+GRANULE = 128
+"""Capacities are multiples of it: the decode attention splits the keys evenly (:mod:`passes.cache_converters`)."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """``layers``: of each layer the shapes of its keys and values, [batch, heads, capacity, head size]."""
+
+    mode: str
+    batch: int
+    capacity: int
+    layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    dtype: torch.dtype
+
+    def specs(self) -> tuple[InputSpec, ...]:
+        """Of every key cache, then every value cache: the inputs of a program."""
+        return tuple(
+            InputSpec(
+                f"{kind}_{i}",
+                self.batch,
+                *[self.capacity] * 3,
+                sizes=layer[which],
+                dtype=str(self.dtype).removeprefix("torch."),
+            )
+            for which, kind in enumerate(("keys", "values"))
+            for i, layer in enumerate(self.layers)
+        )
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
+        return [torch.zeros(spec.shape(0), dtype=self.dtype, device=device) for spec in self.specs()]
+
+
+def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, longest: int) -> CacheShape:
+    """The cache of ``model`` for generations of ``longest`` tokens in all.
+
+    Raises :class:`UserError` for a model whose layers do not all keep keys and values of every token.
+    """
+    capacity = cache.capacity or longest
+    capacity = -(-capacity // GRANULE) * GRANULE
+    seen = DynamicCache()
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), past_key_values=seen, use_cache=True)
+    layers = []
+    for layer in seen.layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None or keys.shape[2] != 2:
+            raise UserError(
+                f"cache={cache.name}: {type(layer).__name__} of this model does not keep every token's keys"
+            )
+        layers.append(tuple((shape.batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values)))
+    return CacheShape(cache.name, shape.batch, capacity, tuple(layers), model.dtype)  # type: ignore[arg-type]
+
+
+class _Layer(CacheLayerMixin):
+    """A layer of a cache that is handed in: where it is written, and what attention is given to read."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None, position: Tensor, past: Any, whole: bool) -> None:
+        super().__init__()
+        self.keys, self.values, self.position, self.past, self.whole = keys, values, position, past, whole
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: Any) -> None:
+        raise AssertionError("a cache that is handed in is there from the start")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = key_states, value_states
+            return key_states, value_states
+        self.keys = cache_update(self.keys, key_states, self.position)
+        self.values = cache_update(self.values, value_states, self.position)
+        return (self.keys, self.values) if self.whole else (key_states, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert not self.whole or self.keys is not None
+        return (self.keys.shape[2] if self.whole else query_length), 0  # type: ignore[union-attr]
+
+    def get_seq_length(self) -> Any:
+        return self.past
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2] if self.whole else -1  # type: ignore[union-attr]
+
+
+def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
+    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    return (logits, *keys, *values)  # type: ignore[arg-type]
+
+
+class PrefillForm(nn.Module):
+    """Prompts in, the logits behind each prompt's last token and the filled cache out."""
+
+    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+        super().__init__()
+        self.model = model
+        self.count = layers
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        last: Tensor | None = None,
+        keys: list[Tensor] | None = None,
+        values: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``input_ids`` [batch, length]; ``last`` [batch], the place of each row's last real token, where there is
+        more than one row; caches [batch, heads, capacity, head size] that are updated in place, or none.
+
+        Returns logits [batch, 1, vocabulary], then every layer's keys and every layer's values: the caches, or
+        where none were handed in those of the prompts, [batch, heads, length, head size].
+        """
+        start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
+        none = [None] * self.count
+        pairs = zip(keys or none, values or none, strict=True)
+        cache = Cache(layers=[_Layer(k, v, start, 0, whole=False) for k, v in pairs])
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        output = self.model(
+            input_ids=input_ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if last is None else last,
+        )
+        logits = output.logits
+        if last is not None:  # row b at the place of every row's last token: of them the b-th is its own
+            logits = logits.diagonal(dim1=0, dim2=1).permute(1, 0).unsqueeze(1)
+        return _results(logits, cache)
+
+
+class DecodeForm(nn.Module):
+    """One token a row in, the logits behind it and the updated cache out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """``input_ids`` [batch, 1]; ``position`` [batch], where each row writes; the caches.
+
+        The model is told the first row's position, and makes its mask from that; the mask is then proved to be a
+        function of it, which stands for every row's own.  Returns logits [batch, 1, vocabulary] and the caches.
+        """
+        cache = Cache(
+            layers=[_Layer(k, v, position, position[0], whole=True) for k, v in zip(keys, values, strict=True)]
+        )
+        output = self.model(
+            input_ids=input_ids,
+            position_ids=position.unsqueeze(1),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return _results(output.logits, cache)
+
+
+def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, device: torch.device) -> Traced:
+    """The prefill program of ``form``; its caches are inputs where ``cache`` is updated in the engine."""
+    specs = [InputSpec("input_ids", cache.batch, shape.min, shape.opt, shape.max)]
+    example = shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(cache.batch, example, dtype=torch.int64, device=device)}
+    dynamic: dict[str, Any] = {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
+    if cache.batch > 1:
+        specs.append(InputSpec("last", cache.batch, 1, 1, 1, sizes=(cache.batch,)))
+        inputs["last"] = torch.zeros(cache.batch, dtype=torch.int64, device=device)
+        dynamic["last"] = None
+    if cache.mode == "in_engine":
+        specs += cache.specs()
+        _add_caches(inputs, dynamic, cache, device)
+    return _trace(form, inputs, None if shape.kind == "static" else dynamic, tuple(specs))
+
+
+def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
+    """The decode program of ``form``."""
+    specs = (
+        InputSpec("input_ids", cache.batch, 1, 1, 1),
+        InputSpec("position", cache.batch, 1, 1, 1, sizes=(cache.batch,)),
+        *cache.specs(),
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
+        "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
+    }
+    _add_caches(inputs, {}, cache, device)
+    return _trace(form, inputs, None, specs)
+
+
+def _add_caches(inputs: dict[str, Any], dynamic: dict[str, Any], cache: CacheShape, device: torch.device) -> None:
+    tensors, count = cache.tensors(device), len(cache.layers)
+    inputs |= {"keys": tensors[:count], "values": tensors[count:]}
+    dynamic |= {"keys": [None] * count, "values": [None] * count}
+
+
+def _trace(form: nn.Module, inputs: dict[str, Any], dynamic: Any, specs: tuple[InputSpec, ...]) -> Traced:
+    try:
+        with torch.no_grad(), quiet():
+            program = torch.export.export(
+                form, (), inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            )
+            return Traced(prepare(program), specs)
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise RunError("export", f"torch.export: {type(error).__name__}: {first}") from error
