@@ -125,9 +125,7 @@ class Store:
         sizes = {folder: _bytes_in(folder) for folder in folders}
         excess = sum(sizes.values()) - self.limit_bytes
         for folder in folders:
-            if excess <= 0 and folder.suffix != _PARTIAL:
-                break
-            if folder.name == kept:
+            if folder.name == kept or (excess <= 0 and folder.suffix != _PARTIAL):
                 continue
             with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from pipeline import kernel_cache, reuse
 from pipeline.__main__ import compose_config
 from pipeline.config import Config
 from pipeline.console import StageDisplay
+from pipeline.engine import open_engine
 from pipeline.engine_key import BESIDE_THE_ENGINE, code_hash, engine_key, ingredients
 from pipeline.gguf_cache import sha256_of
 from pipeline.model import LoadedModel, load
@@ -504,3 +506,22 @@ def test_kernels_are_not_written_for_an_engine_that_has_left_the_store(stack: St
         cache = builder.create_builder_config().create_timing_cache(b"")
         kernel_cache.save(cache, tmp_path / "gone" / "runtime.cache")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU that TensorRT can run on")
+def test_the_next_process_loads_the_kernels_that_this_one_compiled(twice: Twice, stack: Stack, tmp_path: Path) -> None:
+    if stack.flavour != "tensorrt_rtx":
+        pytest.skip("only TensorRT-RTX compiles kernels when they are first needed")
+    kept = twice.engines / twice.miss.report["store"]["key"] / "runtime.cache"
+    tokens = tiny.tokens(1, 32).cuda()
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    logits, seconds = [], []
+    for cache in (tmp_path / "empty.cache", kept):
+        engine = open_engine(twice.miss.folder / "engine.trt", runtime_cache=cache)
+        started = time.perf_counter()
+        logits.append(engine(inputs))
+        seconds.append(time.perf_counter() - started)
+
+    assert torch.equal(*logits)
+    assert seconds[1] < seconds[0] / 2
