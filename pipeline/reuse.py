@@ -73,6 +73,7 @@ class Place:
         self._executes = executes
         """Whether this machine runs engines: then a stored one is verified again, whatever was asked for before."""
         self._verification: dict[str, Any] = {}
+        self._verify_s = 0.0
         self._before = _files(record)
         self._notes = 0
 
@@ -112,7 +113,7 @@ class Place:
         record.report.update(content["report"])
         for note in content["notes"]:
             record.note(note)
-        self._verification = content["verify"]
+        self._verification, self._verify_s = content["verify"], content["verify_s"]
         record.display.done("store", time.perf_counter() - started, f"hit {self.key[:12]}, built {content['built']}")
 
     def take_over_verification(self) -> None:
@@ -120,7 +121,8 @@ class Place:
         if not self._record.config.reaches("verify"):
             raise StopHere
         self._record.report["verify"] = {**self._verification, "stored": True}
-        self._record.report["store"]["stages"]["verify"] = "hit"
+        store = self._record.report["store"]
+        store["stages"]["verify"], store["stages_s"]["verify"] = "hit", self._verify_s
 
     def keep(self) -> None:
         """Store the engine of this run, which has passed its verification."""
@@ -134,6 +136,7 @@ class Place:
             "notes": report["notes"][self._notes :],
             "stages_s": {stage: report["stages_s"][stage] for stage in BUILD_STAGES},
             "verify": report["verify"],
+            "verify_s": report["stages_s"]["verify"],
             "judged_as": _judged_as(self._record.config),
         }
         try:
