@@ -49,6 +49,10 @@ def check(config: Config) -> None:
     at_least("verify.samples", config.verify.samples, 1)
     if not config.output:
         raise UserError("output=: name a folder for the runs, for example output=outputs")
+    if config.store.folder == "":
+        raise UserError("store.folder=: name a folder for finished engines, or null for the user's cache")
+    if config.store.limit_gib <= 0:
+        raise UserError(f"store.limit_gib={config.store.limit_gib}: must be above 0; store.enabled=false keeps nothing")
     if not config.tracking.uri:
         raise UserError("tracking.uri=: name the MLflow store, for example tracking.uri=sqlite:///mlflow.db")
 

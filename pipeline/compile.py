@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from passes.attention import FORMS
 from passes.errors import RunError
 from passes.rewrite import DECOMPOSITIONS
 from passes.stack import Stack, quiet, tensorrt_errors
+from pipeline import kernel_cache
 from pipeline.config import BackendConfig
 from pipeline.export import InputSpec
 
@@ -104,11 +106,14 @@ def interpret(stack: Stack, lowered: Lowered, use_upstream: bool, in_place: bool
     return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls))
 
 
-def build(stack: Stack, network: Network, progress: Progress) -> Built:
-    """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error."""
+def build(stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None) -> Built:
+    """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error.
+
+    ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.kernel_cache`.
+    """
     interpreter = network.interpreter
     config = interpreter._populate_trt_builder_config()
-    with tensorrt_errors() as errors, _signals_held() as held:
+    with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
         config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
         data = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
     if data is None:

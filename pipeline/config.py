@@ -171,6 +171,17 @@ class TrackingConfig:
 
 
 @dataclass
+class StoreConfig:
+    """Where finished engines are kept, so that none is built twice; see :mod:`pipeline.store`."""
+
+    enabled: bool = True
+    folder: str | None = None
+    """null: ``engines`` in the user's cache folder."""
+    limit_gib: float = 20.0
+    """Above it the engines that were not used for longest go."""
+
+
+@dataclass
 class Config:
     """One run, whole."""
 
@@ -182,6 +193,7 @@ class Config:
     benchmark: BenchmarkConfig
     verify: VerifyConfig
     tracking: TrackingConfig
+    store: StoreConfig = field(default_factory=StoreConfig)
     precision: str = "fp16"
     until: str | None = None
     """Stop after this stage, with the report of what was done so far."""

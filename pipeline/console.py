@@ -83,11 +83,16 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
         for note in engine["notes"]:
             yield "", escape(note)
+    if store := report["store"]:
+        seconds = sum(store.get("stages_s", {}).values())
+        spared = f": no {', '.join(store['stages'])}; {seconds:.1f} s spared" if store["hit"] else ""
+        yield "store", f"{'hit' if store['hit'] else 'miss'} {store['key'][:12]}{spared}"
     if verify := report["verify"]:
         worst = max(verify["cases"], key=lambda case: case["relative_error"] / case["tolerance"])
         yield (
             "verified",
-            f"{verify['executed']}: {'passed' if verify['passed'] else 'FAILED'}, {len(verify['cases'])} cases; "
+            f"{verify['executed']}{' (when it was stored)' if verify.get('stored') else ''}: "
+            f"{'passed' if verify['passed'] else 'FAILED'}, {len(verify['cases'])} cases; "
             f"worst {worst['name']}: relative error {worst['relative_error']:.2g} (allowed {worst['tolerance']:.2g}), "
             f"top-1 {worst['top1_agreement']:.1%}",
         )

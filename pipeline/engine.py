@@ -18,7 +18,7 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from passes.stack import Stack, load_stack
-from pipeline import guard
+from pipeline import guard, kernel_cache
 from pipeline.export import InputSpec, make_inputs
 from pipeline.generate import chat_tokens, greedy
 
@@ -30,6 +30,7 @@ class Engine:
     """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V].
 
     ``conditions``: what every call checks of its inputs first, see :mod:`pipeline.guard`.
+    ``runtime_cache``: file of the kernels that were compiled before, see :meth:`keep_kernels`.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Engine:
         inputs: tuple[InputSpec, ...],
         cuda_graph: bool = False,
         conditions: tuple[str, ...] = (),
+        runtime_cache: Path | None = None,
     ) -> None:
         trt = stack.trt
         self.inputs = inputs
@@ -52,6 +54,7 @@ class Engine:
             raise RunError(
                 "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
             )
+        self._runtime_cache_file, self._runtime_cache = runtime_cache, None
         self._context = self._make_context(stack)
         # Without the inputs that nothing reads any more, such as an attention mask that was assumed to be all ones.
         self._tensors = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -67,7 +70,14 @@ class Engine:
         config = self._engine.create_runtime_config()
         # Kernels for a new length are compiled when it is first met, before it runs, not behind the caller's back.
         config.dynamic_shapes_kernel_specialization_strategy = stack.trt.DynamicShapesKernelSpecializationStrategy.EAGER
+        if self._runtime_cache_file is not None:
+            self._runtime_cache = kernel_cache.load_runtime_cache(config, self._runtime_cache_file)
         return self._engine.create_execution_context(config)
+
+    def keep_kernels(self) -> None:
+        """Write the kernels compiled so far to ``runtime_cache``; on TensorRT, which compiles none here, nothing."""
+        if self._runtime_cache is not None and self._runtime_cache_file is not None:
+            kernel_cache.save(self._runtime_cache, self._runtime_cache_file)
 
     def prepare(self, batch: int, length: int) -> None:
         """Allocate and bind everything for [batch, length]; the inputs hold token 0 without padding."""
@@ -176,7 +186,7 @@ def write_engine(
     (folder / "engine.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def open_engine(path: Path, cuda_graph: bool = False) -> Engine:
+def open_engine(path: Path, cuda_graph: bool = False, runtime_cache: Path | None = None) -> Engine:
     """The engine file ``path`` with the manifest beside it; raises :class:`UserError` if its hash is another."""
     try:
         manifest, data = json.loads(path.with_name("engine.json").read_text()), path.read_bytes()
@@ -189,7 +199,7 @@ def open_engine(path: Path, cuda_graph: bool = False) -> Engine:
         raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
     names = InputSpec.__dataclass_fields__
     inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
-    return Engine(load_stack(), data, inputs, cuda_graph, conditions)
+    return Engine(load_stack(), data, inputs, cuda_graph, conditions, runtime_cache)
 
 
 def load_engine(run_id: str, uri: str = "sqlite:///mlflow.db") -> Engine:

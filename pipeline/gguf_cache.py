@@ -111,7 +111,7 @@ def kept(
     key = hashlib.sha256(json.dumps([_FORMAT, sha256, config, tokenizer], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"gguf-{sha256[:16]}-{key}"
     try:
-        with _locked(folder, progress):
+        with locked(folder, progress):
             if folder.exists():
                 if _intact(folder):
                     return folder
@@ -138,7 +138,7 @@ def kept(
 
 
 @contextmanager
-def _locked(folder: Path, progress: Progress) -> Iterator[None]:
+def locked(folder: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock of ``folder`` among processes; the system drops it when its holder dies."""
     from filelock import FileLock, Timeout
 

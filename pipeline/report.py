@@ -24,6 +24,7 @@ def new_report(config: Config) -> dict[str, Any]:
         "environment": {},
         "model": {},
         **dict.fromkeys(SECTIONS),
+        "store": None,
         "stages_s": {},
         "notes": [],
     }
@@ -31,19 +32,20 @@ def new_report(config: Config) -> dict[str, Any]:
 
 def write_json(path: Path, content: Any) -> None:
     """Strict JSON: NaN and infinities become null.  Whole or not at all: a reader never sees half a file."""
-    text = json.dumps(_finite(content), indent=2, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(finite(content), indent=2, allow_nan=False, ensure_ascii=False)
     draft = path.with_name(path.name + ".part")
     draft.write_text(text + "\n", encoding="utf-8")
     draft.replace(path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """``value`` as strict JSON takes it: tuples are lists, keys text, NaN and infinities null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value
 
 

@@ -17,8 +17,10 @@ from pipeline.record import Record, StopHere
 
 if TYPE_CHECKING:
     import torch
+    from torch.export import ExportedProgram
 
     from passes.rewrite import Rewritten
+    from passes.stack import Stack
     from pipeline.benchmark import Runner
     from pipeline.export import CallForm
     from pipeline.model import LoadedModel
@@ -86,8 +88,9 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
     import torch
 
     from passes.stack import load_stack
-    from pipeline import model
+    from pipeline import model, reuse
     from pipeline.environment import environment
+    from pipeline.store import Store
     from pipeline.text import token_batch
 
     config = record.config
@@ -100,23 +103,59 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
     if limit is not None and config.shape.max > limit:
         raise UserError(f"shape.max={config.shape.max}: above max_position_embeddings={limit} of {loaded.source}")
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
+    if reuse.applies(config):
+        Store.of(config.store)  # refuses a folder that cannot be written
     record.report["model"] = loaded.describe()
     record.detail = f"{loaded.parameters / 1e6:.0f} M parameters from {loaded.source}"
     return loaded, device
 
 
 def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
-    """export → strategy → lower → interpret → build → verify → benchmark; returns the report's status."""
-    from passes.rewrite import apply_strategy
+    """export → … → build, or the same engine out of the store; then verify → benchmark; returns the report's status."""
     from passes.stack import load_stack
-    from pipeline import compile, export
-    from pipeline.engine import Engine, write_engine
-    from pipeline.report import calls_table
+    from pipeline import reuse
+    from pipeline.engine import open_engine
+    from pipeline.export import CallForm
     from pipeline.verify import widened
 
     config, report, stack = record.config, record.report, load_stack()
-    form = export.CallForm(loaded.model, config.model.logits)
+    form = CallForm(loaded.model, config.model.logits)
 
+    with reuse.engine_of(record, loaded, device, stack) as place:
+        program = None if place.restored else _build(record, stack, form, device, place.timing_cache)
+        if device.type == "cuda":
+            with record.stage("verify"):
+                assert record.folder is not None
+                path = record.folder / report["engine"]["file"]
+                runner = open_engine(path, bool(config.backend.cuda_graph), place.runtime_cache)
+                _verify(record, loaded, device, form, runner.unguarded, "engine", _assumed(report))
+        elif program is None:
+            place.take_over_verification()
+        else:
+            with record.stage("verify"):
+                # Without a GPU the engine cannot run; what can be checked is the graph that it was built from.
+                graph = widened(program.module())
+                _verify(record, loaded, device, form, lambda inputs: graph(**inputs), "graph", _assumed(report))
+        place.keep()
+    if device.type != "cuda":
+        return "not_executed"
+    runner.keep_kernels()
+    _benchmark(record, loaded, runner)
+    runner.keep_kernels()
+    return "ok"
+
+
+def _build(
+    record: Record, stack: Stack, form: CallForm, device: torch.device, timing_cache: Path | None
+) -> ExportedProgram:
+    """export → strategy → lower → interpret → build: leaves the engine in the run's folder, and returns the program
+    that it was made from."""
+    from passes.rewrite import apply_strategy
+    from pipeline import compile, export
+    from pipeline.engine import write_engine
+    from pipeline.report import calls_table
+
+    config, report = record.config, record.report
     with record.stage("export"), collector_paused():
         traced = export.trace(form, config.model, config.shape, device)
         record.keep("graph_before.txt", str(traced.program.graph))
@@ -140,30 +179,21 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
         report["engine"] = network.contents
 
     with record.stage("build"):
-        built = compile.build(stack, network, record.display.steps)
+        built = compile.build(stack, network, record.display.steps, timing_cache)
         report["engine"] = built.section
         assert record.folder is not None
         assumed, guard = rewritten.assumed, bool(asked.guard)
         write_engine(record.folder, built.data, built.section, traced.inputs, report["environment"], assumed, guard)
         record.detail = f"{built.section['bytes'] / 1e6:.0f} MB"
-    del lowered, network
+    del lowered, network, built  # hundreds of megabytes, and on disk
     gc.collect()
     trim()
+    return rewritten.program
 
-    with record.stage("verify"):
-        if device.type == "cuda":
-            conditions = tuple(assumed) if guard else ()
-            runner = Engine(stack, built.data, traced.inputs, bool(config.backend.cuda_graph), conditions)
-            _verify(record, loaded, device, form, runner.unguarded, "engine", assumed)
-        else:
-            # Without a GPU the engine cannot run; what can be checked is the graph that it was built from.
-            del built  # hundreds of megabytes, and on disk
-            graph = widened(rewritten.program.module())
-            _verify(record, loaded, device, form, lambda inputs: graph(**inputs), "graph", assumed)
-    if device.type != "cuda":
-        return "not_executed"
-    _benchmark(record, loaded, runner)
-    return "ok"
+
+def _assumed(report: dict[str, Any]) -> list[str]:
+    """The conditions on whose word masks were dropped from the engine of this ``report``."""
+    return list(report["attention"]["summary"]["assumed"])
 
 
 def _dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:

@@ -16,11 +16,12 @@ from pipeline.run import Outcome, run
 
 GPU = torch.cuda.is_available()
 DONE = "ok" if GPU else "not_executed"
+APART = ["store.enabled=false"]  # from the user's engines, and from those of other tests
 SMALL = ["shape.max=64", "benchmark=none"]
 
 
 def do(store: str, output: Path, model: Path, *overrides: str, display: StageDisplay | None = None) -> Outcome:
-    settings = ["model=local", f"model.path={model}", f"tracking.uri={store}", f"output={output}", *overrides]
+    settings = ["model=local", f"model.path={model}", f"tracking.uri={store}", f"output={output}", *APART, *overrides]
     return run(compose_config(settings), display or StageDisplay(Console(file=io.StringIO())))
 
 

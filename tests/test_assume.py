@@ -79,9 +79,11 @@ def test_a_mask_dropped_against_the_proof_fails_verification_and_its_engine_is_n
     model = model_of(tmp_path / "model", **case.architecture)
 
     forced = ["strategy=lowering", "strategy.unproven=force", f"tracking.uri={store}"]
-    code = _main(["model=local", f"model.path={model}", *forced, *settings(case.inputs)])
+    engines = tmp_path / "engines"
+    code = _main(["model=local", f"model.path={model}", f"store.folder={engines}", *forced, *settings(case.inputs)])
 
     assert code == 1
+    assert [path for path in engines.iterdir() if path.is_dir()] == []  # a failed engine is never kept
     outcome = outcome_in(cwd / "outputs")
     report, kept = outcome.report, mlflow_run(store, outcome)
     assert failure(outcome) == ("verify", "accuracy")

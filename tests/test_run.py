@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import CONF, TINY_LLAMA, save_tiny_llama
 from rich.console import Console
-from runs import DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, outcome_in
+from runs import APART, DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, outcome_in
 
 from passes.errors import UserError
 from pipeline import tracking
@@ -79,7 +79,7 @@ def test_report_json_keeps_the_contract(finished: Outcome) -> None:
     assert (report["benchmark"] is not None) == GPU
     assert report["config"] == compose_config(
         ["model=local", f"model.path={report['config']['model']['path']}", "shape.max=64"]
-    ).to_dict() | {key: report["config"][key] for key in ("output", "tracking")}
+    ).to_dict() | {key: report["config"][key] for key in ("output", "tracking", "store")}
 
 
 def test_report_json_says_what_became_of_each_attention_call_and_what_the_network_holds(finished: Outcome) -> None:
@@ -116,7 +116,7 @@ def test_mlflow_holds_settings_metrics_tags_and_files(finished: Outcome, store: 
     config = compose_config(
         [
             "model=local", f"model.path={finished.report['config']['model']['path']}", "shape.max=64",
-            f"tracking.uri={store}", f"output={finished.report['config']['output']}",
+            f"tracking.uri={store}", f"output={finished.report['config']['output']}", *APART,
         ]
     )  # fmt: skip
     assert kept.data.params == parameters(config)
@@ -477,9 +477,9 @@ def test_sigterm_during_an_engine_build_stops_it_and_closes_the_run(
 
 
 def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    """``python -m pipeline`` in a process of its own."""
+    """``python -m pipeline`` in a process of its own, with an engine store of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "pipeline", *arguments],
+        [sys.executable, "-m", "pipeline", f"store.folder={cwd}/engines", *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(CONF.parent)},
         stdin=subprocess.DEVNULL,

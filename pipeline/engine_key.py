@@ -1,0 +1,102 @@
+"""The content key of an engine: sha256 over everything that decides it, and nothing else.
+
+Two runs with one key would build the same engine and judge it by the same code.  What only decides how the engine is
+measured, compared or recorded (``verify``, ``benchmark``, ``tracking``, ``output``, ``until``, ``cuda_graph``) is left
+out, and so is where the weights lie: a checkpoint is named by its sha256, and by the config that the model was made
+from, which is no part of the weights' file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import passes
+from pipeline.config import Config
+
+if TYPE_CHECKING:
+    import torch
+
+    from passes.stack import Stack
+    from pipeline.model import LoadedModel
+
+BESIDE_THE_ENGINE = frozenset(
+    {
+        "__init__", "__main__", "benchmark", "clock", "console", "environment", "gpu", "memory", "plots", "record",
+        "report", "roofline", "statistics", "tracking", "tracking_names", "tracking_store",
+    }
+)  # fmt: skip
+"""Modules of ``pipeline`` that start, show, time or record a run.  All others count, and with them every module that
+is yet to be written: building once too often costs minutes, an engine of other code would cost the truth.  So the
+verification counts as well: an entry of the store says that its engine passed *this* verification."""
+
+_MODEL_IDENTITY = ("_name_or_path", "name_or_path", "transformers_version")
+"""Keys of a ``transformers`` config that say where it was read and by what, not what it is."""
+
+
+def engine_key(ingredients: dict[str, Any]) -> str:
+    """sha256, in hex, of the canonical JSON of :func:`ingredients`."""
+    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def ingredients(config: Config, loaded: LoadedModel, stack: Stack, device: torch.device) -> dict[str, Any]:
+    """What decides the engine of ``config``, as plain JSON."""
+    import transformers
+    import z3
+
+    return {
+        "architecture": _architecture(loaded),
+        # Random weights differ between CPU and GPU, see pipeline.model; torch's version is below.
+        "weights": loaded.sha256 or {"seed": config.seed, "device": device.type},
+        "inputs": config.model.inputs,
+        "logits": config.model.logits,
+        "precision": config.precision,
+        "strategy": asdict(config.strategy),
+        "shape": asdict(config.shape),
+        "cache": _cache(config),
+        "backend": {key: value for key, value in asdict(config.backend).items() if key != "cuda_graph"},
+        "versions": {**stack.versions(), "transformers": transformers.__version__, "z3": z3.get_version_string()},
+        "target": target(device),
+        "code": code_hash(),
+    }
+
+
+def target(device: torch.device) -> str:
+    """The GPU that an engine is built for, or ``ahead of time``: TensorRT-RTX's own choice of targets."""
+    import torch
+
+    if device.type != "cuda":
+        return "ahead of time"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+
+
+def _architecture(loaded: LoadedModel) -> dict[str, Any]:
+    described = json.loads(loaded.model.config.to_json_string(use_diff=False))
+    return {key: value for key, value in described.items() if key not in _MODEL_IDENTITY}
+
+
+def _cache(config: Config) -> dict[str, Any]:
+    """A capacity that is left open is chosen from the generation that is asked for, which then counts too."""
+    cache, generate = asdict(config.cache), config.benchmark.generate
+    if config.cache.name != "none" and config.cache.capacity is None and generate is not None:
+        cache["generate"] = asdict(generate)
+    return cache
+
+
+def code_hash(roots: tuple[Path, ...] = (Path(passes.__file__).parent, Path(__file__).parent)) -> str:
+    """sha256 over the modules (and texts) of ``passes`` and ``pipeline``, in ``roots``, that an engine depends on."""
+    files = {f"{root.name}/{path.relative_to(root).as_posix()}": path for root in roots for path in _sources(root)}
+    digest = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _sources(root: Path) -> list[Path]:
+    beside = BESIDE_THE_ENGINE if root.name == "pipeline" else frozenset()
+    found = [path for suffix in ("*.py", "*.txt") for path in root.rglob(suffix)]
+    return [path for path in found if path.parent != root or path.stem not in beside]
