@@ -40,14 +40,9 @@ class CacheShape:
 
     def specs(self) -> tuple[InputSpec, ...]:
         """Of every key cache, then every value cache: the inputs of a program."""
+        size, dtype = self.capacity, str(self.dtype).removeprefix("torch.")
         return tuple(
-            InputSpec(
-                f"{kind}_{i}",
-                self.batch,
-                *[self.capacity] * 3,
-                sizes=layer[which],
-                dtype=str(self.dtype).removeprefix("torch."),
-            )
+            InputSpec(f"{kind}_{i}", self.batch, size, size, size, sizes=layer[which], dtype=dtype)
             for which, kind in enumerate(("keys", "values"))
             for i, layer in enumerate(self.layers)
         )
@@ -113,7 +108,7 @@ class _Layer(CacheLayerMixin):
 
 def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-    return (logits, *keys, *values)  # type: ignore[arg-type]
+    return (logits, *keys, *values)
 
 
 class PrefillForm(nn.Module):

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from passes.stack import Stack, load_stack
-from pipeline import guard, kernel_cache
+from pipeline import guard
 from pipeline.export import InputSpec, make_inputs
 from pipeline.generate import chat_tokens, greedy
+from pipeline.session import Session
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -30,7 +31,7 @@ class Engine:
     """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V].
 
     ``conditions``: what every call checks of its inputs first, see :mod:`pipeline.guard`.
-    ``runtime_cache``: file of the kernels that were compiled before, see :meth:`keep_kernels`.
+    ``runtime_cache``: file of the kernels that were compiled before, see :meth:`Session.keep_kernels`.
     """
 
     def __init__(
@@ -42,42 +43,16 @@ class Engine:
         conditions: tuple[str, ...] = (),
         runtime_cache: Path | None = None,
     ) -> None:
-        trt = stack.trt
         self.inputs = inputs
         self.cuda_graph = cuda_graph
         self.conditions = conditions
         self.generation = 0
         self.stream = torch.cuda.Stream()
-        self._runtime = trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
-        self._engine = self._runtime.deserialize_cuda_engine(data)
-        if self._engine is None:
-            raise RunError(
-                "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
-            )
-        self._runtime_cache_file, self._runtime_cache = runtime_cache, None
-        self._context = self._make_context(stack)
-        # Without the inputs that nothing reads any more, such as an attention mask that was assumed to be all ones.
-        self._tensors = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        output = trt.TensorIOMode.OUTPUT
-        self._output = next(name for name in self._tensors if self._engine.get_tensor_mode(name) == output)
-        self._dtype = stack.torch_tensorrt.dtype._from(self._engine.get_tensor_dtype(self._output)).to(torch.dtype)
+        self._session = Session(stack, data, runtime_cache)
+        self.keep_kernels = self._session.keep_kernels
+        (self._output,) = self._session.outputs
         self._buffers: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
-
-    def _make_context(self, stack: Stack) -> Any:
-        if stack.flavour != "tensorrt_rtx":
-            return self._engine.create_execution_context()
-        config = self._engine.create_runtime_config()
-        # Kernels for a new length are compiled when it is first met, before it runs, not behind the caller's back.
-        config.dynamic_shapes_kernel_specialization_strategy = stack.trt.DynamicShapesKernelSpecializationStrategy.EAGER
-        if self._runtime_cache_file is not None:
-            self._runtime_cache = kernel_cache.load_runtime_cache(config, self._runtime_cache_file)
-        return self._engine.create_execution_context(config)
-
-    def keep_kernels(self) -> None:
-        """Write the kernels compiled so far to ``runtime_cache``; on TensorRT, which compiles none here, nothing."""
-        if self._runtime_cache is not None and self._runtime_cache_file is not None:
-            kernel_cache.save(self._runtime_cache, self._runtime_cache_file)
 
     def prepare(self, batch: int, length: int) -> None:
         """Allocate and bind everything for [batch, length]; the inputs hold token 0 without padding."""
@@ -90,17 +65,16 @@ class Engine:
         self._buffers = {}
         for spec in self.inputs:
             tensor = inputs[spec.name].to(device="cuda", dtype=torch.int64).contiguous().clone()
-            if spec.name in self._tensors and not self._context.set_input_shape(spec.name, tuple(tensor.shape)):
+            if not self._session.set_shape(spec.name, tuple(tensor.shape)):
                 raise UserError(
                     f"{spec.name} {tuple(tensor.shape)}: outside the engine's profile, "
                     f"batch {spec.batch} and length {spec.min}..{spec.max}"
                 )
             self._buffers[spec.name] = tensor
-        shape = tuple(self._context.get_tensor_shape(self._output))
         # Poisoned: an element that the engine does not write is seen as NaN.
-        self._buffers[self._output] = torch.full(shape, float("nan"), dtype=self._dtype, device="cuda")
-        for name in self._tensors:
-            self._context.set_tensor_address(name, self._buffers[name].data_ptr())
+        shape, dtype = self._session.shape(self._output), self._session.dtype(self._output)
+        self._buffers[self._output] = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
+        self._session.bind(self._buffers)
         torch.cuda.current_stream().synchronize()
         self._execute()  # the first pass at a shape compiles kernels
         self.stream.synchronize()
@@ -117,8 +91,7 @@ class Engine:
         self._graph = graph
 
     def _execute(self) -> None:
-        if not self._context.execute_async_v3(self.stream.cuda_stream):
-            raise RunError("execute", "TensorRT could not run the engine")
+        self._session.run(self.stream)
 
     def enqueue(self) -> None:
         """Launch one forward pass over the bound buffers; waits for nothing."""

@@ -1,0 +1,114 @@
+"""What runs one program over tensors that are bound to it by name: a TensorRT engine, or the graph it is made from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from passes.errors import RunError, UserError
+from passes.stack import Stack
+from pipeline import kernel_cache
+
+
+class Runs(Protocol):
+    """A program; its inputs carry the names that it was traced with, its outputs ``output0``, ``output1`` ..."""
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        """Read from and write to ``tensors`` from now on."""
+
+    def run(self, stream: torch.cuda.Stream | None) -> None:
+        """Launch it once; waits for nothing."""
+
+
+class Session:
+    """A TensorRT engine on the current CUDA device, with an execution context of its own.
+
+    ``runtime_cache``: file of the kernels that were compiled before, see :meth:`keep_kernels`.
+    """
+
+    def __init__(self, stack: Stack, data: Any, runtime_cache: Path | None = None, engine: Any = None) -> None:
+        self._stack = stack
+        self._runtime_cache_file, self._runtime_cache = runtime_cache, None
+        self._runtime = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
+        self._engine = engine or self._runtime.deserialize_cuda_engine(data)
+        if self._engine is None:
+            raise RunError(
+                "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
+            )
+        self._context = self._make_context()
+        # Without the inputs that nothing reads any more, such as an attention mask that was assumed to be all ones.
+        self.names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        modes = {name: self._engine.get_tensor_mode(name) for name in self.names}
+        self.outputs = [name for name in self.names if modes[name] == stack.trt.TensorIOMode.OUTPUT]
+
+    def _make_context(self) -> Any:
+        if self._stack.flavour != "tensorrt_rtx":
+            return self._engine.create_execution_context()
+        config = self._engine.create_runtime_config()
+        # Kernels for a new length are compiled when it is first met, before it runs, not behind the caller's back.
+        strategies = self._stack.trt.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        if self._runtime_cache_file is not None:
+            self._runtime_cache = kernel_cache.load_runtime_cache(config, self._runtime_cache_file)
+        return self._engine.create_execution_context(config)
+
+    def twin(self) -> Session:
+        """Another context of the same engine: to run it over other tensors without binding anew."""
+        return Session(self._stack, None, None, self._engine)
+
+    def keep_kernels(self) -> None:
+        """Write the kernels compiled so far to ``runtime_cache``; on TensorRT, which compiles none here, nothing."""
+        if self._runtime_cache is not None and self._runtime_cache_file is not None:
+            kernel_cache.save(self._runtime_cache, self._runtime_cache_file)
+
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Say how large the input ``name`` is; False where that lies outside the engine's profile."""
+        return bool(name not in self.names or self._context.set_input_shape(name, shape))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of an output, once every input's shape is set."""
+        return tuple(self._context.get_tensor_shape(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._stack.torch_tensorrt.dtype._from(self._engine.get_tensor_dtype(name)).to(torch.dtype)
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        for name in self.names:
+            tensor = tensors[name]
+            if name not in self.outputs and not self.set_shape(name, tuple(tensor.shape)):
+                raise UserError(f"{name} {tuple(tensor.shape)}: outside the engine's profile")
+            self._context.set_tensor_address(name, tensor.data_ptr())
+
+    def run(self, stream: torch.cuda.Stream | None) -> None:
+        assert stream is not None
+        if not self._context.execute_async_v3(stream.cuda_stream):
+            raise RunError("execute", "TensorRT could not run the engine")
+
+
+class GraphSession:
+    """A traced program in PyTorch: what an engine is made from, where none can run."""
+
+    def __init__(self, graph: GraphModule, inputs: tuple[str, ...]) -> None:
+        """``inputs``: the engine's names of its inputs, in order; ``keys_0`` stands in the list ``keys``."""
+        self._graph = graph
+        self._inputs = inputs
+        self._tensors: dict[str, Tensor] = {}
+
+    def bind(self, tensors: dict[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def run(self, stream: torch.cuda.Stream | None) -> None:
+        arguments: dict[str, Any] = {}
+        for name in self._inputs:
+            group, _, number = name.rpartition("_")
+            if number.isdigit():
+                arguments.setdefault(group, []).append(self._tensors[name])
+            else:
+                arguments[name] = self._tensors[name]
+        with torch.no_grad():
+            for i, value in enumerate(self._graph(**arguments)):
+                self._tensors[f"output{i}"].copy_(value)

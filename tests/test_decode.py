@@ -1,0 +1,182 @@
+"""Generation through a KV cache: the traced programs in PyTorch, against Hugging Face's own ``generate``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from passes.errors import RunError, UserError
+from passes.rewrite import Rewritten, apply_strategy
+from pipeline import cached
+from pipeline.config import CacheConfig, ShapeConfig
+from pipeline.decode import CachedGenerator, aligned
+from pipeline.export import Traced
+from pipeline.sampling import Sampling
+from pipeline.session import GraphSession
+
+CPU = torch.device("cpu")
+CAPACITY = 128
+
+
+@functools.cache
+def programs(
+    name: str, mode: str, batch: int, **changes: Any
+) -> tuple[cached.CacheShape, list[Traced], list[Rewritten]]:
+    model = tiny.model(name, **changes)
+    shape = ShapeConfig("dynamic", batch, 2, 32, 48)
+    cache = cached.cache_shape(model, CacheConfig(mode), shape, 60)
+    traced = [
+        cached.trace_prefill(cached.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
+        cached.trace_decode(cached.DecodeForm(model), cache, CPU),
+    ]
+    return cache, traced, [apply_strategy(each.program, "detect_causal", "mask") for each in traced]
+
+
+def generator(name: str, mode: str, batch: int = 1, **changes: Any) -> CachedGenerator:
+    cache, traced, rewritten = programs(name, mode, batch, **changes)
+    prefill, decode = (
+        GraphSession(program.program.module(), tuple(spec.name for spec in each.inputs))
+        for each, program in zip(traced, rewritten, strict=True)
+    )
+    vocabulary = tiny.model(name, **changes).config.vocab_size
+    turns = [decode] if mode == "in_engine" else [decode, GraphSession(decode._graph, decode._inputs)]
+    return CachedGenerator(prefill, turns, cache, vocabulary, CPU)
+
+
+def hugging_face(name: str, tokens: Tensor, new_tokens: int, padding: Tensor | None = None) -> list[list[int]]:
+    mask = torch.ones_like(tokens) if padding is None else (~padding).long()
+    made = tiny.model(name).generate(
+        tokens,
+        attention_mask=mask,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return made[:, tokens.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_it_generates_what_hugging_face_generates(name: str, mode: str) -> None:
+    tokens = tiny.tokens(1, 11)
+    engine = generator(name, mode)
+    expected = hugging_face(name, tokens, 12)
+
+    assert engine.generate(tokens, 12) == expected
+    assert engine.tokens().tolist() == expected
+    assert engine.generate(tokens, 12) == expected  # what the first left in the cache is not seen
+    assert engine.generate(tokens[:, :5], 3) == hugging_face(name, tokens[:, :5], 3)
+
+
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_of_different_lengths_generate_what_each_would_alone(mode: str, side: str) -> None:
+    rows = [tiny.tokens(1, length, seed=length) for length in (13, 4, 9)]
+    longest = 13
+    tokens, padding = torch.zeros(3, longest, dtype=torch.int64), torch.ones(3, longest, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        place = slice(longest - row.shape[1], None) if side == "left" else slice(0, row.shape[1])
+        tokens[i, place], padding[i, place] = row[0], False
+
+    made = generator("llama", mode, batch=3).generate(tokens, 8, padding)
+
+    assert made == [hugging_face("llama", row, 8)[0] for row in rows]
+
+
+def test_padding_moves_to_the_right() -> None:
+    tokens = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 1], [3, 0, 0, 0]])
+    padding = torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 1]]).bool()
+
+    rows, lengths = aligned(tokens, padding)
+
+    assert lengths.tolist() == [2, 4, 1]
+    assert rows.tolist() == [[5, 6, 0, 0], [7, 8, 9, 1], [3, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
+@pytest.mark.parametrize("decoded", [0, 1, 7])
+def test_logits_through_the_cache_are_those_of_the_whole_sequence(mode: str, decoded: int) -> None:
+    tokens = tiny.tokens(1, 20)
+    with torch.no_grad():
+        expected = tiny.model("llama")(input_ids=tokens).logits[:, 19 - decoded :]
+
+    logits = generator("llama", mode).forced_logits(tokens, None, decoded)
+
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_cache_can_be_filled_to_its_last_place_and_no_further() -> None:
+    tokens = tiny.tokens(1, 48)
+    engine = generator("llama", "in_engine")
+
+    assert len(engine.generate(tokens, CAPACITY - 48)[0]) == CAPACITY - 48
+    with pytest.raises(UserError, match=r"48 tokens and 81 more: above cache.capacity=128"):
+        engine.generate(tokens, CAPACITY - 47)
+
+
+def test_generation_ends_at_a_stop_token_and_every_token_is_handed_out() -> None:
+    tokens = tiny.tokens(1, 11)
+    expected = hugging_face("llama", tokens, 12)[0]
+    seen: list[int] = []
+
+    made = generator("llama", "in_engine").generate(
+        tokens, 12, stop=frozenset([expected[4]]), on_tokens=lambda step: seen.extend(step)
+    )
+
+    end = expected.index(expected[4])
+    assert made == [expected[:end]]
+    assert seen == expected[: end + 1]
+
+
+def test_sampling_is_seeded_and_narrow_sampling_is_greedy() -> None:
+    tokens, engine = tiny.tokens(1, 11), generator("llama", "in_engine")
+    hot = [engine.generate(tokens, 12, sampling=Sampling(1.5, 0.9, seed)) for seed in (1, 2, 1)]
+
+    assert hot[0] == hot[2] != hot[1]
+    assert engine.generate(tokens, 12, sampling=Sampling(1.0, 1e-6, 3)) == engine.generate(tokens, 12)
+
+
+def test_sampling_draws_from_the_nucleus_by_its_probabilities() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    draws = torch.linspace(0, 1 - 1e-6, 10_000)
+    chosen = Sampling(1.0, 0.79).choose(logits.expand(10_000, 4), draws)[:, 0].bincount(minlength=4) / 10_000
+
+    assert chosen.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=1e-3)
+
+
+def test_the_decode_mask_is_proved_and_dropped_with_the_position_that_writes_the_cache() -> None:
+    _, _, (_, decode) = programs("llama", "in_engine", 3)
+
+    assert {call.action for call in decode.calls} == {"cached"}
+    assert {(call.mask, call.proof, *call.depends_on) for call in decode.calls} == {
+        ("causal_offset", "proved", "position")
+    }
+    assert not any("le.Tensor" in str(node.target) for node in decode.program.graph.nodes)  # the mask's graph is gone
+
+
+WINDOWED = {"sliding_window": 6}
+
+
+def test_a_mask_that_is_not_proved_an_offset_is_applied() -> None:
+    _, _, (_, decode) = programs("mistral", "in_engine", 1, **WINDOWED)
+    assert {call.action for call in decode.calls} == {"decomposed"}
+
+    tokens, model = tiny.tokens(1, 20), tiny.model("mistral", **WINDOWED)
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits[:, 12:]
+    logits = generator("mistral", "in_engine", **WINDOWED).forced_logits(tokens, None, 7)
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_for() -> None:
+    cache, _, _ = programs("mistral", "static", 1, **WINDOWED)
+    traced = cached.trace_decode(cached.DecodeForm(tiny.model("mistral", **WINDOWED)), cache, CPU)
+
+    with pytest.raises(RunError, match="not proved causal"):
+        apply_strategy(traced.program, "detect_causal", "error")
