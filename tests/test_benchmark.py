@@ -105,7 +105,13 @@ def simulated(**settings: object) -> SimulatedRunner:
 
 def config(*lengths: int, min_iterations: int = 20, min_seconds: float = 0.0, warmup_seconds: float = 2.0):
     shapes = [BenchmarkShape(1, length) for length in lengths or (2048,)]
-    return BenchmarkConfig("prefill", shapes, min_iterations, min_seconds, warmup_seconds)
+    return BenchmarkConfig(
+        "prefill",
+        shapes,
+        min_iterations=min_iterations,
+        min_seconds=min_seconds,
+        warmup_seconds=warmup_seconds,
+    )
 
 
 def measured(runner: SimulatedRunner, settings: BenchmarkConfig | None = None, **more: object) -> BenchmarkResult:
