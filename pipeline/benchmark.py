@@ -8,7 +8,6 @@ with work queued up, a launch would wait for room in the queue and enqueue time 
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,7 +18,7 @@ from pipeline.config import BenchmarkConfig
 from pipeline.memory import collector_paused
 from pipeline.roofline import DecoderCost, prefill_floor_s
 from pipeline.statistics import drifts, summarise
-from pipeline.steady import LAUNCH_BOUND, BenchmarkResult, conditions, memory_section, steady, warm_up
+from pipeline.steady import LAUNCH_BOUND, BenchmarkResult, blocks, conditions, memory_section, steady, warm_up
 
 if TYPE_CHECKING:
     import torch
@@ -168,18 +167,4 @@ def _host_loop(runner: Runner, config: BenchmarkConfig, clock: Clock) -> tuple[l
 
 
 def _blocks(config: BenchmarkConfig) -> Iterator[tuple[int, Callable[[int], None]]]:
-    """Numbers of passes to time, until both ``min_iterations`` and ``min_seconds`` are reached (trtexec's rule).
-
-    Each comes with the function that is to be told how many nanoseconds they took.
-    """
-    spent: list[int] = []
-    done, count = 0, config.min_iterations
-    most = max(MAX_ITERATIONS, config.min_iterations)
-    while count > 0:
-        yield count, spent.append
-        done += count
-        seconds = sum(spent) / 1e9
-        if seconds >= config.min_seconds:
-            return
-        wanted = math.ceil(1.1 * done * (config.min_seconds - seconds) / seconds) if seconds > 0 else most
-        count = min(wanted, most - done)
+    return blocks(config.min_iterations, config.min_seconds, max(MAX_ITERATIONS, config.min_iterations))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -68,6 +69,24 @@ def _settled(latencies: Sequence[int], window: int) -> bool:
     recent = float(np.median(latencies[-window:]))
     earlier = float(np.median(latencies[-2 * window : -window]))
     return abs(recent - earlier) <= WARMUP_TOLERANCE * earlier
+
+
+def blocks(least: int, seconds: float, most: int) -> Iterator[tuple[int, Callable[[int], None]]]:
+    """Numbers of passes to time, until both ``least`` passes and ``seconds`` are reached (trtexec's rule), ``most``
+    passes at most.
+
+    Each comes with the function that is to be told how many nanoseconds they took.
+    """
+    spent: list[int] = []
+    done, count = 0, least
+    while count > 0:
+        yield count, spent.append
+        done += count
+        passed = sum(spent) / 1e9
+        if passed >= seconds:
+            return
+        wanted = math.ceil(1.1 * done * (seconds - passed) / passed) if passed > 0 else most
+        count = min(wanted, most - done)
 
 
 @contextmanager
