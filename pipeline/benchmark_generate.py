@@ -19,6 +19,7 @@ from passes.errors import RunError
 from pipeline import gpu
 from pipeline.clock import Clock, CudaClock
 from pipeline.config import BenchmarkConfig
+from pipeline.kernels import attention_kernels
 from pipeline.memory import collector_paused
 from pipeline.roofline import DecoderCost, step_floors_s
 from pipeline.statistics import drifts, summarise
@@ -61,8 +62,9 @@ def measure_generation(
 ) -> BenchmarkResult:
     """Measure generations of ``config.generate.output_length`` tokens after the prompts ``tokens`` [batch, length].
 
-    The report has ``generate`` (whole generations, ``ttft_ms``, ``tpot_ms``), ``decode`` (one step), ``ceilings`` and
-    ``memory``.  ``cached`` says whether a step reads a cache or runs the whole prefix again, which decides its floor.
+    The report has ``generate`` (whole generations, ``ttft_ms``, ``tpot_ms``), ``decode`` (one step), ``ceilings``,
+    ``memory``, and the attention ``kernels`` that ran.  ``cached`` says whether a step reads a cache or runs the whole
+    prefix again, which decides its floor.
     Raises :class:`RunError`: ``out_of_memory``, ``unsteady`` as :func:`pipeline.benchmark.measure` does, and
     ``tokens`` when not as many came out as were asked for.
     """
@@ -90,6 +92,10 @@ def measure_generation(
                 _stepped_loop(generator, shape.output_length, clock, times)
             after = read_state()
             chosen = tuple(generator.tokens().shape)
+            kernels = {
+                "prefill": attention_kernels(generator.prefill),
+                "decode": attention_kernels(generator.decode),
+            }
     except torch.OutOfMemoryError as error:
         raise gpu.out_of_memory(error, None if held is None else held[1] - held[0]) from error
     if chosen != wanted:
@@ -101,6 +107,7 @@ def measure_generation(
     report, samples = _entries(config, times, floors_s, warmup, before, after)
     for entry in report.values():
         entry["cuda_graph"] = generator.cuda_graph
+    report["kernels"] = kernels
     report["ceilings"] = None if ceilings is None else ceilings.to_dict()
     report["memory"] = memory_section(held)
     return BenchmarkResult(report, samples)

@@ -37,6 +37,14 @@ class BenchmarkResult:
     samples: dict[str, dict[str, list[float]]]
     """Entry ("prefill", "prefill_1x512", "generate") -> clock ("device_ms", ...) -> raw samples in order of time."""
 
+    def joined(self, later: BenchmarkResult) -> BenchmarkResult:
+        """Both, of one run: memory is from before the first to the peak of both."""
+        report = {**self.report, **later.report}
+        first, last = self.report["memory"], later.report["memory"]
+        if first is not None and last is not None:
+            report["memory"] = {**last, "before_bytes": first["before_bytes"]}
+        return BenchmarkResult(report, {**self.samples, **later.samples})
+
 
 @dataclass(frozen=True)
 class Warmup:
