@@ -35,7 +35,11 @@ def verify(record: Record, loaded: LoadedModel, generator: Generator) -> None:
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None
     prompt = prompts(record, loaded)
-    generator.prepare(prompt, shape.output_length)
+    held = gpu.memory()
+    try:
+        generator.prepare(prompt, shape.output_length)
+    except torch.OutOfMemoryError as error:
+        raise gpu.out_of_memory(error, None if held is None else held[1] - held[0]) from error
     reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
     own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
     case = verify_generation.judge_generation(
