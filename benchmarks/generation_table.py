@@ -31,8 +31,8 @@ EAGER = ("eager", "none", "")
 CACHES = {"none": "no cache", "dynamic": "DynamicCache", "static": "static cache", "in_engine": "cache in the engine"}
 COLUMNS = (
     "row", "whole generation, ms (95 %)", "first token, ms", "per token, ms", "of the roofline",
-    "times as fast as eager without cache", "the report's, A100", "device memory at its peak, GB", "engine, MB", "build, s",
-    "",
+    "times as fast as eager without cache", "the report's, A100", "device memory at its peak, GB", "engine, MB",
+    "build, s", "",
 )  # fmt: skip
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pipeline import gpu, verify_generation
+from pipeline import verify as verifying
 from pipeline.benchmark_generate import measure_generation
 from pipeline.model import DTYPES, LoadedModel, load_reference
 from pipeline.record import Record
@@ -27,10 +29,10 @@ def prompts(record: Record, loaded: LoadedModel) -> Tensor:
     return tokens.to(loaded.model.device)
 
 
-def verify(record: Record, loaded: LoadedModel, generator: Generator) -> None:
+def verify(record: Record, loaded: LoadedModel, generator: Generator, fp16_accumulation: bool = False) -> None:
     """Judge the very generation that will be timed and end the run if one token of it is wrong.
 
-    Adds ``verify.generation`` to the report, in which ``verify`` must stand already.
+    ``fp16_accumulation``: PyTorch is to add up in fp16, as an fp16 engine does, see :mod:`pipeline.verify`.  Adds ``verify.generation`` to the report, in which ``verify`` must stand already.
     """
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None
@@ -42,11 +44,16 @@ def verify(record: Record, loaded: LoadedModel, generator: Generator) -> None:
         raise gpu.out_of_memory(error, None if held is None else held[1] - held[0]) from error
     reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
     own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
+
+    def in_the_same_arithmetic(inputs: dict[str, Tensor]) -> Tensor:
+        with verifying.fp16_accumulation() if fp16_accumulation else nullcontext():
+            return own(inputs)
+
     case = verify_generation.judge_generation(
         prompt,
         generator.tokens(),
         None,
-        own,
+        in_the_same_arithmetic,
         wide,
         loaded.model.config.get_text_config().vocab_size,
         torch.finfo(DTYPES[config.precision]).eps / 2,

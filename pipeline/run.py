@@ -107,6 +107,13 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
     limit = getattr(described, "max_position_embeddings", None)
     if limit is not None and config.shape.max > limit:
         raise UserError(f"shape.max={config.shape.max}: above max_position_embeddings={limit} of {loaded.source}")
+    generate = config.benchmark.generate
+    if limit is not None and generate is not None and generate.input_length + generate.output_length > limit:
+        raise UserError(
+            f"benchmark.generate.output_length={generate.output_length}: with the prompt "
+            f"{generate.input_length + generate.output_length} tokens, above max_position_embeddings={limit} of "
+            f"{loaded.source}"
+        )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
     if reuse.applies(config):
         Store.of(config.store)  # refuses a folder that cannot be written

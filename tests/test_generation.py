@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +19,7 @@ from torch import Tensor
 from passes.errors import RunError, UserError
 from pipeline import generation, plugin
 from pipeline.__main__ import compose_config
+from pipeline.benchmark_generate import measure_generation
 from pipeline.config import BackendConfig
 from pipeline.console import StageDisplay
 from pipeline.kernels import UNKNOWN, attention_kernels
@@ -162,6 +166,42 @@ def test_a_rival_is_judged_and_timed_as_a_generator(
         benchmark["generate"]["device_ms"]["median"], rel=0.2
     )
     assert outcome.report["verify"]["generation"]["passed"]
+
+
+def test_a_generation_beyond_the_models_positions_is_refused(store: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="with the prompt 262 tokens, above max_position_embeddings=256"):
+        do(store, tmp_path, tiny, "backend=eager", "cache=dynamic", "benchmark.generate.output_length=250", *SHORT)
+
+
+class HostEvent:
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: HostEvent) -> float:
+        return (end.at - self.at) * 1e3
+
+
+class HostClock:
+    """The clock of a device that has always finished: the CPU, which runs what is launched at once."""
+
+    now_ns = staticmethod(time.perf_counter_ns)
+    event = HostEvent
+    on_stream = nullcontext
+
+    def synchronize(self) -> None: ...
+
+
+def test_a_real_generator_is_timed_counted_and_its_kernels_named(record: Record) -> None:
+    loaded, generator = made_for(record)
+    config = replace(record.config.benchmark, min_seconds=0.0, warmup_seconds=0.1)
+    prompt = generation.prompts(record, loaded)
+    report = measure_generation(generator, config, prompt, True, clock=HostClock()).report
+
+    whole, decode = report["generate"], report["decode"]
+    assert whole["device_ms"]["n"] == config.min_generations and decode["device_ms"]["n"] == 3 * config.min_generations
+    assert 0 < whole["ttft_ms"]["median"] < whole["device_ms"]["median"] <= 1.01 * whole["host_ms"]["median"]
+    assert all("scaled_dot_product" in name for names in report["kernels"].values() for name in names)
+    assert generator.tokens().shape == (1, 2), "the last thing was the profile of a prefill and one step"
 
 
 # Kernels
