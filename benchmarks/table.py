@@ -1,7 +1,7 @@
 """Prints the README's result tables from the report.json files in ``benchmarks/results``.
 
-python benchmarks/table.py            # the tables
-python benchmarks/table.py --write    # into README.md, between its markers
+python -m benchmarks.table            # the tables
+python -m benchmarks.table --write    # into README.md, between its markers
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.generation_table import generation_tables, is_generation
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -40,10 +42,12 @@ def rows(report: dict[str, Any]) -> list[str]:
 
 
 def tables() -> str:
-    """Every model of ``benchmarks/results`` as a Markdown table, fastest first."""
+    """Every model of ``benchmarks/results`` as Markdown tables, generation before prefill, fastest first."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(RESULTS.rglob("*.json")):
-        report = json.loads(path.read_text())
+    every = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("*.json"))]
+    for report in every:
+        if is_generation(report):
+            continue
         found.setdefault(report["config"]["model"]["name"], []).append(report)
     header = (
         "| strategy or rival | length | device ms, median (95 %) | host ms | of the roofline "
@@ -60,7 +64,7 @@ def tables() -> str:
         )
         reports.sort(key=lambda report: report["benchmark"]["prefill"]["device_ms"]["median"])
         text.append(header + "".join("| " + " | ".join(rows(report)) + " |\n" for report in reports) + "\n")
-    return "".join(text).rstrip() + "\n"
+    return (generation_tables(every) + "".join(text)).rstrip() + "\n"
 
 
 def main() -> None:

@@ -36,13 +36,14 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that h
     "cuda_graph": ("tensorrt",),
     "mode": ("torch_compile",),
     "cudnn_attention": ("eager", "torch_compile"),
+    "plugin_library": ("plugin",),
 }
-BACKENDS = ("tensorrt", "eager", "torch_compile")
+BACKENDS = ("tensorrt", "eager", "torch_compile", "plugin")
 CACHES: dict[str, tuple[str, ...]] = {  # `cache` -> the backends that have it
     "none": BACKENDS,
     "dynamic": ("eager",),
-    "static": BACKENDS,
-    "in_engine": ("tensorrt",),
+    "static": ("tensorrt", "eager", "torch_compile"),
+    "in_engine": ("tensorrt", "plugin"),
 }
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -95,6 +96,8 @@ class BackendConfig:
     """tensorrt only: measure through a captured CUDA graph."""
     cudnn_attention: bool | None = None
     """eager and torch_compile: let torch choose cuDNN's attention kernels."""
+    plugin_library: str | None = None
+    """plugin only: the library of TensorRT-Edge-LLM's attention plugin."""
 
 
 @dataclass

@@ -63,7 +63,7 @@ class StageDisplay:
 
 
 def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    colour = {"ok": "green", "not_executed": "yellow", "failed": "red"}[report["status"]]
+    colour = {"ok": "green", "not_executed": "yellow", "unavailable": "yellow", "failed": "red"}[report["status"]]
     meaning = {"not_executed": "  (no GPU could run the engine: nothing was timed)"}.get(report["status"], "")
     yield "status", f"[{colour}]{report['status']}[/]{meaning}"
     if report["failure"]:
@@ -107,13 +107,25 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "answer", escape(f"“{verify['answer']['engine']}”")
     for entry in _entries(report["benchmark"] or {}):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
-        tainted = f"  [yellow]tainted: {'; '.join(entry['tainted'])}[/]" if entry["tainted"] else ""
+        tainted = _tainted(entry)
         yield (
             "prefill",
             f"{entry['batch']}×{entry['input_length']}: {entry['device_ms']['median']:.2f} ms on the device, "
             f"{entry['host_ms']['median']:.2f} ms on the host, {entry['tokens_per_s']:.0f} tokens/s{fraction}{tainted}",
         )
+    if generate := (report["benchmark"] or {}).get("generate"):
+        fraction = f", {generate['roofline_fraction']:.0%} of the roofline" if generate["roofline_fraction"] else ""
+        yield (
+            "generation",
+            f"{generate['batch']}×{generate['input_length']}+{generate['output_length']}: "
+            f"{generate['device_ms']['median']:.1f} ms on the device, first token {generate['ttft_ms']['median']:.2f} "
+            f"ms, then {generate['tpot_ms']['median']:.3f} ms a token{fraction}{_tainted(generate)}",
+        )
     yield "stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages_s"].items())
+
+
+def _tainted(entry: dict[str, Any]) -> str:
+    return f"  [yellow]tainted: {'; '.join(entry['tainted'])}[/]" if entry["tainted"] else ""
 
 
 def _entries(benchmark: dict[str, Any]) -> Iterator[dict[str, Any]]:

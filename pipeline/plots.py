@@ -11,7 +11,8 @@ def latency_plot(samples: Mapping[str, Any], path: Path) -> None:
     """Write the distribution of every measurement in ``samples``, with its median and 95 % interval, to ``path``.
 
     ``samples`` maps names to times in ms, or to such mappings (samples.json): one panel each, since device, host
-    and enqueue times differ by orders of magnitude.  Raises ``ValueError`` when there is no sample at all.
+    and enqueue times differ by orders of magnitude.  ``step_ms`` is no distribution: it is drawn step by step, for
+    the cache grows.  Raises ``ValueError`` when there is no sample at all.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,6 +26,10 @@ def latency_plot(samples: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 2.2 * len(series)), layout="constrained")
     FigureCanvasAgg(figure)
     for (name, values), axes in zip(series, figure.subplots(len(series), squeeze=False)[:, 0], strict=True):
+        if name.rpartition(".")[2] == "step_ms":
+            axes.plot(np.arange(1, len(values) + 1), values, color="tab:red", linewidth=0.8)
+            axes.set(title=f"{name}, median of each decode step", xlabel="step", ylabel="ms")
+            continue
         low, high = median_interval(values.tolist())
         axes.hist(values, bins=min(60, max(10, len(values) // 5)), color="0.7")
         axes.axvspan(low, high, color="tab:orange", alpha=0.3, label=f"95 % interval {low:.4g} to {high:.4g} ms")

@@ -13,6 +13,26 @@ from pipeline.config import BackendConfig
 from pipeline.export import CallForm, make_inputs
 
 
+@contextmanager
+def cudnn_attention(allowed: bool) -> Iterator[None]:
+    """On Hopper torch prefers cuDNN attention, which plans anew for every length; a rival may do without."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(allowed)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextmanager
+def torch_compile_errors() -> Iterator[None]:
+    """What ``torch.compile`` cannot do as a :class:`RunError` of kind ``torch_compile``."""
+    try:
+        yield
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise RunError("torch_compile", str(error).strip().splitlines()[0]) from error
+
+
 class TorchRunner:
     """``form`` on the GPU, eager or compiled at exactly the shape it is called with."""
 
@@ -30,16 +50,6 @@ class TorchRunner:
             self.cuda_graph = backend.mode in ("reduce-overhead", "max-autotune")
         self._inputs: dict[str, Tensor] = {}
 
-    @contextmanager
-    def _kernels(self) -> Iterator[None]:
-        """On Hopper torch prefers cuDNN attention, which plans anew for every length; a rival may do without."""
-        before = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(self._cudnn)
-        try:
-            yield
-        finally:
-            torch.backends.cuda.enable_cudnn_sdp(before)
-
     def prepare(self, batch: int, length: int) -> None:
         """Inputs for [batch, length], and one pass, which compiles."""
         self.generation += 1
@@ -52,13 +62,10 @@ class TorchRunner:
 
     def enqueue(self) -> None:
         """Launch one forward pass on the current stream."""
-        with torch.no_grad(), self._kernels():
+        with torch.no_grad(), cudnn_attention(self._cudnn):
             self._forward(**self._inputs)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [batch, 1 or length, vocabulary]."""
-        try:
-            with torch.no_grad(), self._kernels():
-                return self._forward(**{name: tensor.cuda() for name, tensor in inputs.items()}).clone()
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise RunError("torch_compile", str(error).strip().splitlines()[0]) from error
+        with torch.no_grad(), cudnn_attention(self._cudnn), torch_compile_errors():
+            return self._forward(**{name: tensor.cuda() for name, tensor in inputs.items()}).clone()

@@ -1,11 +1,12 @@
-"""The least time that a prefill can take on a card: bytes that must be read, operations that must be done.
+"""The least time that a prefill, a decode step and a generation can take on a card: bytes that must be read,
+operations that must be done.
 
 Roofline model: Williams, Waterman and Patterson, Communications of the ACM 52(4), 2009.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class DecoderCost:
     all_logits: bool
     """Logits of every position, or of the last alone."""
     bytes_per_parameter: int
+    key_value_heads: int
 
 
 def decoder_cost(model: PreTrainedModel, logits: str) -> DecoderCost | None:
@@ -58,6 +60,7 @@ def decoder_cost(model: PreTrainedModel, logits: str) -> DecoderCost | None:
         lm_head_parameters=0 if head is None else head.weight.numel(),
         all_logits=logits == "all",
         bytes_per_parameter=next(model.parameters()).element_size(),
+        key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
     )
 
 
@@ -100,3 +103,34 @@ def prefill_floor_s(cost: DecoderCost, batch: int, length: int, copy_gb_per_s: f
     reading = prefill_bytes(cost) / (copy_gb_per_s * 1e9)
     computing = prefill_flops(cost, batch, length) / (matmul_tflops * 1e12)
     return max(reading, computing)
+
+
+def decode_floor_s(
+    cost: DecoderCost, batch: int, cache_length: int, copy_gb_per_s: float, matmul_tflops: float
+) -> float:
+    """Seconds below which this card cannot take one decode step that sees ``cache_length`` tokens, its own included:
+    every weight of a product and the keys and values in sight read once, and the operations on them."""
+    seen = sum(cache_length if window is None else min(window, cache_length) for window in cost.windows)
+    weights = cost.layer_parameters + cost.lm_head_parameters
+    cache = 2 * cost.key_value_heads * cost.head_size * seen * batch
+    reading = (weights + cache) * cost.bytes_per_parameter / (copy_gb_per_s * 1e9)
+    operations = batch * (2 * weights + 4 * cost.head_size * cost.heads * seen)
+    return max(reading, operations / (matmul_tflops * 1e12))
+
+
+def step_floors_s(
+    cost: DecoderCost,
+    batch: int,
+    input_length: int,
+    output_length: int,
+    cached: bool,
+    copy_gb_per_s: float,
+    matmul_tflops: float,
+) -> list[float]:
+    """The least seconds of each of the ``output_length`` passes of a generation: the prefill of the prompt, then the
+    decode steps; without a cache each of those is the prefill of everything before it."""
+    cost = replace(cost, all_logits=False)  # only the last position chooses a token
+    rates = (copy_gb_per_s, matmul_tflops)
+    step = decode_floor_s if cached else prefill_floor_s
+    lengths = range(input_length + 1, input_length + output_length)
+    return [prefill_floor_s(cost, batch, input_length, *rates), *(step(cost, batch, n, *rates) for n in lengths)]

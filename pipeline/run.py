@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from passes.stack import Stack
     from pipeline.benchmark import Runner
     from pipeline.export import CallForm
+    from pipeline.generate import Generator
     from pipeline.model import LoadedModel
     from pipeline.verify import Forward
 
@@ -40,16 +41,21 @@ class Outcome:
 def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     """Do what ``config`` says.  Raises :class:`passes.errors.UserError`, and then nothing was created; whatever
     goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written."""
-    from pipeline import tracking
+    from pipeline import plugin, tracking
 
-    if config.cache.name != "none" or config.benchmark.generate is not None:
+    generates = config.cache.name != "none" or config.benchmark.generate is not None
+    if config.backend.name == "tensorrt" and generates:
         raise UserError(f"cache={config.cache.name}: generation is not built yet; use cache=none benchmark=prefill")
     record = Record(config, display or StageDisplay())
     tracking.check_store(config.tracking.uri)
     loaded = interruption = None
+    status = "ok"
     try:
         with record.stage("load"), collector_paused():
-            loaded, device = _load(record)
+            if config.backend.name == "plugin":
+                status = plugin.unavailable(record)
+            else:
+                loaded, device = _load(record)
     except UserError:
         raise
     except Exception as error:
@@ -64,7 +70,6 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
         record.discard_folder()
         raise
     with tracked:
-        status = "ok"
         try:
             if loaded is not None:
                 status = _ENGINE_OR_RIVAL[config.backend.name](record, loaded, device)
@@ -102,6 +107,13 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
     limit = getattr(described, "max_position_embeddings", None)
     if limit is not None and config.shape.max > limit:
         raise UserError(f"shape.max={config.shape.max}: above max_position_embeddings={limit} of {loaded.source}")
+    generate = config.benchmark.generate
+    if limit is not None and generate is not None and generate.input_length + generate.output_length > limit:
+        raise UserError(
+            f"benchmark.generate.output_length={generate.output_length}: with the prompt "
+            f"{generate.input_length + generate.output_length} tokens, above max_position_embeddings={limit} of "
+            f"{loaded.source}"
+        )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
     if reuse.applies(config):
         Store.of(config.store)  # refuses a folder that cannot be written
@@ -215,18 +227,27 @@ def _dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
 
 def _rival(record: Record, loaded: LoadedModel, device: torch.device) -> str:
     """verify → benchmark of eager PyTorch or torch.compile; without a GPU nothing is timed."""
+    from pipeline import generation
     from pipeline.export import CallForm
+    from pipeline.rival_generators import rival_generator
     from pipeline.rivals import TorchRunner
 
-    form = CallForm(loaded.model, record.config.model.logits)
-    record.note(f"backend={record.config.backend.name} runs the model as it is: strategy has no part in this run")
+    config = record.config
+    form = CallForm(loaded.model, config.model.logits)
+    record.note(f"backend={config.backend.name} runs the model as it is: strategy has no part in this run")
+    if config.benchmark.generate is None and config.cache.name != "none":
+        record.note(f"cache={config.cache.name} has no part in this run: nothing is generated")
     if device.type != "cuda":
         record.note("no GPU: nothing was run")
         return "not_executed"
-    runner = TorchRunner(form, record.config.model.inputs, record.config.backend)
+    runner = TorchRunner(form, config.model.inputs, config.backend)
+    generator = None
     with record.stage("verify"):
-        _verify(record, loaded, device, form, runner, record.config.backend.name)
-    _benchmark(record, loaded, runner)
+        _verify(record, loaded, device, form, runner, config.backend.name)
+        if config.benchmark.generate is not None:
+            generator = rival_generator(loaded.model, config.backend, config.cache)
+            generation.verify(record, loaded, generator)
+    _benchmark(record, loaded, runner, generator)
     return "ok"
 
 
@@ -294,19 +315,21 @@ def _verify(
         record.report["verify"]["outside"] = verify.cost(judge(outside)["cases"], assumed)
 
 
-def _benchmark(record: Record, loaded: LoadedModel, runner: Runner) -> None:
+def _benchmark(record: Record, loaded: LoadedModel, runner: Runner, generator: Generator | None = None) -> None:
     """Time what was verified; nothing else ever reaches this."""
-    from pipeline import benchmark, gpu
+    from pipeline import benchmark, generation, gpu
     from pipeline.plots import latency_plot
     from pipeline.roofline import decoder_cost
 
     config = record.config
-    if not config.benchmark.shapes:
+    if not config.benchmark.shapes and generator is None:
         return
     with record.stage("benchmark"):
         cost = decoder_cost(loaded.model, config.model.logits)
         ceilings = gpu.measure_ceilings(config.precision)
         result = benchmark.measure(runner, config.benchmark, cost, ceilings, config.precision)
+        if generator is not None:
+            result = result.joined(generation.measure(record, loaded, generator, cost, ceilings))
         record.report["benchmark"] = result.report
         record.keep_json("samples.json", result.samples)
         assert record.folder is not None

@@ -101,7 +101,7 @@ class TrackedRun:
 
         A store that is gone by now costs one warning, not the run: everything is in ``folder`` already.
         """
-        status = {"ok": "FINISHED", "not_executed": "FINISHED", "failed": "FAILED"}[report["status"]]
+        status = "FAILED" if report["status"] == "failed" else "FINISHED"
         if (report.get("failure") or {}).get("kind") == "interrupted":
             status = "KILLED"
         stored = "nothing"

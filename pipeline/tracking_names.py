@@ -66,6 +66,8 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
 def final_tags(report: Mapping[str, Any]) -> dict[str, str]:
     """What runs are filtered by: status, failure, environment, the engine's hash and what tainted a measurement."""
     tags = {"status": report["status"], **environment_tags(report.get("environment") or {})}
+    if "unavailable" in report:
+        tags["unavailable"] = report["unavailable"]
     failure = report.get("failure") or {}
     tags |= {f"failure.{key}": failure[key] for key in ("stage", "kind", "message") if key in failure}
     if sha256 := (report.get("engine") or {}).get("sha256"):

@@ -6,7 +6,6 @@ import gc
 import itertools
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated import MS, QUIET, SimulatedClock
 
 from passes.errors import RunError
 from pipeline import gpu
@@ -23,45 +23,10 @@ from pipeline.gpu import Ceilings, GpuState
 from pipeline.roofline import DecoderCost, decoder_cost, prefill_bytes, prefill_floor_s, prefill_flops
 from pipeline.statistics import bootstrap_medians, drifts, median_interval, quantile, summarise
 
-MS = 1_000_000  # ns
-QUIET = GpuState(at_s=0.0, throttle_reasons=(), foreign_processes=0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 
 
 # --- A device and a host in simulated time ---------------------------------------------------------------------------
-
-
-@dataclass
-class SimulatedEvent:
-    clock: SimulatedClock
-    at_ns: int | None = None
-
-    def record(self) -> None:
-        self.at_ns = max(self.clock.host_ns, self.clock.device_free_ns)
-
-    def elapsed_time(self, end: SimulatedEvent) -> float:
-        assert self.at_ns is not None and end.at_ns is not None, "an event was read that never was recorded"
-        return (end.at_ns - self.at_ns) / 1e6
-
-
-@dataclass
-class SimulatedClock:
-    """A host that launches work and a device that does it in order."""
-
-    host_ns: int = 0
-    device_free_ns: int = 0
-
-    def now_ns(self) -> int:
-        return self.host_ns
-
-    def event(self) -> SimulatedEvent:
-        return SimulatedEvent(self)
-
-    def synchronize(self) -> None:
-        self.host_ns = max(self.host_ns, self.device_free_ns)
-
-    def on_stream(self) -> AbstractContextManager[None]:
-        return nullcontext()
 
 
 @dataclass
@@ -105,7 +70,13 @@ def simulated(**settings: object) -> SimulatedRunner:
 
 def config(*lengths: int, min_iterations: int = 20, min_seconds: float = 0.0, warmup_seconds: float = 2.0):
     shapes = [BenchmarkShape(1, length) for length in lengths or (2048,)]
-    return BenchmarkConfig("prefill", shapes, min_iterations, min_seconds, warmup_seconds)
+    return BenchmarkConfig(
+        "prefill",
+        shapes,
+        min_iterations=min_iterations,
+        min_seconds=min_seconds,
+        warmup_seconds=warmup_seconds,
+    )
 
 
 def measured(runner: SimulatedRunner, settings: BenchmarkConfig | None = None, **more: object) -> BenchmarkResult:
@@ -308,7 +279,14 @@ def test_without_a_gpu_the_state_is_unknown_and_says_why() -> None:
 # --- Roofline --------------------------------------------------------------------------------------------------------
 
 TINY = DecoderCost(
-    2, 8, (None,), layer_parameters=1000, lm_head_parameters=500, all_logits=False, bytes_per_parameter=2
+    2,
+    8,
+    (None,),
+    layer_parameters=1000,
+    lm_head_parameters=500,
+    all_logits=False,
+    bytes_per_parameter=2,
+    key_value_heads=1,
 )
 
 
@@ -346,7 +324,7 @@ def test_the_cost_of_a_model_counts_products_and_not_embeddings(tied: bool) -> N
         )
     cost = decoder_cost(model, "last")
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 96  # q and o; k and v; gate, up and down
-    assert cost == DecoderCost(4, 16, (None,) * 3, 3 * layer, 50 * 64, False, 2)
+    assert cost == DecoderCost(4, 16, (None,) * 3, 3 * layer, 50 * 64, False, 2, 2)
     assert prefill_bytes(cost) == 2 * (3 * layer + 50 * 64)
 
 

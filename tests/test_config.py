@@ -153,7 +153,7 @@ def test_a_report_can_hold_every_config() -> None:
 REFUSED: list[tuple[list[str], list[str]]] = [
     (["strategy=foo"], ["strategy=foo", "decompose, detect_causal, lowering, mask_input, upstream"]),
     (["model=foo"], ["model=foo", "smollm2_135m"]),
-    (["backend=onnx"], ["backend=onnx", "eager, tensorrt, torch_compile"]),
+    (["backend=onnx"], ["backend=onnx", "eager, plugin, tensorrt, torch_compile"]),
     (["shape=ragged"], ["shape=ragged", "dynamic, static"]),
     (["cache=paged"], ["cache=paged", "none"]),
     (["precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),

@@ -1,0 +1,78 @@
+"""Generation in a run: what is judged token by token, and then timed, is the same prompt and the same generator."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pipeline import gpu, verify_generation
+from pipeline import verify as verifying
+from pipeline.benchmark_generate import measure_generation
+from pipeline.model import DTYPES, LoadedModel, load_reference
+from pipeline.record import Record
+from pipeline.roofline import DecoderCost
+from pipeline.text import token_batch
+
+if TYPE_CHECKING:
+    from pipeline.generate import Generator
+    from pipeline.steady import BenchmarkResult
+
+
+def prompts(record: Record, loaded: LoadedModel) -> Tensor:
+    """The prompts of ``benchmark.generate``, [batch, length] int64, on the model's device."""
+    shape, vocabulary = record.config.benchmark.generate, loaded.model.config.get_text_config().vocab_size
+    assert shape is not None
+    tokens = token_batch(loaded.tokenizer, vocabulary, shape.batch, shape.input_length, record.config.seed)
+    return tokens.to(loaded.model.device)
+
+
+def verify(record: Record, loaded: LoadedModel, generator: Generator, fp16_accumulation: bool = False) -> None:
+    """Judge the very generation that will be timed and end the run if one token of it is wrong.
+
+    ``fp16_accumulation``: PyTorch is to add up in fp16, as an fp16 engine does, see :mod:`pipeline.verify`.  Adds ``verify.generation`` to the report, in which ``verify`` must stand already.
+    """
+    config, shape = record.config, record.config.benchmark.generate
+    assert shape is not None
+    prompt = prompts(record, loaded)
+    held = gpu.memory()
+    try:
+        generator.prepare(prompt, shape.output_length)
+    except torch.OutOfMemoryError as error:
+        raise gpu.out_of_memory(error, None if held is None else held[1] - held[0]) from error
+    reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
+    own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
+
+    def in_the_same_arithmetic(inputs: dict[str, Tensor]) -> Tensor:
+        with verifying.fp16_accumulation() if fp16_accumulation else nullcontext():
+            return own(inputs)
+
+    case = verify_generation.judge_generation(
+        prompt,
+        generator.tokens(),
+        None,
+        in_the_same_arithmetic,
+        wide,
+        loaded.model.config.get_text_config().vocab_size,
+        torch.finfo(DTYPES[config.precision]).eps / 2,
+        f"generation_{shape.input_length}_{shape.output_length}",
+    )
+    section = record.report["verify"]["generation"] = verify_generation.section([case])
+    record.report["verify"]["passed"] &= section["passed"]
+    record.detail += f", {case.tokens} generated tokens"
+    verify_generation.gate(section)
+
+
+def measure(
+    record: Record,
+    loaded: LoadedModel,
+    generator: Generator,
+    cost: DecoderCost | None,
+    ceilings: gpu.Ceilings | None,
+) -> BenchmarkResult:
+    """Time it; see :func:`pipeline.benchmark_generate.measure_generation`."""
+    config = record.config
+    prompt, cached = prompts(record, loaded), config.cache.name != "none"
+    return measure_generation(generator, config.benchmark, prompt, cached, cost, ceilings, config.precision)

@@ -1,0 +1,44 @@
+"""A device and a host in simulated time, so that the bookkeeping of timers is tested to the nanosecond."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+from pipeline.gpu import GpuState
+
+MS = 1_000_000  # ns
+QUIET = GpuState(at_s=0.0, throttle_reasons=(), foreign_processes=0)
+
+
+@dataclass
+class SimulatedEvent:
+    clock: SimulatedClock
+    at_ns: int | None = None
+
+    def record(self) -> None:
+        self.at_ns = max(self.clock.host_ns, self.clock.device_free_ns)
+
+    def elapsed_time(self, end: SimulatedEvent) -> float:
+        assert self.at_ns is not None and end.at_ns is not None, "an event was read that never was recorded"
+        return (end.at_ns - self.at_ns) / 1e6
+
+
+@dataclass
+class SimulatedClock:
+    """A host that launches work and a device that does it in order."""
+
+    host_ns: int = 0
+    device_free_ns: int = 0
+
+    def now_ns(self) -> int:
+        return self.host_ns
+
+    def event(self) -> SimulatedEvent:
+        return SimulatedEvent(self)
+
+    def synchronize(self) -> None:
+        self.host_ns = max(self.host_ns, self.device_free_ns)
+
+    def on_stream(self) -> AbstractContextManager[None]:
+        return nullcontext()
