@@ -1,7 +1,7 @@
 """Prints the README's result tables from the report.json files in ``benchmarks/results``.
 
-python benchmarks/table.py            # the tables
-python benchmarks/table.py --write    # into README.md, between its markers
+python -m benchmarks.table            # the tables
+python -m benchmarks.table --write    # into README.md, between its markers
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from pipeline.report import worst_case
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,7 +24,7 @@ def rows(report: dict[str, Any]) -> list[str]:
     engine = report["engine"] or {}
     backend, shape = config["backend"]["name"], config["shape"]
     device, host = prefill["device_ms"], prefill["host_ms"]
-    worst = max(verify["cases"], key=lambda case: case["relative_error"] / case["tolerance"])
+    worst = worst_case(verify)
     layers = "–"
     if engine:
         layers = f"{engine['iattention']} ({engine['iattention_causal']} causal, {engine['iattention_masked']} masked)"

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from pipeline.report import worst_case
+
 
 class StageDisplay:
     """One line a stage, live while it runs where the console is a terminal."""
@@ -84,7 +86,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for note in engine["notes"]:
             yield "", escape(note)
     if verify := report["verify"]:
-        worst = max(verify["cases"], key=lambda case: case["relative_error"] / case["tolerance"])
+        worst = worst_case(verify)
         yield (
             "verified",
             f"{verify['executed']}: {'passed' if verify['passed'] else 'FAILED'}, {len(verify['cases'])} cases; "

@@ -61,6 +61,7 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     except BaseException:
         record.discard_folder()
         raise
+    record.report["mlflow"] = tracked.identity
     with tracked:
         status = "ok"
         try:

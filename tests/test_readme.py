@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_the_result_tables_are_those_of_the_reports() -> None:
     made = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "table.py")], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "benchmarks.table"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout
     assert made.strip() in (ROOT / "README.md").read_text()
 
