@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.compare.baseline import Against
 from pipeline.compare.labels import Section
+from pipeline.compare.numbers import number
 from pipeline.compare.rows import Measure, Row, Timing
+from pipeline.compare.verdicts import Standing
 from pipeline.config import STAGES
 
 MARGIN = 1.04  # of the longest bar: its whisker must not touch the edge
@@ -67,17 +70,9 @@ def _axis(maximum: float, suffix: str = "") -> list[tuple[float, str]]:
     return [(100 * tick / maximum, f"{tick:g}{suffix}") for tick in ticks(maximum)]
 
 
-def number(value: float, digits: int = 3) -> str:
-    """``value`` to ``digits`` significant digits, never as 1e+03: 12.5, 1250, 0.0123."""
-    if not math.isfinite(value) or value == 0:
-        return f"{value:g}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{value:.{min(decimals, 6)}f}"
-
-
-def _css(row: Row, section: Section, measure: Measure) -> str:
+def _css(row: Row, leaders: Sequence[Row] = ()) -> str:
     kind = "rival" if row.axes.get("backend.name", "tensorrt") != "tensorrt" else "engine"
-    return f"{kind} fastest" if section.timed(measure)[0] is row else kind
+    return f"{kind} fastest" if any(row is leader for leader in leaders) else kind
 
 
 def _tip(row: Row, timing: Timing) -> str:
@@ -91,7 +86,9 @@ def untimed(section: Section) -> list[Bar]:
     return [Bar(row.label, row.status, reason=row.reason) for row in section.rows if not row.timings]
 
 
-def time_chart(section: Section, measure: Measure, compared: dict[int, Against], baseline: set[int]) -> Chart:
+def time_chart(
+    section: Section, measure: Measure, ranked: Standing, compared: dict[int, Against], baseline: set[int]
+) -> Chart:
     """Median device times with their intervals; ``compared`` and ``baseline`` go by ``id`` of the row."""
     rows = section.timed(measure)
     longest = max(max(row.timings[measure].time.high, row.timings[measure].time.median) for row in rows) * MARGIN
@@ -109,7 +106,7 @@ def time_chart(section: Section, measure: Measure, compared: dict[int, Against],
             Bar(
                 row.label + (" ⚠" if timing.tainted else ""),
                 value,
-                [Segment(0, 100 * time.median / longest, _css(row, section, measure), _tip(row, timing))],
+                [Segment(0, 100 * time.median / longest, _css(row, ranked.leaders), _tip(row, timing))],
                 (100 * time.low / longest, 100 * time.high / longest),
                 None if floor is None else 100 * floor / longest,
                 "" if floor is None else f"roofline: no less than {number(floor)} ms on this card",
@@ -119,7 +116,7 @@ def time_chart(section: Section, measure: Measure, compared: dict[int, Against],
     note += " Dotted tick: the least that this card needs (roofline)." if has_floor else ""
     note += " ⚠: tainted, see the remarks." if any(row.timings[measure].tainted for row in rows) else ""
     return Chart(f"{measure.what.capitalize()}, {measure.size}", "ms on the device, less is better", note,
-                 bars + untimed(section), _axis(longest))  # fmt: skip
+                 bars, _axis(longest))  # fmt: skip
 
 
 def roofline_chart(section: Section, measure: Measure) -> Chart | None:
@@ -129,7 +126,7 @@ def roofline_chart(section: Section, measure: Measure) -> Chart | None:
     fractions = [100 * (row.timings[measure].roofline_fraction or 0) for row in rows]
     longest = max(100.0, max(fractions) * MARGIN)
     bars = [
-        Bar(row.label, f"{fraction:.0f} %", [Segment(0, 100 * fraction / longest, _css(row, section, measure),
+        Bar(row.label, f"{fraction:.0f} %", [Segment(0, 100 * fraction / longest, _css(row),
             f"{row.label}: the roofline's floor of {number(row.timings[measure].floor_ms or 0)} ms is {fraction:.1f} % "
             "of its time")])
         for row, fraction in zip(rows, fractions, strict=True)
@@ -140,7 +137,7 @@ def roofline_chart(section: Section, measure: Measure) -> Chart | None:
 
 def accuracy_chart(section: Section) -> Chart | None:
     """Time beside error: a row that is fast and near its limit should be seen to be both."""
-    measure = next(iter(section.measures), None)
+    measure = max(section.measures, key=lambda each: len(section.timed(each)), default=None)
     rows = [row for row in section.rows if row.accuracy]
     if not rows:
         return None
@@ -165,7 +162,7 @@ def accuracy_chart(section: Section) -> Chart | None:
         first = []
         if timing is not None and measure is not None:
             width = 100 * timing.time.median / longest
-            first = [Segment(0, width, _css(row, section, measure), _tip(row, timing))]
+            first = [Segment(0, width, _css(row), _tip(row, timing))]
         bars.append(
             Bar(
                 row.label,
@@ -174,7 +171,7 @@ def accuracy_chart(section: Section) -> Chart | None:
                 second=[Segment(0, 100 * min(share, most) / most, css, tip)],
                 mark=None if own is None else 100 * min(100 * own, most) / most,
                 mark_tip="" if own is None else "PyTorch's own error at this precision",
-                reason=None if first else row.status,
+                reason=None if first else "no time",
             )
         )
     note = (

@@ -50,12 +50,12 @@ class Section:
 
 
 def sections(rows: list[Row]) -> list[Section]:
-    """``rows`` by model and GPU, labelled; the fastest first in each, those without a time last."""
+    """``rows`` by model and GPU (none last), labelled; the fastest first in each, those without a time last."""
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.model, row.gpu or ""].append(row)
     made = []
-    for (model, gpu), members in sorted(groups.items()):
+    for (model, gpu), members in sorted(groups.items(), key=lambda item: (not item[0][1], item[0])):
         label(members)
         section = Section(model, gpu or None, members)
         headline = section.measures[:1]
@@ -70,7 +70,7 @@ def label(rows: list[Row]) -> None:
     named: dict[str, Callable[[Row], str]] = {
         "precision": lambda row: row.axes.get("precision", ""),
         "shape": _shape,
-        "cache": lambda row: f"{row.axes.get('cache.name', 'none')} cache",
+        "cache": lambda row: f"{row.axes.get('cache.name', 'none')} cache".replace("none", "no"),
         "inputs": lambda row: row.axes.get("model.inputs", ""),
     }
     kept = [name for name, text in named.items() if len({text(row) for row in rows}) > 1]

@@ -15,12 +15,11 @@ from markupsafe import escape
 
 from pipeline.compare import charts
 from pipeline.compare.baseline import Against
-from pipeline.compare.charts import number
 from pipeline.compare.labels import Section
-from pipeline.compare.ratios import ratio
+from pipeline.compare.numbers import number
 from pipeline.compare.rows import Measure, Row
+from pipeline.compare.verdicts import Verdict, cautions, standing, verdict
 
-CLOSE = 0.03  # engines of the same settings differ by a few per cent from build to build
 TEMPLATES = ("page.html", "page.md", "page.css")
 
 
@@ -37,7 +36,7 @@ class Shown:
     """One section as the page shows it."""
 
     section: Section
-    verdicts: list[str]
+    verdicts: list[Verdict]
     cautions: list[str]
     time_charts: list[charts.Chart]
     other_charts: list[charts.Chart]
@@ -49,73 +48,25 @@ def show(section: Section, compared: list[Against], baseline: str | None) -> Sho
     by_measure: dict[Measure, dict[int, Against]] = defaultdict(dict)
     for against in compared:
         by_measure[against.measure][id(against.row)] = against
-    times = []
+    times, verdicts = [], []
     for measure in section.measures:
-        rest = {id(row) for row in section.timed(measure)} - by_measure[measure].keys() if baseline else set()
-        times.append(charts.time_chart(section, measure, by_measure[measure], rest))
-    others = [charts.roofline_chart(section, measure) for measure in section.measures]
-    others += [charts.accuracy_chart(section), charts.stage_chart(section)]
+        others = by_measure[measure]
+        rest = {id(row) for row in section.timed(measure)} - others.keys() if baseline else set()
+        ranked = standing(section, measure)
+        verdicts.append(verdict(measure, ranked, others))
+        times.append(charts.time_chart(section, measure, ranked, others, rest))
+    if times:  # once is enough
+        times[0].bars.extend(charts.untimed(section))
+    rest_of_them = [charts.roofline_chart(section, measure) for measure in section.measures]
+    rest_of_them += [charts.accuracy_chart(section), charts.stage_chart(section)]
     return Shown(
         section,
-        [verdict(section, measure, by_measure[measure]) for measure in section.measures] or [_nothing(section)],
+        verdicts,
         cautions(section),
         times,
-        [chart for chart in others if chart],
+        [chart for chart in rest_of_them if chart],
         table(section, by_measure, baseline),
     )
-
-
-def verdict(section: Section, measure: Measure, compared: dict[int, Against]) -> str:
-    """Which row won and by how much, in a sentence or two."""
-    best, *others = section.timed(measure)
-    time = best.timings[measure].time
-    ratios = [(row, ratio([row.timings[measure].time], [time])) for row in others]
-    close = [row for row, times in ratios if times.low <= 1 + CLOSE]
-    behind = [(row, times) for row, times in ratios if times.low > 1 + CLOSE]
-    if not others:
-        said = f"{best.label} takes {number(time.median)} ms; nothing to compare it with."
-    elif close:
-        names = ", ".join([best.label, *(row.label for row in close[:-1])]) + f" and {close[-1].label}"
-        said = f"{names} are too close to call, at {number(time.median)} ms."
-    else:
-        said = f"{best.label} is the fastest, at {number(time.median)} ms."
-    if behind:
-        said += f" Next is {behind[0][0].label}, which takes {behind[0][1]} times as long."
-    if (against := compared.get(id(best))) and against.time:
-        said += f" {best.label} is {against.time.inverse} times as fast as {against.other}."
-    return f"{str(measure).capitalize()}: {said}"
-
-
-def _nothing(section: Section) -> str:
-    counts = defaultdict(int)
-    for row in section.rows:
-        counts[row.status] += 1
-    return f"Nothing was timed ({', '.join(f'{n} {status}' for status, n in counts.items())}): no row is the fastest."
-
-
-def cautions(section: Section) -> list[str]:
-    """What the reader must know before believing any of it."""
-    found = []
-    if section.unsupported:
-        names = sorted({str(row.environment.get("flavour") or "the vendor") for row in section.rows})
-        found.append(
-            f"The vendor of {', '.join(names)} does not support this GPU: these figures tell how the rows compare, "
-            "not what a supported GPU would reach."
-        )
-    timed = [row for row in section.rows if row.timings]
-    tainted = [row for row in timed if any(timing.tainted for timing in row.timings.values())]
-    if tainted:
-        found.append(f"{len(tainted)} of {len(timed)} timed rows are tainted (⚠): the remarks below say by what.")
-    unverified = [row for row in timed if row.accuracy is None or not row.accuracy.passed]
-    if timed and not unverified:
-        found.append("Every timed row passed its verification.")
-    if mixed := [f"{key} {', '.join(values)}" for key, values in section.versions if len(values) > 1]:
-        found.append(f"Not all rows ran on the same versions: {'; '.join(mixed)}.")
-    if len(timed) > 1:
-        found.append(
-            "An interval speaks of one process and one build; between builds of the same settings a few per cent differ."
-        )
-    return found
 
 
 def table(section: Section, compared: dict[Measure, dict[int, Against]], baseline: str | None) -> Table:
@@ -129,7 +80,8 @@ def table(section: Section, compared: dict[Measure, dict[int, Against]], baselin
     for row in section.rows:
         for i, measure in enumerate([m for m in section.measures if m in row.timings] or [None]):
             timing = row.timings[measure] if measure else None
-            cells = [row.label, row.status, *([str(measure or "–")] if several else [])]
+            cells = [row.label, row.status] if i == 0 else ["", ""]  # what is of the row stands on its first line
+            cells += [str(measure or "–")] if several else []
             if timing:
                 time = timing.time
                 cells.append(f"{number(time.median)} ({number(time.low)}–{number(time.high)})")
@@ -144,7 +96,8 @@ def table(section: Section, compared: dict[Measure, dict[int, Against]], baselin
                 why = against.why if against else ""
             else:
                 why = ""
-            cells += _of_the_engine(row)
+            engine = _of_the_engine(row)
+            cells += engine if i == 0 else [""] * len(engine)
             said = [*(timing.tainted if timing else []), why]
             said += [row.reason or "", *row.notes] if i == 0 else []
             cells.append(remarks.numbers(filter(None, said)))
@@ -161,7 +114,9 @@ def _of_the_engine(row: Row) -> list[str]:
         error += "" if accuracy.passed else " FAILED"
     attention = "–"
     if engine.get("iattention") is not None:
-        attention = f"{engine['iattention']} ({engine['iattention_causal']} causal, {engine['iattention_masked']} masked)"
+        causal, masked = engine["iattention_causal"], engine["iattention_masked"]
+        kinds = {"causal": causal, "masked": masked, "full": engine["iattention"] - causal - masked}
+        attention = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "none"
     return [
         error,
         attention,
@@ -210,6 +165,7 @@ def render(
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters |= {"number": number, "cell": _markdown_cell}
     rows = [row for one in shown for row in one.section.rows]

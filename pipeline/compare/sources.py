@@ -100,7 +100,7 @@ def _object(path: Path, name: str) -> dict[str, Any]:
 def run_page(uri: str, ui: str, experiment_id: str, run_id: str) -> str:
     """The address of a run's page: on the server, or where `mlflow ui` shows a store that has none."""
     base = redacted(uri) if is_server(uri) else ui
-    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found]:
