@@ -41,15 +41,23 @@ def look(browser: Any, width: int, scheme: str = "light", media: str = "screen")
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
 
-def shoot(browser: Any, name: str, tallest: int = 6000) -> Path:
-    """The whole page as ``test-artifacts/NAME.png``, which CI keeps."""
+def shoot(browser: Any, name: str, tallest: int = 6000, beyond: bool = True) -> Path:
+    """The page as ``test-artifacts/NAME.png``, which CI keeps; what is ``beyond`` the window too, which resizes it."""
     size = browser.execute_script("return [innerWidth, document.documentElement.scrollHeight]")
     clip = {"x": 0, "y": 0, "width": size[0], "height": min(size[1], tallest), "scale": 1}
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+    how = {"captureBeyondViewport": True, "clip": clip} if beyond else {}
+    shot = browser.execute_cdp_cmd("Page.captureScreenshot", how)
     SHOTS.mkdir(exist_ok=True)
     path = SHOTS / f"{name}.png"
     path.write_bytes(base64.b64decode(shot["data"]))
     return path
+
+
+def wait_for(browser: Any, script: str, seconds: float = 30.0) -> None:
+    """Until ``script`` returns something true."""
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, seconds).until(lambda _: browser.execute_script(script), message=script)
 
 
 def errors(browser: Any) -> list[str]:

@@ -65,15 +65,21 @@ def varied(folder: Path) -> Path:
     for path in REAL.glob("*.json"):
         keep(folder / path.stem, json.loads(path.read_text()))
     llama = real("llama3_1b-detect_causal")
-    oom = "needs 141.2 GiB of device memory, 3.1 GiB are free <b>&\"quoted\" | piped"
+    oom = 'needs 141.2 GiB of device memory, 3.1 GiB are free <b>&"quoted" | piped'
     bf16 = copy.deepcopy(llama)
     bf16["config"]["precision"] = "bf16"
     keep(folder / "oom", failed(bf16, "build", "out_of_memory", oom))
     for strategy, cache, ttft, tpot in (
-        ("detect_causal", "in_engine", 9.3, 1.5), ("detect_causal", "static", 9.4, 1.9), ("upstream", "none", 20.9, 21.0)
-    ):  # fmt: skip
+        ("detect_causal", "in_engine", 9.3, 1.5),
+        ("detect_causal", "static", 9.4, 1.9),
+        ("upstream", "none", 20.9, 21.0),
+    ):
         keep(folder / f"{strategy}_{cache}", generating(real(f"llama3_1b-{strategy}"), cache, ttft, tpot))
-    plugin = failed(llama, "", "", "") | {"status": "unavailable", "failure": None, "notes": ["TensorRT-RTX has no plugins"]}
+    plugin = failed(llama, "", "", "") | {
+        "status": "unavailable",
+        "failure": None,
+        "notes": ["TensorRT-RTX has no plugins"],
+    }
     plugin["config"]["cache"] = {"name": "static"}
     plugin["config"]["strategy"] = {"name": "mask_input"}
     keep(folder / "plugin", plugin)

@@ -245,7 +245,9 @@ def test_without_earlier_reports_rows_are_held_to_the_baseline(compare):
     code, _, _, said = compare(REAL, "--baseline", "strategy:upstream", "--fail-if-slower", "5%")
 
     assert code == 1  # torch_compile is, with qwen2_5_0_5b
-    assert said.splitlines() == [line for line in said.splitlines() if "qwen2_5_0_5b" in line and "torch_compile" in line]
+    assert said.splitlines() == [
+        line for line in said.splitlines() if "qwen2_5_0_5b" in line and "torch_compile" in line
+    ]
 
 
 # ---- what is refused: one line, exit code 2, nothing written
@@ -271,6 +273,7 @@ def edited(folder: Path) -> None:
     (lambda f: keep(f, real("llama3_1b-lowering") | {"status": "great"}), "status=great: allowed are ok"),
     (lambda f: keep(f, real("llama3_1b-lowering") | {"config": None}), "is no report of a run"),
     (lambda f: keep(f, real("llama3_1b-lowering"), {"prefill": {"device_ms": ["x"]}}), "is no report of a run"),
+    (lambda f: keep(f, real("llama3_1b-lowering") | {"mlflow": "yes"}), "mlflow=yes: is no run's"),
     (lambda f: keep(f, []), "holds no report, but a JSON list"),
     (lambda f: f.mkdir(), "no report.json in this folder"),
     (lambda f: None, "no such file or folder, and no MLflow store"),
@@ -334,6 +337,18 @@ def test_the_page_lies_where_it_was_asked_for(tmp_path, monkeypatch):
     assert all(Path(name).stat().st_size > 1000 for name in made)
 
 
+def test_a_report_links_to_its_mlflow_run(compare, tmp_path):
+    tracked = {"uri": "sqlite:////data/mlflow.db", "experiment_id": "1", "run_id": "abc"}
+    keep(tmp_path / "runs" / "local", real("llama3_1b-lowering") | {"mlflow": tracked})
+    keep(tmp_path / "runs" / "server", real("llama3_1b-eager") | {"mlflow": tracked | {"uri": "https://host:5/"}})
+
+    _, html, markdown, _ = compare(tmp_path / "runs", "--mlflow-ui", "http://elsewhere:1")
+
+    page = "#/experiments/1/runs/abc?workflowType=machine_learning"
+    for text in (html, markdown):
+        assert f"http://elsewhere:1/{page}" in text and f"https://host:5/{page}" in text
+
+
 # ---- many
 
 
@@ -342,10 +357,12 @@ def test_five_hundred_reports_take_at_most_ten_seconds(compare, tmp_path):
     for i in range(500):
         report = timed(reports[i % len(reports)], 1 + i / 1000)
         report["config"]["shape"]["batch"] = 1 + i // len(reports)
-        keep(tmp_path / "runs" / str(i), report, {"prefill": {"device_ms": [9 + (i * j % 97) / 100 for j in range(200)]}})
+        keep(
+            tmp_path / "runs" / str(i), report, {"prefill": {"device_ms": [9 + (i * j % 97) / 100 for j in range(200)]}}
+        )
 
     started = time.perf_counter()
-    code, html, _, _ = compare(tmp_path / "runs", "--baseline", "strategy:upstream", "--against", tmp_path / "runs")
+    code, html, _, _ = compare(tmp_path / "runs", "--baseline", "strategy:upstream")
     seconds = time.perf_counter() - started
 
     assert code == 0 and "Comparison of 500 runs" in html

@@ -98,7 +98,10 @@ def _choose(row: Row, baselines: list[Row], wanted: Axes) -> tuple[list[Row], st
     fitting = [(differing(other), other) for other in baselines]
     fitting = [(keys, other) for keys, other in fitting if not any(key.startswith(MUST_AGREE) for key in keys)]
     if not fitting:
-        return [], "no baseline of the same precision, cache, call form and batch; --baseline AXIS:VALUE,cache:none names one"
+        return (
+            [],
+            "no baseline of the same precision, cache, call form and batch; --baseline AXIS:VALUE,cache:none names one",
+        )
     least = min(len(keys) for keys, _ in fitting)
     best = [other for keys, other in fitting if len(keys) == least]
     if any(other.axes != best[0].axes for other in best):

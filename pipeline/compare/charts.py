@@ -153,9 +153,8 @@ def accuracy_chart(section: Section) -> Chart | None:
         error = "none finite" if accuracy.relative_error is None else number(accuracy.relative_error, 2)
         allowed = "none" if accuracy.tolerance is None else number(accuracy.tolerance, 2)
         own = accuracy.pytorch_share
-        tip = (
-            f"{row.label}, {accuracy.case}, on the {accuracy.executed}: relative error {error}, allowed {allowed}"
-            + ("" if own is None else f"; PyTorch at this precision: {100 * own:.0f} % of what is allowed")
+        tip = f"{row.label}, {accuracy.case}, on the {accuracy.executed}: relative error {error}, allowed {allowed}" + (
+            "" if own is None else f"; PyTorch at this precision: {100 * own:.0f} % of what is allowed"
         )
         css = ("good" if accuracy.passed else "bad") + (" graph" if accuracy.executed == "graph" else "")
         timing = times.get(id(row))

@@ -66,7 +66,7 @@ def sections(rows: list[Row]) -> list[Section]:
 
 
 def label(rows: list[Row]) -> None:
-    """Name each row by its strategy or rival, and by whatever else differs here: settings, then versions, then names."""
+    """Name each row by its strategy or rival, and by what else differs here: settings, then versions, then names."""
     named: dict[str, Callable[[Row], str]] = {
         "precision": lambda row: row.axes.get("precision", ""),
         "shape": _shape,

@@ -72,7 +72,14 @@ def show(section: Section, compared: list[Against], baseline: str | None) -> Sho
 def table(section: Section, compared: dict[Measure, dict[int, Against]], baseline: str | None) -> Table:
     """Every figure, one line for each row and measure."""
     several = len(section.measures) > 1
-    header = ["strategy or rival", "status", *(["measure"] if several else []), "device ms (95 %)", "host ms", "roofline"]
+    header = [
+        "strategy or rival",
+        "status",
+        *(["measure"] if several else []),
+        "device ms (95 %)",
+        "host ms",
+        "roofline",
+    ]
     header += ["times as fast"] if baseline else []
     header += ["error / allowed", "native attention", "engine MB", "memory GB", "build s", "remarks"]
     remarks = _Remarks()
@@ -106,21 +113,16 @@ def table(section: Section, compared: dict[Measure, dict[int, Against]], baselin
 
 
 def _of_the_engine(row: Row) -> list[str]:
-    accuracy, engine = row.accuracy, row.engine
+    accuracy = row.accuracy
     error = "–"
     if accuracy:
         parts = [_or_dash(value, partial(number, digits=2)) for value in (accuracy.relative_error, accuracy.tolerance)]
         error = " / ".join(parts) + ("" if accuracy.executed != "graph" else " (graph)")
         error += "" if accuracy.passed else " FAILED"
-    attention = "–"
-    if engine.get("iattention") is not None:
-        causal, masked = engine["iattention_causal"], engine["iattention_masked"]
-        kinds = {"causal": causal, "masked": masked, "full": engine["iattention"] - causal - masked}
-        attention = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "none"
     return [
         error,
-        attention,
-        _or_dash(engine.get("bytes"), lambda size: f"{size / 1e6:.0f}"),
+        row.attention or "–",
+        _or_dash(row.engine_bytes, lambda size: f"{size / 1e6:.0f}"),
         _or_dash(row.peak_bytes, lambda size: f"{size / 1e9:.1f}"),
         _or_dash(row.stages_s.get("build"), "{:.1f}".format),
     ]

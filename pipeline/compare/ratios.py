@@ -16,7 +16,7 @@ import numpy.typing as npt
 from pipeline.compare.rows import Figure
 from pipeline.statistics import bootstrap_medians
 
-RESAMPLES = 4000
+RESAMPLES = 2000
 NORMAL_95 = 1.96  # half the width of a 95 % interval of a normal distribution, in standard deviations
 
 

@@ -98,7 +98,9 @@ class Row:
     accuracy: Accuracy | None
     stages_s: dict[str, float]
     environment: dict[str, Any]
-    engine: dict[str, Any]
+    attention: str | None
+    """The engine's native attention layers, by kind."""
+    engine_bytes: int | None
     peak_bytes: int | None
     notes: list[str]
     link: str | None
@@ -139,6 +141,7 @@ def row(found: Found) -> Row:
     try:
         timings = dict(_timings(report, found.samples)) if report["status"] == "ok" and verified(report) else {}
         engine = report.get("engine") or {}
+        memory = (report.get("benchmark") or {}).get("memory") or {}
         return Row(
             name=found.name,
             axes=axes(report["config"]),
@@ -149,8 +152,9 @@ def row(found: Found) -> Row:
             accuracy=_accuracy(report.get("verify")),
             stages_s={str(name): float(seconds) for name, seconds in (report.get("stages_s") or {}).items()},
             environment=dict(report.get("environment") or {}),
-            engine={"bytes": int(engine["bytes"]), **engine} if engine.get("bytes") else engine,
-            peak_bytes=((report.get("benchmark") or {}).get("memory") or {}).get("peak_bytes"),
+            attention=_attention(engine),
+            engine_bytes=int(engine["bytes"]) if engine.get("bytes") else None,
+            peak_bytes=None if memory.get("peak_bytes") is None else int(memory["peak_bytes"]),
             notes=[str(note) for note in report.get("notes") or []],
             link=found.link,
         )
@@ -212,8 +216,15 @@ def _timings(report: Mapping[str, Any], samples: Mapping[str, Any]) -> Iterator[
             step = benchmark.get("decode") or {} if clock == "tpot_ms" else {}
             bound = entry if whole else step  # what has the floor of this time
             tainted = [str(taint) for taint in entry.get("tainted") or []]
-            yield Measure(kind, *size, clock), Timing(
-                figure, host, bound.get("floor_ms"), bound.get("roofline_fraction"), tainted
+            yield (
+                Measure(kind, *size, clock),
+                Timing(
+                    figure,
+                    _number(host),
+                    _number(bound.get("floor_ms")),
+                    _number(bound.get("roofline_fraction")),
+                    tainted,
+                ),
             )
 
 
@@ -223,6 +234,18 @@ def _figure(summary: Mapping[str, Any], samples: Any) -> Figure:
     if not 0 < median < float("inf"):
         raise ValueError(f"a median of {median} ms")
     return Figure(median, float(low), float(high), tuple(map(float, samples)))
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _attention(engine: Mapping[str, Any]) -> str | None:
+    if engine.get("iattention") is None:
+        return None
+    causal, masked = int(engine["iattention_causal"]), int(engine["iattention_masked"])
+    kinds = {"causal": causal, "masked": masked, "full": int(engine["iattention"]) - causal - masked}
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "none"
 
 
 def _accuracy(verify: Mapping[str, Any] | None) -> Accuracy | None:

@@ -68,8 +68,11 @@ def read_file(path: Path, ui: str = UI) -> Found:
     samples = {}
     if path.name == REPORT and samples_path.is_file():
         samples = _object(samples_path, str(samples_path))
-    tracked = report.get("mlflow") or {}
-    link = run_page(tracked["uri"], ui, tracked["experiment_id"], tracked["run_id"]) if tracked else None
+    tracked = report.get("mlflow")
+    try:
+        link = run_page(tracked["uri"], ui, tracked["experiment_id"], tracked["run_id"]) if tracked else None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: mlflow={tracked}: is no run's uri, experiment_id and run_id") from None
     return Found(report, str(path), samples, link)
 
 
@@ -158,10 +161,11 @@ def _artifact(client: MlflowClient, run: Run, name: str, folder: Path) -> Path |
 
 def _without_report(run: Run) -> dict[str, Any]:
     """What MLflow's own record of a run tells, in the form of a report."""
-    tags, config = run.data.tags, {}
+    tags = run.data.tags
+    config: dict[str, Any] = {}
     for key, text in run.data.params.items():
         *groups, last = key.split(".")
-        place: dict[str, Any] = config
+        place = config
         for group in groups:
             place = place.setdefault(group, {})
         place[last] = _value(text)

@@ -82,8 +82,6 @@ def cautions(section: Section) -> list[str]:
         found.append(f"Not all rows ran on the same versions: {'; '.join(mixed)}.")
     if len(timed) > 1:
         found.append(
-            "An interval speaks of one process and one build; between builds of the same settings a few per cent differ."
+            "An interval speaks of one process and one build; builds of the same settings differ by a few per cent."
         )
     return found
-
-
