@@ -112,6 +112,7 @@ def test_mlflow_holds_settings_metrics_tags_and_files(finished: Outcome, store: 
     kept = mlflow_run(store, finished)
 
     assert kept.info.status == "FINISHED" and kept.data.tags["status"] == DONE
+    assert finished.report["mlflow"]["run_id"] == kept.info.run_id
     assert kept.info.run_name == "detect_causal · tiny-llama · fp16 · dynamic 2..64"
     config = compose_config(
         [

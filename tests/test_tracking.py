@@ -501,6 +501,35 @@ def test_importing_tracking_is_light_and_plots_leave_no_global_figure(tmp_path):
     assert done.stdout.strip() == "set() False"
 
 
+def test_an_experiment_can_be_compared_with_its_killed_runs_and_without_the_parents(uri, folder, tmp_path, capsys):
+    from mlflow import MlflowClient
+    from reports import real
+
+    from pipeline.compare.__main__ import main
+
+    (folder / "report.json").write_text(json.dumps(real("llama3_1b-lowering")))
+    parent = tracking.start(a_config(uri), tmp_path / "sweep", name="the sweep")
+    whole, killed = record(uri, folder), tracking.start(a_config(uri), tmp_path / "killed")
+    for child in (whole, killed):
+        MlflowClient(tracking_uri=parent.uri).set_tag(child.run_id, "mlflow.parentRunId", parent.run_id)
+    with pytest.raises(ZeroDivisionError), tracking.start(a_config(uri), tmp_path / "crashed"):
+        print(1 / 0)
+
+    assert main(["proved-attention", "--uri", uri, "-o", str(tmp_path)]) == 0
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "Comparison of 3 runs" in markdown and parent.run_id not in markdown
+    assert "run: running: still running, or killed without a word" in markdown
+    assert "ZeroDivisionError: division by zero" in markdown
+    assert all(f"runs/{run.run_id}" in markdown for run in (whole, killed))
+    (tmp_path / "comparison.md").unlink()
+
+    assert main(["no-such", "--uri", uri, "-o", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no-such: no such file or folder, and no such experiment in" in said and said.count("\n") == 1
+    assert "it has: Default, proved-attention" in said
+    assert not (tmp_path / "comparison.md").exists()
+
+
 def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, tmp_path):
     """In a real browser, which is skipped where there is none; the screenshots are kept in ``test-artifacts``."""
     from browser import chromium, look, shoot, wait_for

@@ -172,7 +172,7 @@ def _without_report(run: Run) -> dict[str, Any]:
     still = run.info.status in ("RUNNING", "SCHEDULED")
     why = "still running, or killed without a word" if still else "the run left no report"
     failure = {
-        "stage": tags.get("failure.stage", "?"),
+        "stage": tags.get("failure.stage", "run"),
         "kind": tags.get("failure.kind", run.info.status.lower()),
         "message": tags.get("failure.message", why),
     }
