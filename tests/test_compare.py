@@ -220,6 +220,7 @@ def test_noise_is_no_regression(compare, earlier, tmp_path):
     code, _, markdown, _ = compare(tmp_path / "now", "--against", earlier, "--fail-if-slower", "5%")
 
     assert code == 0 and "| no difference |" in markdown
+    assert "Some or all of it measured on a GPU that the vendor does not support" in markdown
 
 
 def test_a_row_that_now_fails_is_a_regression(compare, earlier, tmp_path):
