@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generation_table import generation_tables, is_generation
+from pipeline.report import worst_case
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,7 +25,7 @@ def rows(report: dict[str, Any]) -> list[str]:
     engine = report["engine"] or {}
     backend, shape = config["backend"]["name"], config["shape"]
     device, host = prefill["device_ms"], prefill["host_ms"]
-    worst = max(verify["cases"], key=lambda case: case["relative_error"] / case["tolerance"])
+    worst = worst_case(verify)
     layers = "–"
     if engine:
         layers = f"{engine['iattention']} ({engine['iattention_causal']} causal, {engine['iattention_masked']} masked)"

@@ -12,6 +12,8 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
+from pipeline.report import worst_case
+
 
 class StageDisplay:
     """One line a stage, live while it runs where the console is a terminal."""
@@ -88,7 +90,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
         spared = f": no {', '.join(store['stages'])}; {seconds:.1f} s spared" if store["hit"] else ""
         yield "store", f"{'hit' if store['hit'] else 'miss'} {store['key'][:12]}{spared}"
     if verify := report["verify"]:
-        worst = max(verify["cases"], key=lambda case: case["relative_error"] / case["tolerance"])
+        worst = worst_case(verify)
         yield (
             "verified",
             f"{verify['executed']}{' (when it was stored)' if verify.get('stored') else ''}: "

@@ -13,7 +13,7 @@ from typing import Any
 from passes.errors import RunError, UserError
 from pipeline.config import Config
 from pipeline.console import StageDisplay
-from pipeline.report import new_report, write_json
+from pipeline.report import new_report, write_json, write_report
 
 
 class StopHere(Exception):
@@ -92,7 +92,8 @@ class Record:
     def close(self, status: str) -> None:
         """Write report.json; a run that failed stays failed."""
         self.report["status"] = "failed" if self.report["failure"] else status
-        self.keep_json("report.json", self.report)
+        assert self.folder is not None
+        write_report(self.folder / "report.json", self.report)
 
 
 def _failure(stage: str, error: BaseException) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -28,6 +29,35 @@ def new_report(config: Config) -> dict[str, Any]:
         "stages_s": {},
         "notes": [],
     }
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write report.json, sealed: its ``sha256`` is that of everything else in it."""
+    write_json(path, report | {"sha256": _digest(_finite(report))})
+
+
+def is_sealed(report: dict[str, Any]) -> bool:
+    """Whether a report that was read is as it was written; true also of older ones, which have no ``sha256``."""
+    return "sha256" not in report or report["sha256"] == _digest(report)
+
+
+def _digest(report: dict[str, Any]) -> str:
+    content = {key: value for key, value in report.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def worst_case(verify: dict[str, Any]) -> dict[str, Any]:
+    """The case of a report's ``verify`` section that came closest to its tolerance, or furthest beyond it."""
+    worst: dict[str, Any] = max(verify["cases"], key=error_share)
+    return worst
+
+
+def error_share(case: dict[str, Any]) -> float:
+    """Relative error of a case over what is allowed; infinite where there was no finite answer (null on disk)."""
+    error, allowed = case["relative_error"], case["tolerance"]
+    if error is None or allowed is None or not math.isfinite(error) or not allowed > 0:
+        return math.inf
+    return float(error / allowed)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -69,6 +69,7 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     except BaseException:
         record.discard_folder()
         raise
+    record.report["mlflow"] = tracked.identity
     with tracked:
         try:
             if loaded is not None:

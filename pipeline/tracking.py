@@ -90,6 +90,11 @@ class TrackedRun:
         self._open = True
 
     @property
+    def identity(self) -> dict[str, str]:
+        """What report.json says of the run: enough to find it again."""
+        return {"uri": redacted(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
+
+    @property
     def where(self) -> str:
         """What a person opens to see the run: its page on the server, or the command that shows the store."""
         if is_server(self.uri):

@@ -19,7 +19,10 @@ NO_METRICS = ("schema", "status", "failure", "config", "environment")  # of repo
 
 
 def run_name(config: Config) -> str:
-    """What a person calls the run, such as ``smollm2_135m · detect_causal · fp16 · dynamic 2..2048``."""
+    """What a person calls the run, such as ``detect_causal · smollm2_135m · fp16 · dynamic 2..2048``.
+
+    The strategy first: MLflow's lists and legends show some twenty characters, and rows of one model must differ.
+    """
     model, strategy, backend, shape = config.model, config.strategy, config.backend, config.shape
     who = Path(model.path).resolve().name if model.path else model.name
     if backend.name == "tensorrt":
@@ -31,8 +34,8 @@ def run_name(config: Config) -> str:
     length = f"{shape.min}..{shape.max}" if shape.kind == "dynamic" else str(shape.max)
     return " · ".join(
         [
-            who + (" (random)" if model.weights == "random" else ""),
             how,
+            who + (" (random)" if model.weights == "random" else ""),
             config.precision,
             f"{shape.kind} {length}",
             *([f"batch {shape.batch}"] if shape.batch > 1 else []),

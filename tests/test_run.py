@@ -112,7 +112,8 @@ def test_mlflow_holds_settings_metrics_tags_and_files(finished: Outcome, store: 
     kept = mlflow_run(store, finished)
 
     assert kept.info.status == "FINISHED" and kept.data.tags["status"] == DONE
-    assert kept.info.run_name == "tiny-llama · detect_causal · fp16 · dynamic 2..64"
+    assert finished.report["mlflow"]["run_id"] == kept.info.run_id
+    assert kept.info.run_name == "detect_causal · tiny-llama · fp16 · dynamic 2..64"
     config = compose_config(
         [
             "model=local", f"model.path={finished.report['config']['model']['path']}", "shape.max=64",
@@ -517,7 +518,7 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(tmp_path: Path) -> N
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
     kept = mlflow_run(store, outcome)
-    assert kept.info.run_name == "smollm2_135m · detect_causal · fp16 · dynamic 2..2048"
+    assert kept.info.run_name == "detect_causal · smollm2_135m · fp16 · dynamic 2..2048"
     assert kept.info.status == "FINISHED" and kept.data.metrics["verify.passed"] == 1
     files = {"report.json", "engine.trt", "engine.json", "graph_before.txt", "graph_after.txt", "attention_calls.md"}
     assert files <= artifacts(store, kept.info.run_id)

@@ -150,7 +150,7 @@ def test_first_run_creates_store_experiment_and_artifact_folder_and_says_nothing
     kept = home / "mlartifacts" / "proved-attention" / run.run_id / "artifacts"
     assert (kept / "engine.trt").read_bytes() == ENGINE
     info = stored(run).info
-    assert (info.status, info.run_name) == ("FINISHED", "smollm2_135m · detect_causal · fp16 · dynamic 2..2048")
+    assert (info.status, info.run_name) == ("FINISHED", "detect_causal · smollm2_135m · fp16 · dynamic 2..2048")
 
 
 def test_settings_are_parameters_and_environment_is_tags(uri, folder):
@@ -210,21 +210,21 @@ def test_engine_that_was_not_executed_is_a_finished_run(uri, folder):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({}, "smollm2_135m · detect_causal · fp16 · dynamic 2..2048"),
+        ({}, "detect_causal · smollm2_135m · fp16 · dynamic 2..2048"),
         (
             {"strategy": settings.StrategyConfig("lowering", "force")},
-            "smollm2_135m · lowering (force) · fp16 · dynamic 2..2048",
+            "lowering (force) · smollm2_135m · fp16 · dynamic 2..2048",
         ),
         (
             {"backend": settings.BackendConfig("torch_compile", mode="default"), "precision": "bf16"},
-            "smollm2_135m · torch_compile (default) · bf16 · dynamic 2..2048",
+            "torch_compile (default) · smollm2_135m · bf16 · dynamic 2..2048",
         ),
         (
             {
                 "model": settings.ModelConfig("local", path="/models/mine", weights="random"),
                 "shape": settings.ShapeConfig("static", batch=4, min=512, opt=512, max=512),
             },
-            "mine (random) · detect_causal · fp16 · static 512 · batch 4",
+            "detect_causal · mine (random) · fp16 · static 512 · batch 4",
         ),
     ],
 )
@@ -499,3 +499,84 @@ def test_importing_tracking_is_light_and_plots_leave_no_global_figure(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set() False"
+
+
+def test_an_experiment_can_be_compared_with_its_killed_runs_and_without_the_parents(uri, folder, tmp_path, capsys):
+    from mlflow import MlflowClient
+    from reports import real
+
+    from pipeline.compare.__main__ import main
+
+    (folder / "report.json").write_text(json.dumps(real("llama3_1b-lowering")))
+    parent = tracking.start(a_config(uri), tmp_path / "sweep", name="the sweep")
+    whole, killed = record(uri, folder), tracking.start(a_config(uri), tmp_path / "killed")
+    for child in (whole, killed):
+        MlflowClient(tracking_uri=parent.uri).set_tag(child.run_id, "mlflow.parentRunId", parent.run_id)
+    with pytest.raises(ZeroDivisionError), tracking.start(a_config(uri), tmp_path / "crashed"):
+        print(1 / 0)
+
+    assert main(["proved-attention", "--uri", uri, "-o", str(tmp_path)]) == 0
+    markdown = (tmp_path / "comparison.md").read_text()
+    assert "Comparison of 3 runs" in markdown and parent.run_id not in markdown
+    assert "run: running: still running, or killed without a word" in markdown
+    assert "ZeroDivisionError: division by zero" in markdown
+    assert all(f"runs/{run.run_id}" in markdown for run in (whole, killed))
+    (tmp_path / "comparison.md").unlink()
+
+    assert main(["no-such", "--uri", uri, "-o", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "no-such: no such file or folder, and no such experiment in" in said and said.count("\n") == 1
+    assert "it has: Default, proved-attention" in said
+    assert not (tmp_path / "comparison.md").exists()
+
+
+def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, tmp_path):
+    """In a real browser, which is skipped where there is none; the screenshots are kept in ``test-artifacts``."""
+    from browser import chromium, look, shoot, wait_for
+    from mlflow import MlflowClient
+    from reports import keep, real
+
+    from pipeline.compare.__main__ import main
+
+    with chromium() as browser:
+        address = server[1]
+        runs, medians = [], []
+        for name in ("upstream", "lowering", "detect_causal"):
+            report = real(f"llama3_1b-{name}")
+            folder = keep(tmp_path / name, report)
+            centre = report["benchmark"]["prefill"]["device_ms"]["median"]
+            medians.append(f"{centre:.4g}")  # as MLflow writes it
+            latency_plot({"prefill": {"device_ms": [centre + i % 7 / 100 for i in range(50)]}}, folder / "latency.png")
+            config = a_config(address)
+            config.strategy = settings.StrategyConfig(name)
+            with tracking.start(config, folder, environment=report["environment"]) as run:
+                run.finish(report, folder)
+            runs.append(run.run_id)
+        experiment = MlflowClient(tracking_uri=address).get_experiment_by_name("proved-attention").experiment_id
+        body = "document.body.innerText"
+        page = f"{address}/#/experiments/{experiment}"
+
+        assert main(["proved-attention", "--uri", address, "-o", str(tmp_path / "page")]) == 0
+        link = f"{page}/runs/{runs[0]}?workflowType=machine_learning"
+        assert link in (tmp_path / "page" / "comparison.html").read_text()
+
+        look(browser, 1280)
+        browser.get(address)
+        browser.execute_script(  # a panel of MLflow's that opens by itself over a third of the window, once
+            "localStorage['mlflow.assistant.fab.autoOpenedOnFirstLoad_v1'] = 'true';"
+            "localStorage['mlflow.assistant.panelOpen_v1'] = 'false'"
+        )
+        browser.get(f"{page}/runs?workflowType=machine_learning")
+        browser.refresh()
+        for name in ("upstream", "lowering", "detect_causal"):
+            wait_for(browser, f"return {body}.includes('{name} · smollm2_135m')")
+        shoot(browser, "mlflow_runs", beyond=False)
+
+        browser.get(f"{address}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment])}")
+        wait_for(browser, f"return {body}.includes('benchmark.prefill.device_ms.median')")
+        wait_for(browser, f"return {json.dumps(medians)}.every(ms => {body}.includes(ms))")
+        shoot(browser, "mlflow_compare", beyond=False)
+
+        browser.get(f"{page}/runs/{runs[0]}/artifacts/latency.png")
+        wait_for(browser, "return [...document.images].some(i => i.naturalWidth == 960)")
+        shoot(browser, "mlflow_plot", beyond=False)

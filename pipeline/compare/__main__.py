@@ -1,0 +1,125 @@
+"""``python -m pipeline.compare``: reports in, one HTML page and one Markdown file out.
+
+Exit code 1: ``--fail-if-slower`` found a row that is slower.  2: something asked for cannot be done; one line says
+what, and nothing was written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from passes.errors import UserError
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse's way prints its usage over the message
+        raise UserError(f"{message}; --help shows what is taken")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("python -m pipeline.compare", description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a report.json, a folder of them, or an MLflow "
+                        "experiment; default: the folder outputs")  # fmt: skip
+    parser.add_argument("--uri", default=DEFAULT_URI, help="the MLflow store that has the experiments "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--mlflow-ui", metavar="URL", help="where `mlflow ui` shows a store that has no server "
+                        "(default: http://localhost:5000)")  # fmt: skip
+    parser.add_argument("--baseline", metavar="AXIS:VALUE", help="show how many times as fast as these rows the others "
+                        "are: strategy:upstream, or backend:eager,cache:none")  # fmt: skip
+    parser.add_argument("--against", metavar="SOURCE", action="append", default=[], help="earlier reports to compare "
+                        "each row with")  # fmt: skip
+    parser.add_argument("--fail-if-slower", metavar="PERCENT", help="exit code 1 if a row is slower than the one of "
+                        "--against (else of --baseline) by more than this, interval and all: 5%%")  # fmt: skip
+    parser.add_argument("-o", "--output", default=".", help="a folder, or the HTML file; the Markdown file goes beside "
+                        "it (default: comparison.html and comparison.md here)")  # fmt: skip
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    try:
+        return _main(sys.argv[1:] if arguments is None else arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _main(arguments: list[str]) -> int:
+    asked = _parser().parse_args(arguments)
+    limit = _limit(asked.fail_if_slower)
+    if limit is not None and not asked.against and not asked.baseline:
+        raise UserError(f"--fail-if-slower {asked.fail_if_slower}: than what? add --against SOURCE or --baseline")
+    html_path = _html_path(asked.output)
+    if not asked.sources and not Path("outputs").is_dir():
+        raise UserError("no SOURCE given, and there is no folder outputs; name a folder of reports or an experiment")
+
+    from pipeline.compare import page
+    from pipeline.compare.baseline import against_baseline, against_earlier, parse_baseline
+    from pipeline.compare.labels import sections
+    from pipeline.compare.rows import row
+    from pipeline.compare.sources import UI, read
+
+    ui = asked.mlflow_ui or UI
+    if not re.match(r"https?://", ui):
+        raise UserError(f"--mlflow-ui {ui}: is no address; write http://HOST:PORT")
+    rows = [row(found) for found in read(asked.sources or ["outputs"], asked.uri, ui)]
+    baseline = parse_baseline(asked.baseline, rows) if asked.baseline else None
+    groups = sections(rows)
+    compared = [against_baseline(section, baseline) if baseline else [] for section in groups]
+    regressions = None
+    if asked.against:
+        earlier = [row(found) for found in read(asked.against, asked.uri, ui)]
+        sections(earlier)  # for their labels
+        regressions = against_earlier(rows, earlier)
+    shown = [page.show(section, found, asked.baseline) for section, found in zip(groups, compared, strict=True)]
+    _write(html_path, *page.render(shown, asked.baseline, regressions, limit))
+
+    for one in shown:
+        for text in one.verdicts:
+            print(f"{one.section.title}: {text}")
+    print(f"{html_path} and {html_path.with_suffix('.md').name}: {len(rows)} runs, "
+          f"{sum(bool(each.timings) for each in rows)} timed")  # fmt: skip
+    if limit is None:
+        return 0
+    checked = regressions if regressions is not None else [each for found in compared for each in found]
+    slower = [each for each in checked if each.slower(limit)]
+    for each in slower:
+        print(f"slower: {each.row.model}, {each.row.label}, {each.measure}: {each.time or each.why}", file=sys.stderr)
+    return 1 if slower else 0
+
+
+def _limit(text: str | None) -> float | None:
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not found or not math.isfinite(float(found[1])):
+        raise UserError(f"--fail-if-slower {text}: is no percentage; write it as 5%")
+    return float(found[1]) / 100
+
+
+def _html_path(output: str) -> Path:
+    path = Path(output)
+    if path.suffix == ".html" and not path.is_dir():
+        return path
+    if path.suffix and not path.is_dir():
+        raise UserError(f"--output {output}: name a folder, or a file that ends in .html")
+    return path / "comparison.html"
+
+
+def _write(html_path: Path, html: str, markdown: str) -> None:
+    try:
+        html_path.parent.mkdir(parents=True, exist_ok=True)
+        html_path.write_text(html, encoding="utf-8")
+        html_path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output {html_path}: cannot be written ({error.strerror})") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

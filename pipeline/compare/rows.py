@@ -1,0 +1,280 @@
+"""A report as a row of the comparison: what it ran, what it measured, or why it measured nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from passes.errors import UserError
+from pipeline.compare.sources import Found
+from pipeline.config import STRATEGIES
+from pipeline.report import error_share, worst_case
+from pipeline.tracking_names import verified
+
+AXES = ("model", "precision", "strategy", "backend", "shape", "cache")
+"""The settings of a report's ``config`` that make one row another than the next."""
+NO_AXES = ("model.source", "model.revision", "model.architecture", "model.path")  # the model's name stands for them
+CLOCKS = ("device_ms", "ttft_ms", "tpot_ms")
+Axes = dict[str, str]
+
+
+class Measure(NamedTuple):
+    """What was timed.  Only times of one measure can be compared."""
+
+    kind: str
+    """``prefill`` or ``generate``."""
+    batch: int
+    input_length: int
+    output_length: int
+    """0 for a prefill."""
+    clock: str
+    """``device_ms`` of all of it, ``ttft_ms`` to the first token, ``tpot_ms`` for each later one."""
+
+    @property
+    def what(self) -> str:
+        whole = "prefill" if self.kind == "prefill" else "whole generation"
+        return {"ttft_ms": "time to first token", "tpot_ms": "time per output token"}.get(self.clock, whole)
+
+    @property
+    def size(self) -> str:
+        more = f" + {self.output_length}" if self.output_length else ""
+        return f"{self.batch} × {self.input_length}{more} tokens"
+
+    def __str__(self) -> str:
+        return f"{self.what}, {self.size}"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A median in ms with its 95 % interval, and the samples that it is of, where they were kept."""
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measure of one row."""
+
+    time: Figure
+    host_ms: float | None
+    floor_ms: float | None
+    roofline_fraction: float | None
+    tainted: list[str]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The case of the verification that came closest to what is allowed."""
+
+    executed: str
+    """``engine``, the rival's name, or ``graph`` where no engine could run."""
+    case: str
+    relative_error: float | None
+    tolerance: float | None
+    share: float
+    """Relative error over tolerance; infinite where there was no finite answer."""
+    pytorch_share: float | None
+    """The same of PyTorch at this precision."""
+    passed: bool
+
+
+@dataclass
+class Row:
+    """One report."""
+
+    name: str
+    axes: Axes
+    known: frozenset[str]
+    """Every axis that the report's version had, unset ones too."""
+    status: str
+    reason: str | None
+    """Why nothing was timed; None where something was."""
+    timings: dict[Measure, Timing]
+    accuracy: Accuracy | None
+    stages_s: dict[str, float]
+    environment: dict[str, Any]
+    attention: str | None
+    """The engine's native attention layers, by kind."""
+    engine_bytes: int | None
+    peak_bytes: int | None
+    notes: list[str]
+    link: str | None
+    label: str = field(default="")
+    """What tells it from the rows beside it; set by :func:`pipeline.compare.labels.label`."""
+
+    @property
+    def how(self) -> str:
+        """The strategy, or the rival."""
+        backend = self.axes.get("backend.name", "tensorrt")
+        if backend != "tensorrt":
+            mode = self.axes.get("backend.mode")
+            return f"{backend} ({mode})" if mode else backend
+        name, unproven = self.axes.get("strategy.name", "?"), self.axes.get("strategy.unproven")
+        special = [unproven] if unproven and unproven not in STRATEGIES.get(name, ())[:1] else []
+        assume = self.axes.get("strategy.assume")
+        special += [f"assume {assume.strip('[]').replace(',', ', ')}"] if assume else []
+        return f"{name} ({', '.join(special)})" if special else name
+
+    @property
+    def model(self) -> str:
+        random = " (random weights)" if self.axes.get("model.weights") == "random" else ""
+        return self.axes.get("model.name", "?") + random
+
+    @property
+    def gpu(self) -> str | None:
+        return self.environment.get("gpu")
+
+    @property
+    def supported(self) -> bool:
+        """False where the vendor does not support this GPU."""
+        return self.environment.get("supported_by_vendor") is not False
+
+
+def row(found: Found) -> Row:
+    """The row of a report; raises :class:`UserError` for a report that lacks what schema 1 has."""
+    report = found.report
+    try:
+        timings = dict(_timings(report, found.samples)) if report["status"] == "ok" and verified(report) else {}
+        engine = report.get("engine") or {}
+        memory = (report.get("benchmark") or {}).get("memory") or {}
+        return Row(
+            name=found.name,
+            axes=axes(report["config"]),
+            known=frozenset(key for key, _ in _settings(report["config"])),
+            status=report["status"],
+            reason=None if timings else _reason(report),
+            timings=timings,
+            accuracy=_accuracy(report.get("verify")),
+            stages_s={str(name): float(seconds) for name, seconds in (report.get("stages_s") or {}).items()},
+            environment=dict(report.get("environment") or {}),
+            attention=_attention(engine),
+            engine_bytes=int(engine["bytes"]) if engine.get("bytes") else None,
+            peak_bytes=None if memory.get("peak_bytes") is None else int(memory["peak_bytes"]),
+            notes=[str(note) for note in report.get("notes") or []],
+            link=found.link,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"{error}"
+        raise UserError(f"{found.name}: is no report of a run ({what})") from None
+
+
+def axes(config: Mapping[str, Any]) -> Axes:
+    """The settings of a config that tell rows apart, dotted, as the command line writes them.
+
+    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption.
+    """
+    found = {key: _written(value) for key, value in _settings(config) if value not in (None, [], {})}
+    model = config.get("model") or {}
+    if model.get("path"):
+        found["model.name"] = Path(model["path"]).name
+    if found.get("backend.name", "tensorrt") != "tensorrt":
+        found = {key: value for key, value in found.items() if not key.startswith("strategy.")}
+    if "strategy.assume" not in found:
+        found.pop("strategy.guard", None)
+    return found
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for group in AXES:
+        value = config.get(group)
+        if not isinstance(value, Mapping):
+            yield group, value
+            continue
+        for key, setting in value.items():
+            if f"{group}.{key}" not in NO_AXES:
+                yield f"{group}.{key}", setting
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"[{','.join(map(_written, value))}]" if isinstance(value, list) else str(value)
+
+
+def _timings(report: Mapping[str, Any], samples: Mapping[str, Any]) -> Iterator[tuple[Measure, Timing]]:
+    benchmark = report.get("benchmark") or {}
+    entries = [("prefill", "prefill", benchmark.get("prefill")), ("generate", "generate", benchmark.get("generate"))]
+    entries += [
+        (f"prefill_{entry['batch']}x{entry['input_length']}", "prefill", entry)
+        for entry in benchmark.get("prefill_shapes") or []
+    ]
+    for name, kind, entry in entries:
+        if not entry:
+            continue
+        for clock in CLOCKS:
+            if not entry.get(clock):
+                continue
+            whole = clock == "device_ms"
+            size = int(entry["batch"]), int(entry["input_length"]), int(entry.get("output_length") or 0)
+            figure = _figure(entry[clock], (samples.get(name) or {}).get(clock) or ())
+            host = (entry.get("host_ms") or {}).get("median") if whole else None
+            step = benchmark.get("decode") or {} if clock == "tpot_ms" else {}
+            bound = entry if whole else step  # what has the floor of this time
+            tainted = [str(taint) for taint in entry.get("tainted") or []]
+            yield (
+                Measure(kind, *size, clock),
+                Timing(
+                    figure,
+                    _number(host),
+                    _number(bound.get("floor_ms")),
+                    _number(bound.get("roofline_fraction")),
+                    tainted,
+                ),
+            )
+
+
+def _figure(summary: Mapping[str, Any], samples: Any) -> Figure:
+    low, high = summary["ci95"]
+    median = float(summary["median"])
+    if not 0 < median < float("inf"):
+        raise ValueError(f"a median of {median} ms")
+    return Figure(median, float(low), float(high), tuple(map(float, samples)))
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _attention(engine: Mapping[str, Any]) -> str | None:
+    if engine.get("iattention") is None:
+        return None
+    causal, masked = int(engine["iattention_causal"]), int(engine["iattention_masked"])
+    kinds = {"causal": causal, "masked": masked, "full": int(engine["iattention"]) - causal - masked}
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count) or "none"
+
+
+def _accuracy(verify: Mapping[str, Any] | None) -> Accuracy | None:
+    if not verify or not verify["cases"]:
+        return None
+    worst = worst_case(dict(verify))
+    own = (worst.get("pytorch") or {}).get("relative_error")
+    return Accuracy(
+        executed=str(verify.get("executed", "?")),
+        case=str(worst["name"]),
+        relative_error=worst["relative_error"],
+        tolerance=worst["tolerance"],
+        share=error_share(worst),
+        pytorch_share=None if own is None else error_share({**worst, "relative_error": own}),
+        passed=bool(verify["passed"]),
+    )
+
+
+def _reason(report: Mapping[str, Any]) -> str:
+    """Why a report has no figure."""
+    config = report["config"]
+    if failure := report.get("failure"):
+        return "{stage}: {kind}: {message}".format(**failure)
+    if report["status"] == "unavailable":
+        return str(report.get("unavailable") or next(iter(report.get("notes") or []), "no reason was recorded"))
+    if report["status"] == "not_executed":
+        return "no GPU could run it: nothing was timed"
+    if config.get("until"):
+        return f"stopped after the stage asked for (until={config['until']})"
+    if not verified(report):
+        return "no verification that it passed, so its times do not count"
+    return "nothing was to be timed (benchmark=none)"

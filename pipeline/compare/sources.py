@@ -1,0 +1,187 @@
+"""Where reports come from: files and folders on disk, or the runs of an MLflow experiment."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import redirect_stderr
+from dataclasses import dataclass, field
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from passes.errors import UserError
+from pipeline.report import SCHEMA, is_sealed
+from pipeline.tracking_store import as_user_error, check_store, is_server, open_client, quiet, redacted
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+REPORT, SAMPLES = "report.json", "samples.json"
+OTHERS = (SAMPLES, "engine.json", "stored.json")  # that a run or the engine store leaves beside a report
+UI = "http://localhost:5000"  # where `mlflow ui` listens by default
+STATUSES = ("ok", "failed", "not_executed", "unavailable")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A report and where it was."""
+
+    report: dict[str, Any]
+    name: str
+    """The file, or the run: what a message calls it."""
+    samples: Mapping[str, Any] = field(default_factory=dict)
+    """samples.json: measurement -> clock -> times in ms; empty where there is none."""
+    link: str | None = None
+    """The page of its MLflow run."""
+
+
+def read(sources: list[str], uri: str, ui: str = UI) -> list[Found]:
+    """The reports of ``sources``, each a file, a folder, or an experiment in the MLflow store ``uri``; at least one.
+
+    Of a folder, every report.json below it; where there is none, every other JSON file, as in benchmarks/results.
+    ``ui`` is where the pages of a store without a server are.  Raises :class:`UserError`.
+    """
+    found: dict[str, Found] = {}  # a report that is named twice counts once
+    for source in sources:
+        path = Path(source)
+        if path.is_dir():
+            files = sorted(path.rglob(REPORT)) or sorted(p for p in path.rglob("*.json") if p.name not in OTHERS)
+            if not files:
+                raise UserError(f"{source}: no {REPORT} in this folder; name one that runs have written to")
+            found |= {str(file.resolve()): read_file(file, ui) for file in files}
+        elif path.is_file():
+            found[str(path.resolve())] = read_file(path, ui)
+        else:
+            found |= {run.name: run for run in read_experiment(source, uri, ui)}
+    return list(found.values())
+
+
+def read_file(path: Path, ui: str = UI) -> Found:
+    """The report in ``path``, with the samples beside it; raises :class:`UserError` for what is no whole report."""
+    report = parse(path, str(path))
+    samples_path = path.with_name(SAMPLES)
+    samples = {}
+    if path.name == REPORT and samples_path.is_file():
+        samples = _object(samples_path, str(samples_path))
+    tracked = report.get("mlflow")
+    try:
+        link = run_page(tracked["uri"], ui, tracked["experiment_id"], tracked["run_id"]) if tracked else None
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: mlflow={tracked}: is no run's uri, experiment_id and run_id") from None
+    return Found(report, str(path), samples, link)
+
+
+def parse(path: Path, name: str) -> dict[str, Any]:
+    """The report in ``path``, which messages call ``name``."""
+    report = _object(path, name)
+    if report.get("schema") != SCHEMA:
+        raise UserError(f"{name}: schema={report.get('schema')}: only reports of schema {SCHEMA} can be compared")
+    if report.get("status") not in STATUSES:
+        raise UserError(f"{name}: status={report.get('status')}: allowed are {', '.join(STATUSES)}")
+    if not is_sealed(report):
+        raise UserError(f"{name}: was changed after the run (its sha256 is another); take the report from MLflow")
+    return report
+
+
+def _object(path: Path, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    except ValueError:  # a JSON error, or bytes that are no UTF-8
+        raise UserError(f"{name}: is cut off or no JSON; remove it, or repeat its run") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{name}: holds no report, but a JSON {type(content).__name__}")
+    return content
+
+
+def run_page(uri: str, ui: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page: on the server, or where `mlflow ui` shows a store that has none."""
+    base = redacted(uri) if is_server(uri) else ui
+    return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
+
+
+def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found]:
+    """Every run of experiment ``name``.  A run without a report (it still runs, or was killed) is one that failed;
+    a sweep's parent, which is the sum of its children, is none."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise UserError(f"{name}: no such file or folder, and no MLflow store {uri} to have an experiment of this name")
+    store = check_store(uri, must_exist=True)
+    with as_user_error(f"--uri={redacted(uri)}"), quiet(), tempfile.TemporaryDirectory() as copies:
+        client = open_client(store)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            known = ", ".join(sorted(e.name for e in client.search_experiments())) or "none"
+            raise UserError(
+                f"{name}: no such file or folder, and no such experiment in {redacted(uri)}; it has: {known}"
+            )
+        runs = _all_runs(client, experiment.experiment_id)
+        parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
+        kept = [run for run in runs if run.info.run_id not in parents]
+        if not kept:
+            raise UserError(f"{name}: this experiment of {redacted(uri)} has no runs")
+        for run in kept:
+            where = f"run {run.info.run_id}"
+            link = run_page(uri, ui, run.info.experiment_id, run.info.run_id)
+            folder = Path(copies) / run.info.run_id
+            report = _artifact(client, run, REPORT, folder)
+            if report is None:
+                yield Found(_without_report(run), where, link=link)
+                continue
+            samples = _artifact(client, run, SAMPLES, folder)
+            yield Found(parse(report, where), where, _object(samples, f"{where}, {SAMPLES}") if samples else {}, link)
+
+
+def _all_runs(client: MlflowClient, experiment_id: str) -> list[Run]:
+    runs, token = [], None
+    while True:
+        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
+        runs += list(page)
+        token = page.token
+        if not token:
+            return runs
+
+
+def _artifact(client: MlflowClient, run: Run, name: str, folder: Path) -> Path | None:
+    """The run's file ``name``, in place or copied into ``folder``; None where it has none."""
+    if run.info.artifact_uri.startswith("file:"):
+        path = Path(url2pathname(urlsplit(run.info.artifact_uri).path)) / name
+        return path if path.is_file() else None
+    if name not in {item.path for item in client.list_artifacts(run.info.run_id)}:
+        return None
+    folder.mkdir(exist_ok=True)
+    with redirect_stderr(StringIO()):  # a progress bar that counts files: 0 of 1, 1 of 1
+        return Path(client.download_artifacts(run.info.run_id, name, str(folder)))
+
+
+def _without_report(run: Run) -> dict[str, Any]:
+    """What MLflow's own record of a run tells, in the form of a report."""
+    tags = run.data.tags
+    config: dict[str, Any] = {}
+    for key, text in run.data.params.items():
+        *groups, last = key.split(".")
+        place = config
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[last] = _value(text)
+    still = run.info.status in ("RUNNING", "SCHEDULED")
+    why = "still running, or killed without a word" if still else "the run left no report"
+    failure = {
+        "stage": tags.get("failure.stage", "run"),
+        "kind": tags.get("failure.kind", run.info.status.lower()),
+        "message": tags.get("failure.message", why),
+    }
+    environment = {"gpu": tags.get("gpu"), "supported_by_vendor": _value(tags.get("supported_by_vendor", "null"))}
+    return {"status": "failed", "failure": failure, "config": config, "environment": environment}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:  # parameters hold text as it is, everything else as JSON
+        return text

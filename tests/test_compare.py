@@ -1,0 +1,370 @@
+"""The comparison of reports: what it shows, what it refuses, and when it calls a row slower."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from reports import REAL, failed, keep, real, timed, varied
+
+from pipeline.compare import ratios
+from pipeline.compare.__main__ import main
+from pipeline.compare.labels import Section, sections
+from pipeline.compare.ratios import ratio
+from pipeline.compare.rows import Figure, Row, axes, row
+from pipeline.compare.sources import Found, read_file
+from pipeline.report import is_sealed, write_report
+
+
+def rows_of(*reports: dict) -> list[Row]:
+    return [row(Found(report, f"report {i}")) for i, report in enumerate(reports)]
+
+
+def only_section(*reports: dict) -> Section:
+    (section,) = sections(rows_of(*reports))
+    return section
+
+
+@pytest.fixture
+def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Runs the command and returns its exit code, what it wrote (HTML and Markdown) and what it said to stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str, str]:
+        out = tmp_path / "page"
+        code = main([*map(str, arguments), "-o", str(out)])
+        texts = [(out / name).read_text() if out.exists() else "" for name in ("comparison.html", "comparison.md")]
+        shutil.rmtree(out, ignore_errors=True)
+        return code, *texts, capsys.readouterr().err
+
+    return run
+
+
+# ---- what is shown
+
+
+def test_every_report_has_a_line_with_its_time_or_its_reason(compare, tmp_path):
+    code, html, markdown, _ = compare(varied(tmp_path / "runs"))
+
+    assert code == 0
+    assert "Comparison of 21 runs" in html and "18 timed, 3 not" in html
+    for text in (html, markdown):
+        assert "9.14 (9.12–9.17)" in text  # llama3_1b, lowering
+        assert "out_of_memory: needs 141.2 GiB" in text
+        assert "TensorRT-RTX has no plugins" in text
+        assert "no GPU could run it: nothing was timed" in text
+        assert "whole generation, 1 × 2048 + 128 tokens" in text and "time per output token" in text
+
+
+def test_the_page_needs_nothing_from_anywhere_and_escapes_what_reports_say(compare, tmp_path):
+    _, html, markdown, _ = compare(varied(tmp_path / "runs"))
+
+    assert not re.search(r"(src|href)=\"?(https?:)?//", html) and "<script" not in html and "@import" not in html
+    assert "free &lt;b&gt;&amp;&#34;quoted&#34; | piped" in html and "<b>&" not in html
+    assert 'free &lt;b&gt;&amp;"quoted" \\| piped' in markdown
+
+
+def test_figures_of_an_unsupported_gpu_say_so_beside_every_table(compare):
+    _, html, markdown, _ = compare(REAL)
+
+    assert html.count("Measured on a GPU that the vendor does not support") == html.count('class="figures"') == 4
+    assert markdown.count("does not support this GPU") == 4
+
+
+def test_a_supported_gpu_is_not_accused(compare, tmp_path):
+    report = real("llama3_1b-lowering")
+    report["environment"]["supported_by_vendor"] = True
+    _, html, markdown, _ = compare(keep(tmp_path / "run", report))
+
+    assert "does not support" not in html + markdown
+
+
+def test_times_of_an_engine_that_was_not_verified_are_not_shown():
+    unverified = real("llama3_1b-lowering")
+    unverified["verify"]["passed"] = False
+
+    (shown,) = rows_of(unverified)
+
+    assert shown.timings == {} and shown.reason and "no verification" in shown.reason
+
+
+def test_a_worst_case_without_a_finite_answer_is_shown_as_such(compare, tmp_path):
+    report = failed(real("llama3_1b-lowering"), "verify", "accuracy", "no finite logits")
+    report["verify"] = real("llama3_1b-lowering")["verify"] | {"passed": False}
+    report["verify"]["cases"][0] |= {"relative_error": None, "passed": False}
+    code, html, markdown, _ = compare(keep(tmp_path / "run", report))
+
+    assert code == 0 and "not finite" in html and "– / 0.052 FAILED" in markdown
+
+
+def test_labels_say_what_differs_and_no_more():
+    fp16, bf16 = real("llama3_1b-lowering"), real("llama3_1b-lowering")
+    bf16["config"]["precision"] = "bf16"
+    level = copy.deepcopy(fp16)
+    level["config"]["backend"]["optimization_level"] = 5
+
+    assert [each.label for each in only_section(fp16, real("llama3_1b-eager")).rows] == ["lowering", "eager"]
+    assert {each.label for each in only_section(fp16, bf16).rows} == {"lowering · fp16", "lowering · bf16"}
+    assert {each.label for each in only_section(fp16, level).rows} == {
+        "lowering · optimization_level unset", "lowering · optimization_level 5"
+    }  # fmt: skip
+    assert {each.label for each in only_section(fp16, fp16).rows} == {"lowering · run 1", "lowering · run 2"}
+
+
+def test_a_strategy_has_no_part_in_a_rival():
+    assert not any(key.startswith("strategy") for key in axes(real("llama3_1b-eager")["config"]))
+
+
+def test_models_and_gpus_are_not_mixed():
+    other = real("llama3_1b-lowering")
+    other["environment"]["gpu"] = "NVIDIA A100"
+
+    titles = [each.title for each in sections(rows_of(real("llama3_1b-lowering"), other, real("qwen3_0_6b-lowering")))]
+
+    assert titles == [
+        "llama3_1b (random weights) on NVIDIA A100",
+        "llama3_1b (random weights) on NVIDIA H200",
+        "qwen3_0_6b (random weights) on NVIDIA H200",
+    ]
+
+
+def test_the_winner_is_named_with_its_lead_and_a_close_second_is_no_loser(compare):
+    _, _, markdown, _ = compare(REAL, "--baseline", "strategy:upstream")
+
+    assert "**detect_causal and lowering** are too close to call, at 9.11 ms. Next: decompose, 1.20" in markdown
+    assert re.search(r"detect_causal is 2\.29 \(2\.2\d–2\.3\d\) times as fast as upstream", markdown)
+
+
+# ---- ratios and baselines
+
+
+def test_a_ratio_is_that_of_the_medians_and_its_interval_holds_it():
+    slow, fast = Figure(20.0, 19.8, 20.2), Figure(10.0, 9.95, 10.05)
+
+    times = ratio([slow], [fast])
+
+    assert times.value == 2.0 and 1.97 < times.low < 2.0 < times.high < 2.03
+    assert times.inverse.value == 0.5 and times.inverse.low < 0.5 < times.inverse.high
+
+
+def test_an_interval_from_samples_is_that_of_their_bootstrap():
+    even = Figure(10.0, 0.1, 100.0, samples=(10.0,) * 50)  # the summary lies; the samples know better
+
+    assert ratio([even], [even]) == ratios.Ratio(1.0, 1.0, 1.0)
+
+
+def test_repetitions_that_disagree_widen_the_interval():
+    one = Figure(10.0, 9.99, 10.01)
+    apart = [Figure(9.0, 8.99, 9.01), Figure(11.0, 10.99, 11.01)]
+
+    alone, together = ratio([one], [one]), ratio(apart, [one])
+
+    assert together.value == pytest.approx(1.0)
+    assert together.high - together.low > 10 * (alone.high - alone.low)
+
+
+def test_samples_beside_a_report_are_read(tmp_path):
+    folder = keep(tmp_path / "run", real("llama3_1b-lowering"), {"prefill": {"device_ms": [9.0, 9.1, 9.2]}})
+
+    (timing,) = row(read_file(folder / "report.json")).timings.values()
+
+    assert timing.time.samples == (9.0, 9.1, 9.2)
+
+
+def test_a_baseline_of_other_work_gives_no_speed_up(compare, tmp_path):
+    bf16 = real("llama3_1b-upstream")
+    bf16["config"]["precision"] = "bf16"
+    keep(tmp_path / "runs" / "fp16", real("llama3_1b-lowering"))
+    keep(tmp_path / "runs" / "bf16", bf16)
+
+    _, _, other_precision, _ = compare(tmp_path / "runs", "--baseline", "strategy:upstream")
+    _, _, asked_for, _ = compare(tmp_path / "runs", "--baseline", "strategy:upstream,precision:bf16")
+
+    assert "times as fast as upstream" not in other_precision and "no baseline of the same precision" in other_precision
+    assert re.search(r"lowering · fp16 is 2\.28 \(2\.2\d–2\.\d\d\) times as fast as upstream · bf16", asked_for)
+
+
+# ---- the regression check
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    for name in ("upstream", "mask_input", "eager"):
+        keep(tmp_path / "earlier" / name, real(f"llama3_1b-{name}"))
+    return tmp_path / "earlier"
+
+
+@pytest.mark.parametrize(("factor", "code", "verdict"), [
+    (1.10, 1, "slower"), (1.03, 0, "slower, within the limit"), (1.0, 0, "no difference"), (0.9, 0, "faster")
+])  # fmt: skip
+def test_a_row_is_slower_when_its_whole_interval_is(compare, earlier, tmp_path, factor, code, verdict):
+    keep(tmp_path / "now" / "upstream", timed(real("llama3_1b-upstream"), factor))
+
+    got, _, markdown, said = compare(tmp_path / "now", "--against", earlier, "--fail-if-slower", "5%")
+
+    assert got == code
+    assert f"| {verdict} |" in markdown and markdown.count("was not run again") == 2
+    assert ("slower: llama3_1b (random weights), upstream" in said) == bool(code)
+
+
+def test_noise_is_no_regression(compare, earlier, tmp_path):
+    noisy = timed(real("llama3_1b-upstream"), 1.10)
+    median = noisy["benchmark"]["prefill"]["device_ms"]["median"]
+    noisy["benchmark"]["prefill"]["device_ms"]["ci95"] = [0.8 * median, 1.2 * median]
+    keep(tmp_path / "now" / "upstream", noisy)
+
+    code, _, markdown, _ = compare(tmp_path / "now", "--against", earlier, "--fail-if-slower", "5%")
+
+    assert code == 0 and "| no difference |" in markdown
+    assert "Some or all of it measured on a GPU that the vendor does not support" in markdown
+
+
+def test_a_row_that_now_fails_is_a_regression(compare, earlier, tmp_path):
+    keep(tmp_path / "now" / "upstream", failed(real("llama3_1b-upstream"), "build", "crash", "killed by signal 11"))
+    keep(tmp_path / "now" / "eager", real("llama3_1b-eager"))
+
+    code, _, markdown, said = compare(tmp_path / "now", "--against", earlier, "--fail-if-slower", "5%")
+
+    assert code == 1 and "failed: build: crash: killed by signal 11" in said and "no difference" in markdown
+
+
+def test_rows_are_matched_by_their_settings_though_one_set_knows_fewer(compare, earlier, tmp_path):
+    newer = timed(real("llama3_1b-upstream"), 1.2)
+    newer["config"]["backend"]["brand_new"] = "setting"
+    keep(tmp_path / "now" / "upstream", newer)
+
+    code, _, _, said = compare(tmp_path / "now", "--against", earlier, "--fail-if-slower", "5%")
+
+    assert code == 1 and "upstream" in said
+
+
+def test_without_earlier_reports_rows_are_held_to_the_baseline(compare):
+    code, _, _, said = compare(REAL, "--baseline", "strategy:upstream", "--fail-if-slower", "5%")
+
+    assert code == 1  # torch_compile is, with qwen2_5_0_5b
+    assert said.splitlines() == [
+        line for line in said.splitlines() if "qwen2_5_0_5b" in line and "torch_compile" in line
+    ]
+
+
+# ---- what is refused: one line, exit code 2, nothing written
+
+
+def cut_off(folder: Path) -> None:
+    path = keep(folder, real("llama3_1b-lowering")) / "report.json"
+    path.write_text(path.read_text()[:-100])
+
+
+def edited(folder: Path) -> None:
+    path = folder / "report.json"
+    folder.mkdir()
+    write_report(path, real("llama3_1b-lowering"))
+    assert is_sealed(json.loads(path.read_text()))
+    path.write_text(path.read_text().replace('"median": 9.13', '"median": 5.13'))
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (cut_off, "is cut off or no JSON"),
+    (edited, "was changed after the run"),
+    (lambda f: keep(f, real("llama3_1b-lowering") | {"schema": 7}), "schema=7: only reports of schema 1"),
+    (lambda f: keep(f, real("llama3_1b-lowering") | {"status": "great"}), "status=great: allowed are ok"),
+    (lambda f: keep(f, real("llama3_1b-lowering") | {"config": None}), "is no report of a run"),
+    (lambda f: keep(f, real("llama3_1b-lowering"), {"prefill": {"device_ms": ["x"]}}), "is no report of a run"),
+    (lambda f: keep(f, real("llama3_1b-lowering") | {"mlflow": "yes"}), "mlflow=yes: is no run's"),
+    (lambda f: keep(f, []), "holds no report, but a JSON list"),
+    (lambda f: f.mkdir(), "no report.json in this folder"),
+    (lambda f: None, "no such file or folder, and no MLflow store"),
+])  # fmt: skip
+def test_what_is_no_report_is_refused_in_one_line(compare, tmp_path, monkeypatch, make, says):
+    monkeypatch.chdir(tmp_path)
+    keep(tmp_path / "good", real("llama3_1b-upstream"))
+    make(tmp_path / "bad")
+
+    code, html, _, said = compare("good", "bad")
+
+    assert (code, html) == (2, "")
+    assert said.startswith("error: ") and says in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["--fail-if-slower", "five"], "five: is no percentage; write it as 5%"),
+    (["--fail-if-slower", "-5%"], "expected one argument"),
+    (["--fail-if-slower", "5%"], "than what?"),
+    (["--baseline", "upstream"], "is written AXIS:VALUE"),
+    (["--baseline", "weather:fine"], "no axis weather; these reports have "),
+    (["--baseline", "strategy:fast"], "strategy here is decompose, detect_causal, lowering, mask_input, upstream"),
+    (["--baseline", "strategy:upstream,backend:eager"], "no report has all of it together"),
+    (["--against", "nowhere"], "nowhere: no such file or folder"),
+    (["--mlflow-ui", "javascript:alert(1)"], "is no address"),
+    (["--colour"], "unrecognized arguments: --colour"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_refused_in_one_line(compare, tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+
+    code, html, _, said = compare(REAL, *arguments)
+
+    assert (code, html) == (2, "")
+    assert says in said and said.count("\n") == 1
+
+
+def test_reports_that_share_no_row_cannot_be_held_against_each_other(compare, tmp_path):
+    now, then = keep(tmp_path / "now", real("llama3_1b-eager")), keep(tmp_path / "then", real("qwen3_0_6b-lowering"))
+
+    code, _, _, said = compare(now, "--against", then)
+
+    assert code == 2 and "nothing to compare" in said
+
+
+@pytest.mark.parametrize(("output", "says"), [("page.pdf", "ends in .html"), ("file/page.html", "cannot be written")])
+def test_an_output_that_cannot_be_written_is_refused(tmp_path, monkeypatch, capsys, output, says):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+
+    assert main([str(REAL), "-o", output]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_the_page_lies_where_it_was_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    varied(Path("outputs"))  # what is compared when nothing is named
+
+    assert main([]) == 0 and main(["-o", "pages/mine.html"]) == 0
+
+    made = {"comparison.html", "comparison.md", "pages/mine.html", "pages/mine.md"}
+    assert all(Path(name).stat().st_size > 1000 for name in made)
+
+
+def test_a_report_links_to_its_mlflow_run(compare, tmp_path):
+    tracked = {"uri": "sqlite:////data/mlflow.db", "experiment_id": "1", "run_id": "abc"}
+    keep(tmp_path / "runs" / "local", real("llama3_1b-lowering") | {"mlflow": tracked})
+    keep(tmp_path / "runs" / "server", real("llama3_1b-eager") | {"mlflow": tracked | {"uri": "https://host:5/"}})
+
+    _, html, markdown, _ = compare(tmp_path / "runs", "--mlflow-ui", "http://elsewhere:1")
+
+    page = "#/experiments/1/runs/abc?workflowType=machine_learning"
+    for text in (html, markdown):
+        assert f"http://elsewhere:1/{page}" in text and f"https://host:5/{page}" in text
+
+
+# ---- many
+
+
+def test_five_hundred_reports_take_at_most_ten_seconds(compare, tmp_path):
+    reports = [json.loads(path.read_text()) for path in sorted(REAL.glob("*.json"))]
+    for i in range(500):
+        report = timed(reports[i % len(reports)], 1 + i / 1000)
+        report["config"]["shape"]["batch"] = 1 + i // len(reports)
+        keep(
+            tmp_path / "runs" / str(i), report, {"prefill": {"device_ms": [9 + (i * j % 97) / 100 for j in range(200)]}}
+        )
+
+    started = time.perf_counter()
+    code, html, _, _ = compare(tmp_path / "runs", "--baseline", "strategy:upstream")
+    seconds = time.perf_counter() - started
+
+    assert code == 0 and "Comparison of 500 runs" in html
+    assert seconds < 10
