@@ -71,7 +71,10 @@ def measure_generation(
     import torch
 
     assert config.generate is not None
-    shape, clock = config.generate, clock or CudaClock(generator.stream)
+    shape = config.generate
+    if clock is None:
+        assert generator.stream is not None  # only on a GPU is anything timed
+        clock = CudaClock(generator.stream)
     wanted = (shape.batch, shape.output_length)
     held = gpu.memory()
     try:

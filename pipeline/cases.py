@@ -28,8 +28,9 @@ class Case:
     documents, and positions restart at 0 with the second, in the middle."""
 
 
-def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: str) -> list[Case]:
-    """Both ends of the profile, odd lengths, around 512, and the maximum; with padding and packed documents where
+def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: str, capacity: int = 0) -> list[Case]:
+    """Both ends of the profile, odd lengths, around 512, and the maximum; the first length that only a KV cache of
+    ``capacity`` tokens reaches, and its last; with padding and packed documents where
     ``attention_mask`` and ``position_ids`` are among the ``inputs`` to say so.
 
     Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
@@ -39,7 +40,8 @@ def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: s
         kinds += [("left", "counted")] + [("right", "counted")] * (logits == "all")
     if "position_ids" in inputs:
         kinds.append(("none", "packed"))
-    lengths = config.lengths or [n for n in (shape.min, 7, 77, 511, 512, 513, shape.max) if shape.min <= n <= shape.max]
+    ends = (shape.max, shape.max + 1, capacity) if capacity else (shape.max,)
+    lengths = config.lengths or [n for n in (shape.min, 7, 77, 511, 512, 513) if shape.min <= n <= shape.max] + [*ends]
     found = []
     for length in sorted(set(lengths)):
         for padding, positions in kinds if length > 2 else kinds[:1]:

@@ -146,6 +146,13 @@ def _check_cache(config: Config) -> None:
         if cache.name in ("none", "dynamic"):
             raise UserError(f"cache.capacity={cache.capacity}: cache={cache.name} has no capacity; leave it out")
         at_least("cache.capacity", cache.capacity, config.shape.max)
+    if cache.name != "none" and config.backend.name == "tensorrt":
+        one_of(f"strategy (with cache={cache.name})", config.strategy.name, ("detect_causal", "lowering", "decompose"))
+        if "position_ids" in config.model.inputs:
+            raise UserError(
+                f"model.inputs={listed(config.model.inputs)}: with cache={cache.name} positions are those of the "
+                f"cache; leave position_ids out"
+            )
     if generate is None:
         return
     at_least("benchmark.min_generations", config.benchmark.min_generations, 3)

@@ -93,7 +93,7 @@ class BackendConfig:
     workspace_gib: float | None = None
     """tensorrt only: limit of the builder's workspace in GiB; null is TensorRT's default."""
     cuda_graph: bool | None = None
-    """tensorrt only: measure through a captured CUDA graph."""
+    """tensorrt only: run through a captured CUDA graph; null: the decode steps only, whose shape never changes."""
     cudnn_attention: bool | None = None
     """eager and torch_compile: let torch choose cuDNN's attention kernels."""
     plugin_library: str | None = None
@@ -207,6 +207,11 @@ class Config:
     @property
     def last_stage(self) -> str:
         return self.until or STAGES[-1]
+
+    @property
+    def generates(self) -> bool:
+        """Whether this run is about new tokens, and not about a whole sequence's logits."""
+        return self.benchmark.generate is not None or (self.cache.name != "none" and self.backend.name == "tensorrt")
 
     def reaches(self, stage: str) -> bool:
         """Whether this run goes as far as ``stage``."""

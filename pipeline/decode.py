@@ -131,11 +131,22 @@ class CachedGenerator:
         return graph
 
     def prefill(self) -> None:
-        self._run_prompts()
+        self.run_prompts()
         self._count.zero_()
         self._choose()
 
-    def _run_prompts(self) -> None:
+    def bind_prompts(self, batch: int, length: int) -> None:
+        """Allocate and bind everything for prompts of [batch, length], and run them once: kernels are compiled."""
+        self._check(torch.empty(batch, length, device="meta"), 0)
+        self._bind((batch, length), 1)
+        self._lengths.fill_(length)
+        self._last.fill_(length - 1)
+        with self._on_stream():
+            self.run_prompts()
+        self._wait()
+
+    def run_prompts(self) -> None:
+        """Launch the pass over the prompts."""
         self._prefill.run(self.stream)
         if len(self._decode) > 1:
             for cache, fresh in zip(self._caches[0], self._fresh, strict=True):
@@ -230,7 +241,7 @@ class CachedGenerator:
         self._last.copy_(self._lengths - 1)
         collected = []
         with self._on_stream():
-            self._run_prompts()
+            self.run_prompts()
             collected.append(self._logits.clone())
             for _ in range(decoded):
                 self._token.copy_(rows.gather(1, self._position.unsqueeze(1)))
@@ -266,3 +277,74 @@ def aligned(tokens: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     first = (~padding).int().argmax(1, keepdim=True)
     places = (torch.arange(length, device=tokens.device) + first) % length
     return tokens.gather(1, places), lengths
+
+
+class PromptRunner:
+    """The prompts' program of a :class:`CachedGenerator` as a :class:`pipeline.benchmark.Runner`."""
+
+    cuda_graph = False
+
+    def __init__(self, generator: CachedGenerator) -> None:
+        self._generator = generator
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        assert self._generator.stream is not None
+        return self._generator.stream
+
+    @property
+    def generation(self) -> int:
+        return self._generator.generation
+
+    def prepare(self, batch: int, length: int) -> None:
+        self._generator.bind_prompts(batch, length)
+
+    def enqueue(self) -> None:
+        self._generator.run_prompts()
+
+
+class PrefixGenerator:
+    """A :class:`pipeline.generate.Generator` without a cache: the engine runs the whole prefix again for each token.
+
+    The prefix grows in one buffer, so for a batch of one nothing is copied; only the engine's input grows.
+    """
+
+    cuda_graph = False  # the length is another at each step
+
+    def __init__(self, session: Any, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.generation = 0
+        self.stream = torch.cuda.Stream()
+        self._session, self._vocabulary, self._dtype, self._device = session, vocabulary, dtype, device
+
+    def prepare(self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None) -> None:
+        """See :meth:`pipeline.generate.Generator.prepare`."""
+        if padding is not None or len(tokens) != 1:
+            raise UserError("cache=none: generates one prompt at a time; use cache=static or in_engine for a batch")
+        self.generation += 1
+        self._length = tokens.shape[1]
+        self._buffer = torch.zeros(1, self._length + new_tokens, dtype=torch.int64, device=self._device)
+        self._buffer[:, : self._length] = tokens
+        self._logits = torch.empty(1, 1, self._vocabulary, dtype=self._dtype, device=self._device)
+        (output,) = self._session.outputs
+        self._session.bind({"input_ids": self._buffer[:, : self._length], output: self._logits})
+        self._at = self._length
+        torch.cuda.synchronize()
+        with torch.cuda.stream(self.stream):
+            self.prefill()
+            for _ in range(new_tokens - 1):
+                self.decode()
+        self.stream.synchronize()
+
+    def prefill(self) -> None:
+        self._at = self._length
+        self.decode()
+
+    def decode(self) -> None:
+        self._session.set_shape("input_ids", (1, self._at))
+        self._session.run(self.stream)
+        torch.argmax(self._logits[:, 0], -1, out=self._buffer[:, self._at])
+        self._at += 1
+
+    def tokens(self) -> Tensor:
+        self.stream.synchronize()
+        return self._buffer[:, self._length : self._at].clone()

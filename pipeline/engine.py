@@ -26,6 +26,8 @@ from pipeline.session import Session
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pipeline.cached import CacheShape
+
 
 class Engine:
     """An engine on the current CUDA device.  Inputs int64 [batch, length]; output logits [batch, 1 or length, V].
@@ -140,9 +142,11 @@ def write_engine(
     environment: dict[str, Any],
     assumed: Collection[str] = (),
     guarded: bool = True,
+    cache: CacheShape | None = None,
 ) -> None:
-    """``engine.trt`` and its manifest ``engine.json``: hash, inputs with their ranges, target and versions, the
-    conditions under which masks were dropped, and whether :func:`open_engine` has them checked."""
+    """The engine's file, ``engine.trt`` or ``decode.trt``, and beside it its manifest (``.json``): hash, inputs with
+    their ranges, KV cache, target and versions, the conditions under which masks were dropped, and whether
+    :func:`open_engine` has them checked."""
     (folder / section["file"]).write_bytes(data)
     manifest = {
         "schema": 1,
@@ -150,26 +154,38 @@ def write_engine(
         "bytes": section["bytes"],
         "sha256": section["sha256"],
         "target": section["target"],
-        "inputs": [asdict(spec) | {"dtype": "int64", "shape": ["batch", "length"]} for spec in inputs],
+        "inputs": [asdict(spec) | {"shape": spec.sizes or ["batch", "length"]} for spec in inputs],
+        "cache": None if cache is None else asdict(cache) | {"dtype": str(cache.dtype).removeprefix("torch.")},
         "outputs": [{"name": "output0", "shape": ["batch", "1 or length", "vocabulary"]}],
         "assumed": list(assumed),
         "guard": guarded,
         "environment": environment,
     }
-    (folder / "engine.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    (folder / section["file"]).with_suffix(".json").write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def read_engine(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The manifest beside the engine file ``path``, and its bytes; raises :class:`UserError` if its hash is another."""
+    manifest_path = path.with_suffix(".json")
+    try:
+        manifest, data = json.loads(manifest_path.read_text()), path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename}: not there; an engine is {path.name} with {manifest_path.name} beside it"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
+    return manifest, data
 
 
 def open_engine(path: Path, cuda_graph: bool = False, runtime_cache: Path | None = None) -> Engine:
     """The engine file ``path`` with the manifest beside it; raises :class:`UserError` if its hash is another."""
-    try:
-        manifest, data = json.loads(path.with_name("engine.json").read_text()), path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: not there; an engine is engine.trt with engine.json beside it") from None
-    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
-        raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
+    manifest, data = read_engine(path)
     conditions = guard.guarded(manifest)
     if not torch.cuda.is_available():
         raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
+    if manifest.get("cache"):
+        raise UserError(f"{path.name}: fills a KV cache; it generates together with decode.trt (open_generator)")
     names = InputSpec.__dataclass_fields__
     inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
     return Engine(load_stack(), data, inputs, cuda_graph, conditions, runtime_cache)

@@ -21,7 +21,8 @@ class Generator(Protocol):
     """
 
     @property
-    def stream(self) -> torch.cuda.Stream: ...
+    def stream(self) -> torch.cuda.Stream | None:
+        """None where there is no GPU; then nothing can be timed."""
 
     @property
     def cuda_graph(self) -> bool:

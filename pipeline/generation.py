@@ -32,7 +32,8 @@ def prompts(record: Record, loaded: LoadedModel) -> Tensor:
 def verify(record: Record, loaded: LoadedModel, generator: Generator, fp16_accumulation: bool = False) -> None:
     """Judge the very generation that will be timed and end the run if one token of it is wrong.
 
-    ``fp16_accumulation``: PyTorch is to add up in fp16, as an fp16 engine does, see :mod:`pipeline.verify`.  Adds ``verify.generation`` to the report, in which ``verify`` must stand already.
+    ``fp16_accumulation``: PyTorch is to add up in fp16, as an fp16 engine does, see :mod:`pipeline.verify`.  Adds
+    ``verify.generation`` to the report, in which ``verify`` must stand already.
     """
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None

@@ -33,7 +33,7 @@ def new_report(config: Config) -> dict[str, Any]:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write report.json, sealed: its ``sha256`` is that of everything else in it."""
-    write_json(path, report | {"sha256": _digest(_finite(report))})
+    write_json(path, report | {"sha256": _digest(finite(report))})
 
 
 def is_sealed(report: dict[str, Any]) -> bool:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError
-from pipeline.config import Config, StrategyConfig
+from pipeline.config import Config
 from pipeline.console import StageDisplay
 from pipeline.memory import collector_paused, trim
 from pipeline.record import Record, StopHere
 
 if TYPE_CHECKING:
     import torch
-    from torch.export import ExportedProgram
 
-    from passes.rewrite import Rewritten
-    from passes.stack import Stack
-    from pipeline.benchmark import Runner
-    from pipeline.export import CallForm
-    from pipeline.generate import Generator
+    from pipeline.machine import Machine
     from pipeline.model import LoadedModel
     from pipeline.verify import Forward
 
@@ -43,9 +38,8 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written."""
     from pipeline import plugin, tracking
 
-    generates = config.cache.name != "none" or config.benchmark.generate is not None
-    if config.backend.name == "tensorrt" and generates:
-        raise UserError(f"cache={config.cache.name}: generation is not built yet; use cache=none benchmark=prefill")
+    if config.generates and config.model.logits != "last":  # of a prompt, generation needs no other
+        config = replace(config, model=replace(config.model, logits="last"))
     record = Record(config, display or StageDisplay())
     tracking.check_store(config.tracking.uri)
     loaded = interruption = None
@@ -124,157 +118,75 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
 
 
 def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
-    """export → … → build, or the same engine out of the store; then verify → benchmark; returns the report's status."""
+    """export → … → build, or the same engines out of the store; then verify → benchmark; returns the status."""
     from passes.stack import load_stack
-    from pipeline import reuse
-    from pipeline.engine import open_engine
-    from pipeline.export import CallForm
-    from pipeline.verify import widened
+    from pipeline import building, machine, reuse
 
     config, report, stack = record.config, record.report, load_stack()
-    form = CallForm(loaded.model, config.model.logits)
-
+    cache = building.cache_of(config, loaded)
     with reuse.engine_of(record, loaded, device, stack) as place:
-        program = None if place.restored else _build(record, stack, form, device, place.timing_cache)
+        programs = None if place.restored else building.build(record, stack, loaded, cache, place.timing_cache)
+        assert record.folder is not None
+        assumed = building.assumed(report)
         if device.type == "cuda":
             with record.stage("verify"):
-                assert record.folder is not None
-                path = record.folder / report["engine"]["file"]
-                runner = open_engine(path, bool(config.backend.cuda_graph), place.runtime_cache)
-                _verify(record, loaded, device, form, runner.unguarded, "engine", _assumed(report))
-        elif program is None:
+                what = machine.engines(config, loaded, record.folder, cache, place.runtime_cache)
+                _verify(record, loaded, what, assumed)
+        elif programs is None:
             place.take_over_verification()
         else:
             with record.stage("verify"):
-                # Without a GPU the engine cannot run; what can be checked is the graph that it was built from.
-                graph = widened(program.module())
-                _verify(record, loaded, device, form, lambda inputs: graph(**inputs), "graph", _assumed(report))
+                # Without a GPU no engine can run; what can be checked are the graphs that they were built from.
+                _verify(record, loaded, machine.graphs(config, loaded, programs, cache), assumed)
         place.keep()
     if device.type != "cuda":
         return "not_executed"
-    runner.keep_kernels()
-    _benchmark(record, loaded, runner)
-    runner.keep_kernels()
+    what.finished()
+    _benchmark(record, loaded, what)
+    what.finished()
     return "ok"
-
-
-def _build(
-    record: Record, stack: Stack, form: CallForm, device: torch.device, timing_cache: Path | None
-) -> ExportedProgram:
-    """export → strategy → lower → interpret → build: leaves the engine in the run's folder, and returns the program
-    that it was made from."""
-    from passes.rewrite import apply_strategy
-    from pipeline import compile, export
-    from pipeline.engine import write_engine
-    from pipeline.report import calls_table
-
-    config, report = record.config, record.report
-    with record.stage("export"), collector_paused():
-        traced = export.trace(form, config.model, config.shape, device)
-        record.keep("graph_before.txt", str(traced.program.graph))
-        record.detail = f"{len(traced.program.graph.nodes)} nodes"
-
-    with record.stage("strategy"):
-        asked = config.strategy
-        rewritten = apply_strategy(traced.program, asked.name, asked.unproven, asked.assume)
-        report["attention"] = rewritten.describe()
-        record.keep("graph_after.txt", str(rewritten.program.graph))
-        record.keep("attention_calls.md", calls_table(report["attention"]["calls"]))
-        record.detail = str(report["attention"]["summary"]["by_action"]).strip("{}").replace("'", "")
-    for note in _dropped(rewritten, asked):
-        record.note(note)
-
-    with record.stage("lower"), collector_paused():
-        lowered = compile.lower(stack, rewritten.program, traced.inputs, config.backend, config.precision)
-
-    with record.stage("interpret"):
-        network = compile.interpret(stack, lowered, use_upstream=config.strategy.name == "upstream")
-        report["engine"] = network.contents
-
-    with record.stage("build"):
-        built = compile.build(stack, network, record.display.steps, timing_cache)
-        report["engine"] = built.section
-        assert record.folder is not None
-        assumed, guard = rewritten.assumed, bool(asked.guard)
-        write_engine(record.folder, built.data, built.section, traced.inputs, report["environment"], assumed, guard)
-        record.detail = f"{built.section['bytes'] / 1e6:.0f} MB"
-    del lowered, network, built  # hundreds of megabytes, and on disk
-    gc.collect()
-    trim()
-    return rewritten.program
-
-
-def _assumed(report: dict[str, Any]) -> list[str]:
-    """The conditions on whose word masks were dropped from the engine of this ``report``."""
-    return list(report["attention"]["summary"]["assumed"])
-
-
-def _dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
-    """What the reader must know of masks that were dropped without a proof for every input."""
-    forced: dict[str, list[str]] = {}  # calls that share a mask share the warning
-    for call in rewritten.calls:
-        if call.unproved:
-            shown = (call.counterexample or {}).get("text")
-            forced.setdefault(f"({call.reason})" + (f"; {shown}" if shown else ""), []).append(call.name)
-    for why, names in forced.items():
-        calls = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        yield f"{calls}: mask dropped unproved; right only where it happens to be causal {why}"
-    if rewritten.assumed:
-        checked = "the runtime checks it" if strategy.guard else "nothing checks it (strategy.guard=false)"
-        yield f"masks were dropped on your word that {', '.join(rewritten.assumed)} holds for every input; {checked}"
-    if unused := [condition for condition in strategy.assume if condition not in rewritten.assumed]:
-        yield f"strategy.assume: no mask was dropped on the word of {', '.join(unused)}"
 
 
 def _rival(record: Record, loaded: LoadedModel, device: torch.device) -> str:
     """verify → benchmark of eager PyTorch or torch.compile; without a GPU nothing is timed."""
-    from pipeline import generation
     from pipeline.export import CallForm
+    from pipeline.machine import Machine
     from pipeline.rival_generators import rival_generator
     from pipeline.rivals import TorchRunner
 
     config = record.config
-    form = CallForm(loaded.model, config.model.logits)
-    record.note(f"backend={config.backend.name} runs the model as it is: strategy has no part in this run")
-    if config.benchmark.generate is None and config.cache.name != "none":
+    name, generates = config.backend.name, config.benchmark.generate is not None
+    record.note(f"backend={name} runs the model as it is: strategy has no part in this run")
+    if not generates and config.cache.name != "none":
         record.note(f"cache={config.cache.name} has no part in this run: nothing is generated")
     if device.type != "cuda":
         record.note("no GPU: nothing was run")
         return "not_executed"
-    runner = TorchRunner(form, config.model.inputs, config.backend)
-    generator = None
+    runner = TorchRunner(CallForm(loaded.model, config.model.logits), config.model.inputs, config.backend)
+    generator = rival_generator(loaded.model, config.backend, config.cache) if generates else None
+    what = Machine(name, runner, runner, generator)
     with record.stage("verify"):
-        _verify(record, loaded, device, form, runner, config.backend.name)
-        if config.benchmark.generate is not None:
-            generator = rival_generator(loaded.model, config.backend, config.cache)
-            generation.verify(record, loaded, generator)
-    _benchmark(record, loaded, runner, generator)
+        _verify(record, loaded, what)
+    _benchmark(record, loaded, what)
     return "ok"
 
 
-def _verify(
-    record: Record,
-    loaded: LoadedModel,
-    device: torch.device,
-    form: CallForm,
-    candidate: Forward,
-    executed: str,
-    assumed: Collection[str] = (),
-) -> None:
-    """Judge ``candidate`` against wider PyTorch, let it answer a question, and end the run if it failed; then show
-    what it does to inputs outside of what was ``assumed``, on which it is not judged."""
+def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collection[str] = ()) -> None:
+    """Judge ``what`` against wider PyTorch, let it answer a question, judge what it generates, and end the run if it
+    failed; then show what it does to inputs outside of what was ``assumed``, on which it is not judged."""
     import torch
 
-    from pipeline import verify
+    from pipeline import generation, verify
     from pipeline.cases import Case, case_inputs, cases, split
     from pipeline.export import CallForm
     from pipeline.model import DTYPES, load_reference
     from pipeline.text import token_batch
 
-    config = record.config
+    config, device = record.config, loaded.model.device
     names, vocabulary = config.model.inputs, loaded.model.config.get_text_config().vocab_size
+    form = CallForm(loaded.model, config.model.logits)
     reference = CallForm(load_reference(config.model, config.precision, device, config.seed), config.model.logits)
-    if executed == "graph":
+    if what.executed == "graph":
         verify.widened_parameters(form)
 
     def inputs_of(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
@@ -287,7 +199,8 @@ def _verify(
             return form(**inputs)
 
     yardsticks: dict[str, Forward] = {"pytorch": lambda inputs: form(**inputs)}
-    if executed == "engine" and config.precision == "fp16":
+    as_tensorrt = what.executed == "engine" and config.precision == "fp16"
+    if as_tensorrt:
         yardsticks["pytorch_fp16_accumulation"] = in_fp16_accumulation
 
     def judged(done: int, total: int) -> None:
@@ -299,38 +212,41 @@ def _verify(
         inputs_of=inputs_of,
         reference=lambda inputs: reference(**inputs),
         yardsticks=yardsticks,
-        candidate=candidate,
+        candidate=what.forward,
         precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
         progress=judged,
     )
-    every = cases(config.verify, config.shape, names, config.model.logits)
+    every = cases(config.verify, config.shape, names, config.model.logits, what.longest)
     inside, outside = split(every, assumed, names, config.shape.batch)
-    record.report["verify"] = {"executed": executed, "factor": verify.FACTOR, **judge(inside)}
+    record.report["verify"] = {"executed": what.executed, "factor": verify.FACTOR, **judge(inside)}
     if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
         record.report["verify"]["answer"] = verify.answers(
-            loaded.tokenizer, QUESTION, candidate, lambda inputs: form(**inputs), names, config.shape.max, device
+            loaded.tokenizer, QUESTION, what.forward, lambda inputs: form(**inputs), names, config.shape.max, device
         )
-    record.detail = f"{len(inside)} cases on the {executed}"
+    record.detail = f"{len(inside)} cases on the {what.executed}"
     verify.gate(record.report["verify"])
+    if what.generator is not None:
+        generation.verify(record, loaded, what.generator, fp16_accumulation=as_tensorrt)
     if outside:
         record.report["verify"]["outside"] = verify.cost(judge(outside)["cases"], assumed)
 
 
-def _benchmark(record: Record, loaded: LoadedModel, runner: Runner, generator: Generator | None = None) -> None:
+def _benchmark(record: Record, loaded: LoadedModel, what: Machine) -> None:
     """Time what was verified; nothing else ever reaches this."""
     from pipeline import benchmark, generation, gpu
     from pipeline.plots import latency_plot
     from pipeline.roofline import decoder_cost
 
     config = record.config
-    if not config.benchmark.shapes and generator is None:
+    if not config.benchmark.shapes and what.generator is None:
         return
+    assert what.runner is not None
     with record.stage("benchmark"):
         cost = decoder_cost(loaded.model, config.model.logits)
         ceilings = gpu.measure_ceilings(config.precision)
-        result = benchmark.measure(runner, config.benchmark, cost, ceilings, config.precision)
-        if generator is not None:
-            result = result.joined(generation.measure(record, loaded, generator, cost, ceilings))
+        result = benchmark.measure(what.runner, config.benchmark, cost, ceilings, config.precision)
+        if what.generator is not None:
+            result = result.joined(generation.measure(record, loaded, what.generator, cost, ceilings))
         record.report["benchmark"] = result.report
         record.keep_json("samples.json", result.samples)
         assert record.folder is not None

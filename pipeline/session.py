@@ -28,10 +28,13 @@ class Session:
     """A TensorRT engine on the current CUDA device, with an execution context of its own.
 
     ``runtime_cache``: file of the kernels that were compiled before, see :meth:`keep_kernels`.
+    ``specialise``: TensorRT-RTX compiles kernels for every new length; without, one set serves them all.
     """
 
-    def __init__(self, stack: Stack, data: Any, runtime_cache: Path | None = None, engine: Any = None) -> None:
-        self._stack = stack
+    def __init__(
+        self, stack: Stack, data: Any, runtime_cache: Path | None = None, engine: Any = None, specialise: bool = True
+    ) -> None:
+        self._stack, self._specialise = stack, specialise
         self._runtime_cache_file, self._runtime_cache = runtime_cache, None
         self._runtime = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
         self._engine = engine or self._runtime.deserialize_cuda_engine(data)
@@ -51,7 +54,8 @@ class Session:
         config = self._engine.create_runtime_config()
         # Kernels for a new length are compiled when it is first met, before it runs, not behind the caller's back.
         strategies = self._stack.trt.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+        chosen = strategies.EAGER if self._specialise else strategies.NONE
+        config.dynamic_shapes_kernel_specialization_strategy = chosen
         if self._runtime_cache_file is not None:
             self._runtime_cache = kernel_cache.load_runtime_cache(config, self._runtime_cache_file)
         return self._engine.create_execution_context(config)

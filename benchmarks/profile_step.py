@@ -1,0 +1,85 @@
+"""Where the time of a decode step goes, kernel by kernel: ``python -m benchmarks.profile_step RUN_FOLDER``.
+
+Opens ``decode.trt`` of a run with a KV cache, runs one step over caches of zeros (what they hold changes no kernel) and
+writes ``profile.json`` beside it: name, launches and microseconds of every kernel, the sum, the time of a step as a
+CUDA graph, and so what the launches cost between the kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from passes.stack import load_stack
+from pipeline.engine import read_engine
+from pipeline.session import Session
+
+
+def profile(folder: Path) -> dict[str, Any]:
+    manifest, data = read_engine(folder / "decode.trt")
+    session, stream = Session(load_stack(), data), torch.cuda.Stream()
+    tensors = {
+        spec["name"]: torch.zeros(
+            spec["sizes"] or (spec["batch"], 1), dtype=getattr(torch, spec["dtype"]), device="cuda"
+        )
+        for spec in manifest["inputs"]
+    }
+    caches = [tensor for name, tensor in tensors.items() if name.startswith(("keys_", "values_"))]
+    for name in session.names:
+        session.set_shape(name, tuple(tensors[name].shape)) if name in tensors else None
+    for output in session.outputs:
+        place = int(output.removeprefix("output"))
+        fresh = torch.empty(session.shape(output), dtype=session.dtype(output), device="cuda")
+        in_place = manifest["cache"]["mode"] == "in_engine" and place > 0
+        tensors[output] = caches[place - 1] if in_place else fresh
+    session.bind(tensors)
+    torch.cuda.synchronize()
+    session.run(stream)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        session.run(stream)
+        torch.cuda.synchronize()
+    events = [e for e in profiler.key_averages() if e.self_device_time_total > 0]
+    kernels = [
+        {"name": e.key[:120], "launches": e.count, "us": e.self_device_time_total}
+        for e in sorted(events, key=lambda e: -e.self_device_time_total)
+    ]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        session.run(stream)
+    times = []
+    with torch.cuda.stream(stream):
+        for _ in range(50):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3)
+    return {
+        "step_us": float(np.median(times)),
+        "kernels_us": sum(kernel["us"] for kernel in kernels),
+        "launches": sum(kernel["launches"] for kernel in kernels),
+        "kernels": kernels,
+    }
+
+
+def main() -> int:
+    for folder in map(Path, sys.argv[1:]):
+        found = profile(folder)
+        (folder / "profile.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(
+            f"{folder.name}: step {found['step_us']:.0f} us, {found['launches']} kernels {found['kernels_us']:.0f} us"
+        )
+        for kernel in found["kernels"][:12]:
+            print(f"  {kernel['us']:8.1f} us {kernel['launches']:4d} x {kernel['name'][:90]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

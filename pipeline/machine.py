@@ -1,0 +1,110 @@
+"""What a run verifies and times: its engines, the graphs they were made from where no GPU can run them, or a rival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from passes.stack import load_stack
+from pipeline.cached import CacheShape
+from pipeline.config import Config
+from pipeline.decode import CachedGenerator, PrefixGenerator, PromptRunner
+from pipeline.engine import open_engine, read_engine
+from pipeline.model import LoadedModel
+from pipeline.session import GraphSession, Session
+from pipeline.verify import Forward, widened
+
+if TYPE_CHECKING:
+    from pipeline.benchmark import Runner
+    from pipeline.building import Program
+    from pipeline.generate import Generator
+
+DECODED = 4
+"""Tokens of a verification case that run through the cache, where its length leaves that many behind a prompt."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    executed: str
+    """The report's ``verify.executed``: ``engine``, ``graph``, or the rival's name."""
+    forward: Forward
+    runner: Runner | None = None
+    """What the benchmark of prompts measures."""
+    generator: Generator | None = None
+    longest: int = 0
+    """The longest sequence that ``forward`` takes, where that is more than the profile's longest prompt."""
+    finished: Callable[[], None] = lambda: None
+    """To be called when it has been measured."""
+
+
+def engines(
+    config: Config, loaded: LoadedModel, folder: Path, cache: CacheShape | None, kernels: Path | None
+) -> Machine:
+    """The engine files of ``folder`` on this GPU; ``kernels``: where the kernels that they compile are kept."""
+    vocabulary, device = _vocabulary(loaded), loaded.model.device
+    if cache is None:
+        engine = open_engine(folder / "engine.trt", bool(config.backend.cuda_graph), kernels)
+        prefix = None
+        if config.benchmark.generate is not None:
+            session = Session(load_stack(), read_engine(folder / "engine.trt")[1], specialise=False)
+            prefix = PrefixGenerator(session, vocabulary, session.dtype(session.outputs[0]), device)
+        return Machine("engine", engine.unguarded, engine, prefix, finished=engine.keep_kernels)
+    decode_kernels = None if kernels is None else kernels.with_name(f"decode-{kernels.name}")
+    prefill, decode = (
+        Session(load_stack(), read_engine(folder / file)[1], keep)
+        for file, keep in (("engine.trt", kernels), ("decode.trt", decode_kernels))
+    )
+    turns = [decode] if cache.mode == "in_engine" else [decode, decode.twin()]
+    generator = CachedGenerator(prefill, turns, cache, vocabulary, device, config.backend.cuda_graph is not False)
+
+    def keep_kernels() -> None:
+        prefill.keep_kernels()
+        decode.keep_kernels()
+
+    return _cached("engine", config, generator, keep_kernels)
+
+
+def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], cache: CacheShape | None) -> Machine:
+    """The programs that the engines were made from, in PyTorch with fp32 arithmetic."""
+    modules = {name: widened(each.program.module()) for name, each in programs.items()}
+    if cache is None:
+        module = modules["engine"]
+        return Machine("graph", lambda inputs: module(**inputs))
+    prefill, decode, twin = (
+        GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs))
+        for name in ("engine", "decode", "decode")
+    )
+    turns = [decode] if cache.mode == "in_engine" else [decode, twin]
+    wide = replace(cache, dtype=torch.float32)
+    return _cached("graph", config, CachedGenerator(prefill, turns, wide, _vocabulary(loaded), loaded.model.device))
+
+
+def _cached(
+    executed: str, config: Config, generator: CachedGenerator, finished: Callable[[], None] = lambda: None
+) -> Machine:
+    """A cached generator as a function of whole sequences: the last tokens go through the cache one by one."""
+    least, most = config.shape.min, config.shape.max
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        tokens, real = inputs["input_ids"], inputs.get("attention_mask")
+        decoded = max(min(DECODED, tokens.shape[1] - least), tokens.shape[1] - most)
+        if config.shape.kind == "static":
+            decoded = tokens.shape[1] - most
+        if real is not None:
+            decoded = min(decoded, int(real.sum(1).min()) - 1)
+        return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
+
+    timed = generator if config.benchmark.generate is not None else None
+    runner = PromptRunner(generator) if executed == "engine" else None
+    return Machine(executed, forward, runner, timed, generator.cache.capacity, finished)
+
+
+def _vocabulary(loaded: LoadedModel) -> int:
+    """How many logits there are; the embedding of some models is padded beyond the tokenizer's vocabulary."""
+    head: Any = loaded.model.get_output_embeddings()
+    return int(head.weight.shape[0])

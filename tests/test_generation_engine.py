@@ -1,0 +1,81 @@
+"""Whole runs that generate through a KV cache: two engines, verified and, on a GPU, timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import DONE, GPU, do
+
+GENERATE = [
+    "benchmark=generate", "shape.max=64", "benchmark.generate.input_length=40", "benchmark.generate.output_length=20",
+    "benchmark.min_generations=3", "benchmark.min_seconds=0.1",
+]  # fmt: skip
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")]
+
+
+def report_of(store: str, output: Path, model: Path, *overrides: str) -> dict[str, Any]:
+    return do(store, output, model, *GENERATE, *overrides).report
+
+
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
+def test_two_engines_are_built_and_what_they_generate_is_judged(
+    mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    report = report_of(store, tmp_path, tiny_llama_dir, f"cache={mode}")
+
+    assert (report["status"], report["failure"]) == (DONE, None)
+    assert set(report["attention"]["summary"]["by_action"]) == {"native_causal"}
+    assert set(report["attention"]["decode"]["summary"]["by_action"]) == {"cached"}
+    assert report["engine"]["decode"]["file"] == "decode.trt"
+    assert report["verify"]["generation"]["passed"] and report["verify"]["generation"]["cases"][0]["tokens"] == 20
+    lengths = {case["length"] for case in report["verify"]["cases"]}
+    assert {2, 7, 64, 65, 128} <= lengths  # both ends of the profile, and of what only the cache reaches
+    (folder,) = tmp_path.glob("*/*")
+    kept = {path.name for path in folder.iterdir()}
+    assert {"engine.trt", "engine.json", "decode.trt", "decode.json", "decode_graph_after.txt"} <= kept
+
+
+@pytest.mark.parametrize("mode", [pytest.param("in_engine", marks=needs_gpu), pytest.param("static", marks=needs_gpu)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_generation_is_timed_with_its_step_as_a_cuda_graph(
+    mode: str, batch: int, store: str, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    inputs = "[input_ids,attention_mask]" if batch > 1 else "[input_ids]"
+    overrides = [f"cache={mode}", f"shape.batch={batch}", f"model.inputs={inputs}"]
+    report = report_of(store, tmp_path, tiny_llama_dir, *overrides)
+
+    assert (report["status"], report["failure"]) == ("ok", None)
+    assert report["benchmark"]["generate"]["cuda_graph"] is True
+    assert report["benchmark"]["generate"]["tpot_ms"]["median"] > 0
+
+
+@pytest.mark.parametrize("row", [pytest.param("none", marks=needs_gpu)])
+def test_without_a_cache_the_prefix_runs_again_for_every_token(
+    row: str, store: str, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    report = report_of(store, tmp_path, tiny_llama_dir, f"cache={row}")
+
+    assert (report["status"], report["failure"]) == ("ok", None)
+    assert report["benchmark"]["generate"]["cuda_graph"] is False
+
+
+@pytest.mark.parametrize("strategy", ["upstream", "mask_input"])
+def test_a_strategy_that_cannot_have_a_cache_is_refused(
+    strategy: str, store: str, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    from passes.errors import UserError
+
+    with pytest.raises(
+        UserError, match=rf"cache=in_engine\)={strategy}: allowed are detect_causal, lowering, decompose"
+    ):
+        do(store, tmp_path / "out", tiny_llama_dir, "cache=in_engine", f"strategy={strategy}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_decomposed_attention_generates_too(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    report = report_of(store, tmp_path, tiny_llama_dir, "cache=in_engine", "strategy=decompose")
+
+    assert (report["status"], report["failure"]) == (DONE, None)
+    assert set(report["attention"]["decode"]["summary"]["by_action"]) == {"decomposed"}
