@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 from runs import DONE, GPU, do
 
+from passes.errors import UserError
+from pipeline.run import Outcome
+
 GENERATE = [
     "benchmark=generate", "shape.max=64", "benchmark.generate.input_length=40", "benchmark.generate.output_length=20",
     "benchmark.min_generations=3", "benchmark.min_seconds=0.1",
@@ -15,15 +18,20 @@ GENERATE = [
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")]
 
 
+def generated(store: str, output: Path, model: Path, *overrides: str) -> Outcome:
+    return do(store, output / "outputs", model, *GENERATE, *overrides)
+
+
 def report_of(store: str, output: Path, model: Path, *overrides: str) -> dict[str, Any]:
-    return do(store, output, model, *GENERATE, *overrides).report
+    return generated(store, output, model, *overrides).report
 
 
 @pytest.mark.parametrize("mode", ["in_engine", "static"])
 def test_two_engines_are_built_and_what_they_generate_is_judged(
     mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
-    report = report_of(store, tmp_path, tiny_llama_dir, f"cache={mode}")
+    outcome = generated(store, tmp_path, tiny_llama_dir, f"cache={mode}")
+    report = outcome.report
 
     assert (report["status"], report["failure"]) == (DONE, None)
     assert set(report["attention"]["summary"]["by_action"]) == {"native_causal"}
@@ -32,8 +40,7 @@ def test_two_engines_are_built_and_what_they_generate_is_judged(
     assert report["verify"]["generation"]["passed"] and report["verify"]["generation"]["cases"][0]["tokens"] == 20
     lengths = {case["length"] for case in report["verify"]["cases"]}
     assert {2, 7, 64, 65, 128} <= lengths  # both ends of the profile, and of what only the cache reaches
-    (folder,) = tmp_path.glob("*/*")
-    kept = {path.name for path in folder.iterdir()}
+    kept = {path.name for path in outcome.folder.iterdir()}
     assert {"engine.trt", "engine.json", "decode.trt", "decode.json", "decode_graph_after.txt"} <= kept
 
 
@@ -65,7 +72,6 @@ def test_without_a_cache_the_prefix_runs_again_for_every_token(
 def test_a_strategy_that_cannot_have_a_cache_is_refused(
     strategy: str, store: str, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
-    from passes.errors import UserError
 
     with pytest.raises(
         UserError, match=rf"cache=in_engine\)={strategy}: allowed are detect_causal, lowering, decompose"
