@@ -92,7 +92,8 @@ def build(
         networks = {}
         for name, low in lowered.items():
             in_place = cache is not None and cache.mode == "in_engine"
-            networks[name] = compile.interpret(stack, low, config.strategy.name == "upstream", in_place)
+            fused_rows = name == "decode" and config.backend.fused_rows is not False
+            networks[name] = compile.interpret(stack, low, config.strategy.name == "upstream", in_place, fused_rows)
             _put(report, "engine", name, networks[name].contents)
 
     with record.stage("build"):

@@ -21,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from passes import cache_converters, converters
+from passes import cache_converters, converters, row_converters
 from passes.attention import FORMS
 from passes.errors import RunError
 from passes.rewrite import DECOMPOSITIONS
@@ -86,10 +86,15 @@ def lower(
     return Lowered(graph, settings, inputs)
 
 
-def interpret(stack: Stack, lowered: Lowered, use_upstream: bool, in_place: bool = False) -> Network:
-    """Convert the lowered graph, op by op, to a TensorRT network; ``in_place``: its KV cache is updated where it is."""
+def interpret(
+    stack: Stack, lowered: Lowered, use_upstream: bool, in_place: bool = False, fused_rows: bool = False
+) -> Network:
+    """Convert the lowered graph, op by op, to a TensorRT network.
+
+    ``in_place``: its KV cache is updated where it is; ``fused_rows``: see :mod:`passes.row_converters`.
+    """
     made: list[converters.NativeLayer] = []
-    interpreter_type = _interpreter_type(stack, made, use_upstream, in_place)
+    interpreter_type = _interpreter_type(stack, made, use_upstream, in_place, fused_rows)
     specs = [_trt_input(stack, spec) for spec in lowered.inputs]
     with quiet(), torch.no_grad():
         interpreter = interpreter_type(lowered.graph, specs, compilation_settings=lowered.settings)
@@ -163,7 +168,9 @@ def _trt_input(stack: Stack, spec: InputSpec) -> Any:
     )
 
 
-def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upstream: bool, in_place: bool) -> type:
+def _interpreter_type(
+    stack: Stack, made: list[converters.NativeLayer], use_upstream: bool, in_place: bool, fused_rows: bool
+) -> type:
     """Torch-TensorRT's interpreter with our converter for attention; ``made`` collects the native layers."""
     from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 
@@ -186,6 +193,8 @@ def _interpreter_type(stack: Stack, made: list[converters.NativeLayer], use_upst
             return {op for op in super().validate_conversion() if not op.endswith(ours)}
 
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if fused_rows and row_converters.applies(self._cur_node):
+                return row_converters.convert(stack, self.ctx, self._cur_node, args)
             if target in cache_converters.CONVERTED:
                 return cache_converters.convert(stack, self.ctx, self._cur_node, args, in_place)
             if target not in converters.CONVERTED:

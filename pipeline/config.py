@@ -34,6 +34,7 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that h
     "optimization_level": ("tensorrt",),
     "workspace_gib": ("tensorrt",),
     "cuda_graph": ("tensorrt",),
+    "fused_rows": ("tensorrt",),
     "mode": ("torch_compile",),
     "cudnn_attention": ("eager", "torch_compile"),
     "plugin_library": ("plugin",),
@@ -94,6 +95,8 @@ class BackendConfig:
     """tensorrt only: limit of the builder's workspace in GiB; null is TensorRT's default."""
     cuda_graph: bool | None = None
     """tensorrt only: run through a captured CUDA graph; null: the decode steps only, whose shape never changes."""
+    fused_rows: bool | None = None
+    """tensorrt only: products of a single row, in decode steps, as one fused kernel; null: yes."""
     cudnn_attention: bool | None = None
     """eager and torch_compile: let torch choose cuDNN's attention kernels."""
     plugin_library: str | None = None

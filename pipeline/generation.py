@@ -29,11 +29,13 @@ def prompts(record: Record, loaded: LoadedModel) -> Tensor:
     return tokens.to(loaded.model.device)
 
 
-def verify(record: Record, loaded: LoadedModel, generator: Generator, fp16_accumulation: bool = False) -> None:
+def verify(
+    record: Record, loaded: LoadedModel, generator: Generator, arithmetic: verifying.Arithmetic = nullcontext
+) -> None:
     """Judge the very generation that will be timed and end the run if one token of it is wrong.
 
-    ``fp16_accumulation``: PyTorch is to add up in fp16, as an fp16 engine does, see :mod:`pipeline.verify`.  Adds
-    ``verify.generation`` to the report, in which ``verify`` must stand already.
+    ``arithmetic``: in which PyTorch judges it, see :mod:`pipeline.verify`.  Adds ``verify.generation`` to the report,
+    in which ``verify`` must stand already.
     """
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None
@@ -46,15 +48,11 @@ def verify(record: Record, loaded: LoadedModel, generator: Generator, fp16_accum
     reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
     own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
 
-    def in_the_same_arithmetic(inputs: dict[str, Tensor]) -> Tensor:
-        with verifying.fp16_accumulation() if fp16_accumulation else nullcontext():
-            return own(inputs)
-
     case = verify_generation.judge_generation(
         prompt,
         generator.tokens(),
         None,
-        in_the_same_arithmetic,
+        verifying.in_arithmetic(own, arithmetic),
         wide,
         loaded.model.config.get_text_config().vocab_size,
         torch.finfo(DTYPES[config.precision]).eps / 2,

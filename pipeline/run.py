@@ -194,14 +194,15 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
         tokens = token_batch(loaded.tokenizer, vocabulary, config.shape.batch, case.length, seed).to(device)
         return case_inputs(case, names, tokens)
 
-    def in_fp16_accumulation(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with verify.fp16_accumulation():
-            return form(**inputs)
+    def own(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return form(**inputs)
 
-    yardsticks: dict[str, Forward] = {"pytorch": lambda inputs: form(**inputs)}
-    as_tensorrt = what.executed == "engine" and config.precision == "fp16"
-    if as_tensorrt:
-        yardsticks["pytorch_fp16_accumulation"] = in_fp16_accumulation
+    flavour = record.report["environment"]["flavour"]
+    arithmetic = verify.engine_arithmetic(config.precision, flavour) if what.executed == "engine" else {}
+    if "pytorch_tf32" in arithmetic:
+        record.note("TensorRT-RTX multiplies fp32 in TF32, whatever the builder's flag: judged by PyTorch in TF32")
+    yardsticks: dict[str, Forward] = {"pytorch": own}
+    yardsticks |= {name: verify.in_arithmetic(own, each) for name, each in arithmetic.items()}
 
     def judged(done: int, total: int) -> None:
         trim()
@@ -221,12 +222,12 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
     record.report["verify"] = {"executed": what.executed, "factor": verify.FACTOR, **judge(inside)}
     if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
         record.report["verify"]["answer"] = verify.answers(
-            loaded.tokenizer, QUESTION, what.forward, lambda inputs: form(**inputs), names, config.shape.max, device
+            loaded.tokenizer, QUESTION, what.forward, own, names, config.shape.max, device
         )
     record.detail = f"{len(inside)} cases on the {what.executed}"
     verify.gate(record.report["verify"])
     if what.generator is not None:
-        generation.verify(record, loaded, what.generator, fp16_accumulation=as_tensorrt)
+        generation.verify(record, loaded, what.generator, *arithmetic.values())
     if outside:
         record.report["verify"]["outside"] = verify.cost(judge(outside)["cases"], assumed)
 

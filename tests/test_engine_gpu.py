@@ -66,15 +66,15 @@ def judged(
     def inputs_of(case: Case) -> tuple[dict[str, Tensor], Tensor | None]:
         return case_inputs(case, names, tiny.tokens(batch, case.length).cuda())
 
-    def accumulating_in_fp16(inputs: dict[str, Tensor]) -> Tensor:
-        with verify.fp16_accumulation():
-            return form(**inputs)
+    def own(inputs: dict[str, Tensor]) -> Tensor:
+        return form(**inputs)
 
+    arithmetic = verify.engine_arithmetic(precision, load_stack().flavour)
     return verify.judge(
         [Case(f"length_{length}", length, padding, 0) for length in lengths],
         inputs_of,
         reference=lambda inputs: reference(name, precision, tuple(sorted(changes.items())))(**inputs),
-        yardsticks={"pytorch": lambda inputs: form(**inputs), "pytorch_fp16_accumulation": accumulating_in_fp16},
+        yardsticks={"pytorch": own} | {key: verify.in_arithmetic(own, each) for key, each in arithmetic.items()},
         candidate=engine,
         precision_eps=torch.finfo(DTYPES[precision]).eps / 2,
         progress=lambda done, total: None,
