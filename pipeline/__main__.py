@@ -118,7 +118,7 @@ def _sweep(
             (batch,) = BasicSweeper.split_arguments(swept, None)
         except HydraException as error:
             raise UserError(f"-m: {error}") from None
-        jobs = plan([(job, composed(job)) for job in batch])
+        jobs = plan((job, composed(job)) for job in batch)
     config = jobs[0].config if jobs else from_hydra(base)
     if config.dry_run:
         from pipeline.sweep.estimate import show

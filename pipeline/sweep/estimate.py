@@ -38,9 +38,7 @@ def show(jobs: Sequence[Job]) -> None:
         times.append(_seconds(job.config, earlier))
         memory = device_bytes(job.config, models)
         most = max(most, memory or 0.0)
-        table.add_row(
-            job.label, "to do", _time(times[-1]), "unknown" if memory is None else f"{memory / 2**30:.2f} GiB"
-        )
+        table.add_row(job.label, "to do", _time(times[-1]), _memory(memory))
     known = [seconds for seconds in times if seconds is not None]
     console = Console(highlight=False)
     console.print(table)

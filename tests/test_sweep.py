@@ -1,0 +1,129 @@
+"""Sweeps, as real commands: jobs that crash, hang and run out of memory, starts that are killed, and what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import save_tiny_llama
+from sweeps import Sweep, runs, wait_for
+
+WELL = [f"seed={seed}" for seed in range(16)]
+KINDS = {"seed=101": "crash", "seed=102": "RuntimeError", "seed=103": "timeout", "seed=104": "out_of_memory"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", num_hidden_layers=1)
+
+
+def make(cwd: Path, model: Path, *arguments: str) -> Sweep:
+    cwd.mkdir(parents=True, exist_ok=True)
+    settings = ("model=local", f"model.path={model}", "shape.max=16", "benchmark=none", "until=load")
+    return Sweep(cwd, (*settings, *arguments))
+
+
+def swept(seeds: list[str]) -> str:
+    return "seed=" + ",".join(seed.removeprefix("seed=") for seed in seeds)
+
+
+class Twenty:
+    """A sweep of 20 jobs, four of which misbehave; then the same command twice more."""
+
+    def __init__(self, cwd: Path, model: Path) -> None:
+        self.sweep = make(cwd, model, swept([*KINDS, *WELL]), "sweep.timeout_minutes=0.2")
+        self.uri = f"sqlite:///{cwd}/mlflow.db"
+        self.codes: list[int] = []
+        self.tables: list[dict[str, dict[str, Any]]] = []
+        self.orphans: list[list[psutil.Process]] = []
+        self.runs: list[tuple[list[Any], list[Any]]] = []
+        self.idle = 0.0
+        self.cpu_s = 0.0
+        self.shown = ""
+
+    def go(self) -> None:
+        for start in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            process = self.sweep.start()
+            if start == 0:
+                self.idle = self._share_of_a_core_while_a_job_hangs(psutil.Process(process.pid))
+            self.shown, _ = process.communicate(timeout=600)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            self.cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            self.codes.append(process.returncode)
+            self.tables.append(self.sweep.entries())
+            self.orphans.append(self.sweep.processes())
+            self.runs.append(runs(self.uri))
+            self.sweep.behave()
+
+    def _share_of_a_core_while_a_job_hangs(self, process: psutil.Process) -> float:
+        hung = (path.name for path in self.sweep.cwd.glob("outputs/sweeps/*/rows/*"))
+        wait_for(lambda: len(list(self.sweep.cwd.glob("outputs/sweeps/*/rows/*"))) == 2)  # the third one hangs
+        time.sleep(2)
+        before = process.cpu_times()
+        time.sleep(4)
+        after = process.cpu_times()
+        del hung
+        return (after.user + after.system - before.user - before.system) / 4
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Twenty:
+    sweep = Twenty(tmp_path_factory.mktemp("twenty"), model)
+    sweep.go()
+    return sweep
+
+
+def test_a_job_that_crashes_raises_hangs_or_runs_out_of_memory_is_a_typed_row_and_the_sweep_goes_on(
+    twenty: Twenty,
+) -> None:
+    table = twenty.tables[0]
+
+    assert twenty.codes[0] == 1
+    assert {label: entry["failure"]["kind"] for label, entry in table.items() if entry["failure"]} == KINDS
+    assert [entry["status"] for entry in table.values()].count("ok") == 16
+    assert "SIGKILL" in table["seed=101"]["failure"]["message"]
+    assert "sweep.timeout_minutes=0.2" in table["seed=103"]["failure"]["message"]
+    for entry in table.values():
+        folder = twenty.sweep.cwd / entry["folder"]
+        report = json.loads((folder / "report.json").read_text())
+        assert report["status"] == ("failed" if entry["failure"] else "ok") and (folder / "run.log").exists()
+
+
+def test_the_same_command_does_only_what_failed_and_then_nothing(twenty: Twenty) -> None:
+    for start, done in ((1, set(KINDS)), (2, set())):
+        assert twenty.codes[start] == 0
+        assert {label for label, entry in twenty.tables[start].items() if not entry["skipped"]} == done
+        assert all(entry["status"] == "ok" for entry in twenty.tables[start].values())
+    assert "20 of 20 jobs done" in twenty.shown
+
+
+def test_skipping_costs_ten_seconds_in_all_and_the_parent_of_a_running_job_next_to_nothing(twenty: Twenty) -> None:
+    assert twenty.cpu_s <= 10  # of the last start; processor time, because other tests run beside this one
+    assert twenty.idle < 0.05
+
+
+def test_no_process_is_left(twenty: Twenty) -> None:
+    assert twenty.orphans == [[], [], []]
+
+
+def test_mlflow_shows_one_parent_and_each_job_once_and_nothing_is_left_running(twenty: Twenty) -> None:
+    for start, (parents, children) in enumerate(twenty.runs):
+        assert len(parents) == 1 and len(children) == 20
+        expected = "FAILED" if start == 0 else "FINISHED"
+        assert parents[0].info.status == expected
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+        statuses = [run.info.status for run in children]
+        assert statuses.count("FAILED") == (4 if start == 0 else 0) and statuses.count("FINISHED") >= 16
+    from mlflow import MlflowClient
+
+    files = MlflowClient(twenty.uri).list_artifacts(twenty.runs[-1][0][0].info.run_id)
+    assert {file.path for file in files} == {"summary.json", "summary.md"}
