@@ -11,6 +11,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,13 @@ from omegaconf.errors import OmegaConfBaseException
 from passes.errors import UserError
 from pipeline.config import Config, from_hydra, schema_keys
 
-EXTRAS = {"submitit_local": "slurm", "submitit_slurm": "slurm", "joblib": "joblib", "ray": "ray", "optuna": "optuna"}
+EXTRAS = {
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+    "joblib": "joblib",
+    "ray": "ray",
+    "optuna_tpe": "optuna",
+}
 """Hydra's launchers and sweepers that conf/hydra is ready for -> the extra that installs them."""
 
 
@@ -45,6 +52,8 @@ def main() -> None:
     # Read when torch is loaded.  By default its threads wait for each other busily, and where another process is on
     # one of their cores short operations take 30 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # conf/hydra has files of the names that plugins of Hydra have schemas for: they shall be checked against those.
+    warnings.filterwarnings("ignore", "(?s).*validated against ConfigStore schema", UserWarning)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = _main(sys.argv[1:])
@@ -110,7 +119,8 @@ def _sweep(
     for group, owner in (("sweeper", sweeper), ("launcher", launcher)):
         chosen, package = base.hydra.runtime.choices[f"hydra/{group}"], ".".join(owner._target_.split(".")[:2])
         if package.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(package) is None):
-            raise UserError(f"hydra/{group}={chosen}: not installed; pip install 'proved-attention[{EXTRAS[chosen]}]'")
+            remedy = f"pip install 'proved-attention[{EXTRAS[chosen]}]'" if chosen in EXTRAS else f"install {package}"
+            raise UserError(f"hydra/{group}={chosen}: not installed; {remedy}")
     jobs = None
     if sweeper._target_.endswith(".BasicSweeper"):
         swept = [*_read([f"{key}={value}" for key, value in (sweeper.params or {}).items()]), *overrides]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import random
 import resource
 import signal
@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import save_tiny_llama
-from sweeps import Sweep, runs, wait_for
+from sweeps import Server, Sweep, runs, wait_for
 
 WELL = [f"seed={seed}" for seed in range(16)]
 KINDS = {"seed=101": "crash", "seed=102": "RuntimeError", "seed=103": "timeout", "seed=104": "out_of_memory"}
@@ -65,13 +65,11 @@ class Twenty:
             self.sweep.behave()
 
     def _share_of_a_core_while_a_job_hangs(self, process: psutil.Process) -> float:
-        hung = (path.name for path in self.sweep.cwd.glob("outputs/sweeps/*/rows/*"))
         wait_for(lambda: len(list(self.sweep.cwd.glob("outputs/sweeps/*/rows/*"))) == 2)  # the third one hangs
         time.sleep(2)
         before = process.cpu_times()
         time.sleep(4)
         after = process.cpu_times()
-        del hung
         return (after.user + after.system - before.user - before.system) / 4
 
 
@@ -127,3 +125,108 @@ def test_mlflow_shows_one_parent_and_each_job_once_and_nothing_is_left_running(t
 
     files = MlflowClient(twenty.uri).list_artifacts(twenty.runs[-1][0][0].info.run_id)
     assert {file.path for file in files} == {"summary.json", "summary.md"}
+
+
+# Ctrl-C, and a second sweep
+
+
+def test_ctrl_c_ends_the_running_job_with_its_report_and_says_how_to_go_on_and_a_second_sweep_is_refused_meanwhile(
+    tmp_path: Path, model: Path
+) -> None:
+    sweep = make(tmp_path / "cwd", model, "seed=0,103,1")
+    process = sweep.start()
+    wait_for(lambda: len(list(sweep.cwd.glob("outputs/jobs/*.json"))) == 2 or process.poll() is not None)
+    time.sleep(0.5)
+    code, said = make(tmp_path / "cwd", model, "seed=7,8").finish()
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+
+    assert code == 2 and said.count("\n") == 1 and "output=outputs: another sweep is running there" in said
+    assert process.returncode == 130 and "the same command goes on" in shown
+    assert {label: entry["status"] for label, entry in sweep.entries().items()} == {
+        "seed=0": "ok", "seed=103": "failed", "seed=1": "not_done",
+    }  # fmt: skip
+    reports = [json.loads(path.read_text()) for path in sweep.cwd.glob("outputs/*/*/report.json")]
+    assert sorted(r["failure"]["kind"] if r["failure"] else "" for r in reports) == ["", "interrupted"]
+    assert sweep.processes() == []
+    parents, children = runs(f"sqlite:///{sweep.cwd}/mlflow.db")
+    assert [run.info.status for run in parents] == ["KILLED"]
+    assert sorted(run.info.status for run in children) == ["FINISHED", "KILLED"]
+
+    sweep.behave()
+    assert sweep.finish()[0] == 0
+    assert {entry["status"] for entry in sweep.entries().values()} == {"ok"}
+
+
+# Killed at any moment
+
+JOBS = [f"seed={seed}" for seed in range(5)]
+
+
+def kill(victim: str, sweep: Sweep, process: Any, server: Server) -> None:
+    if victim == "parent":
+        process.kill()
+    elif victim == "server":
+        server.kill()
+    else:
+        for child in sweep.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def killed_again_and_again(folder: Path, model: Path, victims: list[str], chance: random.Random) -> None:
+    """A sweep that loses ``victims``, one a start, at random moments, comes to the table of one that loses none."""
+    server = Server(folder / "server")
+    sweep = make(folder / "cwd", model, swept(JOBS), "tracking=server", f"tracking.uri={server.uri}")
+    finished: set[str] = set()
+    try:
+        for victim in victims:
+            server.start()
+            process = sweep.start()
+            begun = chance.random() < 0.75  # else while it starts
+            if begun:
+                rows = chance.randrange(len(JOBS))
+                wait_for(
+                    lambda least=rows, p=process: (
+                        p.poll() is not None or len(list(sweep.cwd.glob("outputs/sweeps/*/rows/*.json"))) >= least
+                    )
+                )
+            time.sleep(chance.uniform(0, 1.5 if begun else 6))
+            kill(victim, sweep, process, server)
+            if victim == "parent":
+                process.communicate(timeout=60)
+                wait_for(lambda: not sweep.processes())  # the job ends itself
+            else:
+                process.communicate(timeout=300)
+            reports = sweep.cwd.glob("outputs/*/*/report.json")
+            done = {str(path.parent) for path in reports if '"status": "ok"' in path.read_text()}
+            assert finished <= done
+            finished = done
+        server.start()
+        code, shown = sweep.finish()
+
+        assert code == 0, shown
+        assert sweep.table() == dict.fromkeys(JOBS, ("ok", None))
+        assert finished <= {str(sweep.cwd / entry["folder"]) for entry in sweep.entries().values()}
+        parents, children = runs(server.uri)
+        assert [run.info.status for run in parents] == ["FINISHED"]
+        assert [run.info.status for run in children] == ["FINISHED"] * len(JOBS)
+        assert len({run.data.tags["sweep.job"] for run in children}) == len(JOBS)
+        assert sweep.processes() == []
+    finally:
+        server.kill()
+
+
+def test_a_sweep_that_loses_its_parent_a_job_and_the_server_resumes_to_the_same_table(
+    tmp_path: Path, model: Path
+) -> None:
+    pytest.importorskip("flask", reason="mlflow-skinny cannot serve")
+    killed_again_and_again(tmp_path, model, ["parent", "server", "child"], random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_fifty_random_kill_points_resume_to_the_same_table(seed: int, tmp_path: Path, model: Path) -> None:
+    chance = random.Random(seed)
+    victims = [chance.choice(["parent", "parent", "child", "server"]) for _ in range(5)]
+    killed_again_and_again(tmp_path, model, victims, chance)

@@ -129,6 +129,9 @@ def settle(config: Config, key: str, name: str, ended: Ended, log: Path) -> tupl
 
 
 def _why(ended: Ended, config: Config) -> dict[str, str]:
+    if ended.interruption is not None:
+        by = "Ctrl-C" if isinstance(ended.interruption, KeyboardInterrupt) else "SIGTERM"
+        return {"kind": "interrupted", "message": f"interrupted by {by}"}
     if ended.timed_out:
         limit = f"sweep.timeout_minutes={config.sweep.timeout_minutes:g}"
         return {"kind": "timeout", "message": f"took longer than {limit} and was ended"}

@@ -40,6 +40,8 @@ class Ended:
     out_of_memory: bool
     """The kernel killed it for memory."""
     seconds: float
+    interruption: BaseException | None = None
+    """Ctrl-C or SIGTERM: it was handed on, and the caller has to raise it again."""
 
     @property
     def signal_name(self) -> str | None:
@@ -63,28 +65,26 @@ def call(target: Callable[..., int], arguments: tuple[Any, ...], log: Path, limi
     """``target(*arguments)`` in a process of its own, which writes what it prints to ``log``; its result is the exit
     code.  ``target`` and ``arguments`` must be picklable.
 
-    Ctrl-C and SIGTERM are handed on to the process, which then has ``GRACE_S`` to end, and raised again.
+    Ctrl-C and SIGTERM are handed on to the process, which then has ``GRACE_S`` to end.
     """
     killed_before, began = _killed_for_memory(), time.monotonic()
     process = _context().Process(target=_inside, args=(target, arguments, log, limit_s + 2 * GRACE_S))
-    timed_out = False
+    timed_out, interruption = False, None
     try:
         process.start()
         process.join(limit_s)
         if process.is_alive():
             timed_out = True
             _end(process, signal.SIGTERM)
-    except KeyboardInterrupt:
-        _end(process, signal.SIGINT)
-        raise
-    except SystemExit:
-        _end(process, signal.SIGTERM)
-        raise
+    except (KeyboardInterrupt, SystemExit) as error:
+        interruption = error
+        _end(process, signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     finally:
         _kill_group(process)  # and what it had started
-    assert process.exitcode is not None
-    out_of_memory = process.exitcode == -signal.SIGKILL and not timed_out and _killed_for_memory() > killed_before
-    return Ended(process.exitcode, timed_out, out_of_memory, time.monotonic() - began)
+    exit_code = -signal.SIGKILL if process.exitcode is None else process.exitcode  # None: it never started
+    by_someone = exit_code == -signal.SIGKILL and not timed_out and interruption is None
+    out_of_memory = by_someone and _killed_for_memory() > killed_before
+    return Ended(exit_code, timed_out, out_of_memory, time.monotonic() - began, interruption)
 
 
 def _context() -> multiprocessing.context.ForkServerContext:

@@ -50,13 +50,13 @@ def plan(composed: Iterable[tuple[Sequence[str], Config]]) -> list[Job]:
     often = Counter(override for overrides, _ in composed for override in overrides)
     jobs: dict[str, Job] = {}
     for overrides, config in composed:
-        own = [override for override in overrides if often[override] < len(composed)]
+        own = [override.lstrip("+") for override in overrides if often[override] < len(composed)]
         job = Job(config, settings_key(config), " ".join(own) or run_name(config))
-        if (twin := jobs.setdefault(job.key, job)) is not job:
-            raise UserError(f"-m: {twin.label} and {job.label} are jobs with the same settings; leave one out")
         for setting in NOT_SETTINGS:
             if getattr(config, setting) != getattr(composed[0][1], setting):
-                raise UserError(f"-m: {job.label} changes {setting}, which is one for the whole sweep")
+                raise UserError(f"-m: {job.label} changes {setting}, which the whole sweep has in common; leave it out")
+        if (twin := jobs.setdefault(job.key, job)) is not job:
+            raise UserError(f"-m: {twin.label} and {job.label} are jobs with the same settings; leave one out")
     return list(jobs.values())
 
 

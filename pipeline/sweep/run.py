@@ -7,12 +7,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from passes.errors import UserError
@@ -24,7 +25,6 @@ from pipeline.sweep.display import line, live
 from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
 from pipeline.sweep.keys import content_key, settings_key, surroundings, sweep_key
 from pipeline.sweep.ledger import Entry, Ledger
-from pipeline.tracking_names import run_name
 from pipeline.tracking_store import check_store
 
 
@@ -42,7 +42,11 @@ class Task:
 
     def __call__(self, composed: DictConfig) -> float | None:
         """What Hydra calls: the job's objective, None where it has none."""
-        config = from_hydra(composed)
+        try:
+            config = from_hydra(composed)
+        except UserError as error:  # of a job that only the sweeper knew
+            print(f"✗ {_chosen()}  refused: {error}", file=sys.stderr)
+            return None
         report = self.do(config)
         path = config.sweep.objective or headline(report)
         value = at(report, path) if path and report["status"] != "failed" else None
@@ -52,26 +56,33 @@ class Task:
         """Do the job, unless it is finished; keep its row, and return its report."""
         job, ledger = settings_key(config), Ledger(Path(config.output))
         key = content_key(config, self.surroundings or surroundings())
-        label = self.labels.get(job) or run_name(config)
-        done = None if config.rerun else ledger.finished(key)
-        seconds = 0.0
+        label = self.labels.get(job) or _chosen()
+        done, ended = None if config.rerun else ledger.finished(key), None
         if done is None:
-            entry, report, seconds = self._attempt(config, key, job)
-        else:
-            entry, report = done
+            done, ended = self._attempt(config, key, job)
+        entry, report = done
         assert entry.folder is not None
-        folder = ledger.output / entry.folder
+        folder, seconds = ledger.output / entry.folder, 0.0 if ended is None else ended.seconds
         run_id = tracking.send(self.parent, config, job, folder, report, entry.started)
-        write_row(self.folder / "rows", Row(job, label, str(folder), done is not None, seconds, run_id))
-        print(line(label, report, folder, seconds, done is not None), file=sys.stderr)
+        write_row(self.folder / "rows", Row(job, label, str(folder), ended is None, seconds, run_id))
+        print(line(label, report, folder, seconds, ended is None), file=sys.stderr)
+        if ended is not None and ended.interruption is not None:
+            raise ended.interruption
         return report
 
-    def _attempt(self, config: Config, key: str, job: str) -> tuple[Entry, dict[str, Any], float]:
+    def _attempt(self, config: Config, key: str, job: str) -> tuple[tuple[Entry, dict[str, Any]], isolation.Ended]:
         name, log = uuid.uuid4().hex, self.folder / "logs" / f"{job[:32]}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
         ended = isolation.call(attempt, (config, key, name), log, 60 * config.sweep.timeout_minutes)
-        return *settle(config, key, name, ended, log), ended.seconds
+        return settle(config, key, name, ended, log), ended
+
+
+def _chosen() -> str:
+    """What Hydra's sweeper chose for the job that it is calling."""
+    hydra = HydraConfig.get()
+    params = hydra.sweeper.get("params") or {}
+    return " ".join(override for override in hydra.overrides.task if override.partition("=")[0].lstrip("+") in params)
 
 
 def sweep(
@@ -91,7 +102,9 @@ def sweep(
     check_store(config.tracking.uri)
     with _only_one(output):
         labels = {job.key: job.label for job in jobs or ()}
-        if not jobs or config.rerun or not all(Ledger(output).finished(content_key(job.config, here)) for job in jobs):
+        ledger = Ledger(output)
+        done = [job for job in jobs or () if not config.rerun and ledger.finished(content_key(job.config, here))]
+        if launch is None and len(done) < len(labels):
             isolation.warm_up()
         parent = tracking.open_parent(config, key, f"sweep of {len(jobs)} jobs" if jobs else "sweep")
         shutil.rmtree(folder / "rows", ignore_errors=True)
@@ -154,9 +167,10 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
 @contextmanager
 def _only_one(output: Path) -> Iterator[None]:
     """Sweeps over one folder would do each other's jobs."""
-    lock = FileLock(output / "sweeps" / ".lock", mode=0o644)
+    lock_file = output / "sweeps" / ".lock"
+    lock = FileLock(lock_file, mode=0o644)
     try:
-        (output / "sweeps").mkdir(parents=True, exist_ok=True)
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
@@ -166,5 +180,11 @@ def _only_one(output: Path) -> Iterator[None]:
         raise UserError(f"output={output}: cannot be written ({error.strerror})") from None
     try:
         yield
+    except UserError:  # nothing was begun, so nothing stays
+        lock_file.unlink()
+        for folder in (lock_file.parent, output):
+            with suppress(OSError):  # it holds more
+                folder.rmdir()
+        raise
     finally:
         lock.release()
