@@ -52,6 +52,8 @@ def main() -> None:
     # Read when torch is loaded.  By default its threads wait for each other busily, and where another process is on
     # one of their cores short operations take 30 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # MLflow's client would otherwise ask a server that went down again for minutes, and the report is on disk anyway.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # conf/hydra has files of the names that plugins of Hydra have schemas for: they shall be checked against those.
     warnings.filterwarnings("ignore", "(?s).*validated against ConfigStore schema", UserWarning)
     signal.signal(signal.SIGTERM, _terminated)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -110,7 +109,7 @@ def sweep(
         shutil.rmtree(folder / "rows", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         task = Task(parent, folder, labels, here if launch is None else None)
-        status, began = "KILLED", time.monotonic()
+        status = "KILLED"
         try:
             with live(folder / "rows", None if jobs is None else len(jobs)):
                 if launch is None:
@@ -124,7 +123,6 @@ def sweep(
             raise
         finally:
             failed = _close(config, task, labels, status)
-        print(f"{time.monotonic() - began:.0f} s", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -137,7 +135,8 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
     ratios = table.speed_ups(reports, folders, baseline) if baseline else {}
     entries = table.entries({**{key: row.label for key, row in rows.items()}, **labels}, rows, reports, ratios)
     write_json(task.folder / "summary.json", {"sweep": task.folder.name, "baseline": baseline, "jobs": entries})
-    (task.folder / "summary.md").write_text(table.markdown(entries, baseline), encoding="utf-8")
+    shown = table.markdown(entries, baseline)
+    (task.folder / "summary.md").write_text(shown, encoding="utf-8")
 
     lost = [entry for entry in entries if status == "FINISHED" and entry["status"] == "not_done"]
     failed = [entry for entry in entries if entry["status"] == "failed"]
@@ -149,7 +148,7 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
             numbers[run_id] = {"speed_up": ratio, "speed_up.ci95.low": low, "speed_up.ci95.high": high}
     files = [task.folder / "summary.json", task.folder / "summary.md"]
     ended = "FAILED" if (failed or lost) and status == "FINISHED" else status
-    sent = tracking.close_parent(task.parent, files, numbers, ended)
+    sent = tracking.close_parent(task.parent, files, shown, numbers, ended)
     if config.tracking.register and status == "FINISHED" and sent:
         registry.register(task.parent, rows, reports)
     unsent = [row for row in rows.values() if row.run_id is None]

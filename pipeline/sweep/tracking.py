@@ -36,6 +36,8 @@ PARENT = "mlflow.parentRunId"
 SWEEP, OUTPUT, JOB, SENT = "sweep.key", "sweep.output", "sweep.job", "sweep.report_sha256"
 """Tags: of a parent the sweep and the folder of its runs; of a child the job and, once it is complete, its report."""
 
+LONGEST_TAG = 8000  # characters that MLflow takes
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,11 +48,6 @@ class Parent:
     uri: str
     experiment: str
     run_id: str
-
-    @property
-    def where(self) -> str:
-        client = open_client(self.uri)
-        return tracking.TrackedRun(client, self.uri, self.experiment, self.run_id, False).where
 
 
 def open_parent(config: Config, key: str, name: str) -> Parent:
@@ -114,15 +111,18 @@ def send(
         return None
 
 
-def close_parent(parent: Parent, files: list[Path], numbers: Mapping[str, Mapping[str, float]], status: str) -> bool:
-    """Log the sweep's files, and numbers of it and of its children by run, and end it with ``status``; False where
-    the store is gone."""
+def close_parent(
+    parent: Parent, files: list[Path], shown: str, numbers: Mapping[str, Mapping[str, float]], status: str
+) -> bool:
+    """Log the sweep's files, what MLflow's page of it shows, and numbers of it and of its children by run, and end it
+    with ``status``; False where the store is gone."""
     try:
         check_store(parent.uri, must_exist=True)
         with quiet():
             client = open_client(parent.uri)
             for path in files:
                 client.log_artifact(parent.run_id, str(path))
+            client.set_tag(parent.run_id, "mlflow.note.content", shown[:LONGEST_TAG])
             for run_id, metrics in numbers.items():
                 for name, value in metrics.items():
                     client.log_metric(run_id, name, value)
