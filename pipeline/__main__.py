@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from passes.errors import UserError
 from pipeline.config import Config, from_hydra, schema_keys
+from pipeline.memory import collector_paused
 
 EXTRAS = {
     "submitit_local": "slurm",
@@ -130,7 +131,8 @@ def _sweep(
             (batch,) = BasicSweeper.split_arguments(swept, None)
         except HydraException as error:
             raise UserError(f"-m: {error}") from None
-        jobs = plan((job, composed(job)) for job in batch)
+        with collector_paused():
+            jobs = plan((job, composed(job)) for job in batch)
     config = jobs[0].config if jobs else from_hydra(base)
     if config.dry_run:
         from pipeline.sweep.estimate import show

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline import tracking
 from pipeline.config import Config
+from pipeline.memory import collector_paused
 from pipeline.tracking_store import (
     as_user_error,
     check_store,
@@ -58,7 +59,8 @@ def open_parent(config: Config, key: str, name: str) -> Parent:
     """
     uri, output = check_store(config.tracking.uri), str(Path(config.output).resolve())
     with as_user_error(f"tracking.uri={redacted(config.tracking.uri)}"), quiet():
-        client = open_client(uri)
+        with collector_paused():  # half a second of MLflow's imports
+            client = open_client(uri)
         experiment = experiment_id(client, uri, config.tracking.experiment)
         sweeps = _search(client, experiment, f"tags.`{SWEEP}` != ''")
         here = [run for run in sweeps if run.data.tags.get(OUTPUT) == output]  # a path may hold what no filter takes
