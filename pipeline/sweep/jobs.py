@@ -56,7 +56,8 @@ def plan(composed: Iterable[tuple[Sequence[str], Config]]) -> list[Job]:
             if getattr(config, setting) != getattr(composed[0][1], setting):
                 raise UserError(f"-m: {job.label} changes {setting}, which the whole sweep has in common; leave it out")
         if (twin := jobs.setdefault(job.key, job)) is not job:
-            raise UserError(f"-m: {twin.label} and {job.label} are jobs with the same settings; leave one out")
+            what = twin.label if twin.label == job.label else f"{twin.label} and {job.label}"
+            raise UserError(f"-m: {what}: two jobs with the same settings; leave one out")
     return list(jobs.values())
 
 
