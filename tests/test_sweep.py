@@ -110,6 +110,11 @@ def test_skipping_costs_ten_seconds_in_all_and_the_parent_of_a_running_job_next_
     assert twenty.idle < 0.05
 
 
+def test_a_process_of_its_own_costs_a_job_less_than_six_seconds(twenty: Twenty) -> None:
+    well = [entry for label, entry in twenty.tables[0].items() if label in WELL]
+    assert max(entry["process_seconds"] - entry["seconds"] for entry in well) < 6
+
+
 def test_no_process_is_left(twenty: Twenty) -> None:
     assert twenty.orphans == [[], [], []]
 

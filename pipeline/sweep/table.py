@@ -75,6 +75,7 @@ def _entry(
         "failure": failure and {name: failure[name] for name in ("stage", "kind", "message")},
         "skipped": row.skipped,
         "seconds": sum(report["stages_s"].values()),
+        "process_seconds": row.seconds,
         "device_ms": None if path is None else at(report, path.removesuffix(".median")),
         "speed_up": ratio,
         "engine_bytes": at(report, "engine.bytes"),
