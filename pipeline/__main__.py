@@ -1,8 +1,8 @@
 """``python -m pipeline``: Hydra's command line over :func:`pipeline.run.run`.
 
-Everything that can be wrong with the settings is found before Hydra starts a job, so that it costs one line,
-exit code 2 and no folder.  Exit code 1: a run failed, and its report says how.  130 and 143: Ctrl-C and SIGTERM;
-the report of the run that they ended is kept.
+Everything that can be wrong with the settings is found before a job is started, so that it costs one line,
+exit code 2 and no folder.  Exit code 1: a run, or a job of a sweep, failed, and its report says how.  130 and 143:
+Ctrl-C and SIGTERM; the report of the run that they ended is kept.
 """
 
 from __future__ import annotations
@@ -11,22 +11,36 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
-from omegaconf import DictConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from passes.errors import UserError
 from pipeline.config import Config, from_hydra, schema_keys
+from pipeline.memory import collector_paused
+
+EXTRAS = {
+    "submitit_local": "slurm",
+    "submitit_slurm": "slurm",
+    "joblib": "joblib",
+    "ray": "ray",
+    "optuna_tpe": "optuna",
+}
+"""Hydra's launchers and sweepers that conf/hydra is ready for -> the extra that installs them."""
 
 
 def config_dir() -> Path:
@@ -39,6 +53,10 @@ def main() -> None:
     # Read when torch is loaded.  By default its threads wait for each other busily, and where another process is on
     # one of their cores short operations take 30 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # MLflow's client would otherwise ask a server that went down again for minutes, and the report is on disk anyway.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    # conf/hydra has files of the names that plugins of Hydra have schemas for: they shall be checked against those.
+    warnings.filterwarnings("ignore", "(?s).*validated against ConfigStore schema", UserWarning)
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = _main(sys.argv[1:])
@@ -53,10 +71,27 @@ def main() -> None:
 def _main(arguments: list[str]) -> int:
     arguments = [_admit(argument) for argument in arguments]
     parsed = _parse(arguments)
-    asks_only = parsed.help or parsed.hydra_help or parsed.info is not None or parsed.shell_completion
-    if not asks_only:
-        for overrides in _jobs(parsed.overrides, parsed.multirun):
-            compose_config(overrides, parsed.config_name or "config", parsed.config_dir)
+    if parsed.help or parsed.hydra_help or parsed.info is not None or parsed.shell_completion:
+        _hydra(arguments, lambda composed: None)
+        return 0
+    name, own_dir = parsed.config_name or "config", parsed.config_dir
+    overrides = _read(parsed.overrides)
+    fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    base = _compose(fixed, name, own_dir)
+    if parsed.cfg is None and (parsed.multirun or base.hydra.mode == RunMode.MULTIRUN):
+        return _sweep(arguments, overrides, base, lambda job: compose_config(job, name, own_dir))
+    for override in overrides:
+        if override.is_sweep_override():
+            raise UserError(f"{override.input_line}: several values are a sweep; add -m")
+    config = from_hydra(base)
+    if config.tracking.register:
+        raise UserError("tracking.register=true: enters the best of a sweep; add -m, or leave it out")
+    if config.dry_run and parsed.cfg is None:
+        from pipeline.sweep.estimate import show
+        from pipeline.sweep.jobs import plan
+
+        show(plan([([], config)]))
+        return 0
     codes = [0]
 
     def job(composed: DictConfig) -> None:
@@ -64,15 +99,59 @@ def _main(arguments: list[str]) -> int:
 
         try:
             outcome = run(from_hydra(composed))
-        except UserError as error:  # found by the load stage; the other jobs of a sweep go on
+        except UserError as error:  # found by the load stage
             _print_error(error)
             codes.append(2)
         else:
             codes.append(1 if outcome.report["status"] == "failed" else 0)
 
-    sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(job)()
+    _hydra(arguments, job)
     return max(codes)
+
+
+def _sweep(
+    arguments: list[str], overrides: list[Override], base: DictConfig, composed: Callable[[list[str]], Config]
+) -> int:
+    """All jobs of a sweep.  Hydra's own loop comes in only where its launcher or sweeper is another than the basic
+    one: it composes every job twice more."""
+    from pipeline.sweep.jobs import plan
+    from pipeline.sweep.keys import settings_key
+    from pipeline.sweep.run import Task, sweep
+
+    sweeper, launcher = base.hydra.sweeper, base.hydra.launcher
+    for group, owner in (("sweeper", sweeper), ("launcher", launcher)):
+        chosen, package = base.hydra.runtime.choices[f"hydra/{group}"], ".".join(owner._target_.split(".")[:2])
+        if package.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(package) is None):
+            remedy = f"pip install 'proved-attention[{EXTRAS[chosen]}]'" if chosen in EXTRAS else f"install {package}"
+            raise UserError(f"hydra/{group}={chosen}: not installed; {remedy}")
+    jobs = None
+    if sweeper._target_.endswith(".BasicSweeper"):
+        swept = [*_read([f"{key}={value}" for key, value in (sweeper.params or {}).items()]), *overrides]
+        try:
+            (batch,) = BasicSweeper.split_arguments(swept, None)
+        except HydraException as error:
+            raise UserError(f"-m: {error}") from None
+        with collector_paused():
+            jobs = plan((job, composed(job)) for job in batch)
+    config = jobs[0].config if jobs else from_hydra(base)
+    if config.dry_run:
+        from pipeline.sweep.estimate import show
+
+        if jobs is None:
+            raise UserError(f"dry_run=true: only {sweeper._target_} knows its jobs, as they come; leave it out")
+        show(jobs)
+        return 0
+
+    def launch(task: Task, folder: Path) -> None:
+        _hydra([*arguments, f"hydra.sweep.dir='{folder}'"], task)
+
+    identity = OmegaConf.to_yaml({"settings": settings_key(config), "sweeper": sweeper, "overrides": arguments})
+    return sweep(config, jobs, identity, None if jobs and launcher._target_.endswith(".BasicLauncher") else launch)
+
+
+def _hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
+    sys.argv[1:] = arguments
+    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(task)()
 
 
 def _print_error(error: UserError) -> None:
@@ -107,30 +186,24 @@ def compose_config(overrides: list[str], name: str = "config", own_dir: str | No
 
     ``name`` is the primary config, ``own_dir`` a folder of the user's that is searched beside ``conf/``.
     """
+    return from_hydra(_compose(overrides, name, own_dir))
+
+
+def _compose(overrides: list[str], name: str, own_dir: str | None) -> DictConfig:
+    """What ``overrides`` make of the YAML, Hydra's own settings included."""
     search = [] if own_dir is None else [f"hydra.searchpath=[file://{Path(own_dir).resolve()}]"]
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = compose(name, overrides=[*overrides, *search])
+            return compose(name, overrides=[*overrides, *search], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_one_line(error, overrides)) from None
-    return from_hydra(composed)
 
 
-def _jobs(overrides: list[str], multirun: bool) -> Iterator[list[str]]:
+def _read(overrides: list[str]) -> list[Override]:
     try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
+        return OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         raise UserError(f"{error.override}: cannot be read; settings are written key=value") from None
-    if multirun:
-        try:
-            yield from (job for batch in BasicSweeper.split_arguments(parsed, None) for job in batch)
-        except HydraException as error:
-            raise UserError(f"-m: {error}") from None
-        return
-    for override in parsed:
-        if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: several values are a sweep; add -m")
-    yield overrides
 
 
 def _admit(argument: str) -> str:

@@ -55,6 +55,8 @@ def check(config: Config) -> None:
         raise UserError(f"store.limit_gib={config.store.limit_gib}: must be above 0; store.enabled=false keeps nothing")
     if not config.tracking.uri:
         raise UserError("tracking.uri=: name the MLflow store, for example tracking.uri=sqlite:///mlflow.db")
+    if config.sweep.timeout_minutes <= 0:
+        raise UserError(f"sweep.timeout_minutes={config.sweep.timeout_minutes}: must be above 0")
 
 
 def _check_model(model: ModelConfig) -> None:

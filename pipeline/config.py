@@ -174,6 +174,21 @@ class TrackingConfig:
     uri: str
     experiment: str = "proved-attention"
     log_engine: bool = True
+    register: bool = False
+    """Sweeps only: enter each model's fastest and smallest engine in the model registry."""
+
+
+@dataclass
+class SweepConfig:
+    """What is done with the jobs of a sweep; see :mod:`pipeline.sweep`."""
+
+    timeout_minutes: float = 120.0
+    """How long one job may take."""
+    baseline: str | None = None
+    """What speed-ups are over: ``strategy:upstream``, a setting that the jobs differ in and one of its values."""
+    objective: str | None = None
+    """A number of the report, dotted, and less of it is better: what Optuna minimises.  null: device time of the whole
+    generation where one is timed, else of the prefill."""
 
 
 @dataclass
@@ -200,12 +215,17 @@ class Config:
     verify: VerifyConfig
     tracking: TrackingConfig
     store: StoreConfig = field(default_factory=StoreConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
     precision: str = "fp16"
     until: str | None = None
     """Stop after this stage, with the report of what was done so far."""
     seed: int = 0
     output: str = "outputs"
     """Folder under which every run gets a folder of its own."""
+    rerun: bool = False
+    """Do the jobs of a sweep again that were finished before."""
+    dry_run: bool = False
+    """Print what would be done, with an estimate of time and device memory, and do nothing."""
 
     @property
     def last_stage(self) -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pipeline.machine import Machine
     from pipeline.model import LoadedModel
+    from pipeline.tracking import Tracked
     from pipeline.verify import Forward
 
 QUESTION = "What is the capital of France?"
@@ -33,15 +34,21 @@ class Outcome:
     folder: Path
 
 
-def run(config: Config, display: StageDisplay | None = None) -> Outcome:
+def run(config: Config, display: StageDisplay | None = None, track: Callable[..., Tracked] | None = None) -> Outcome:
     """Do what ``config`` says.  Raises :class:`passes.errors.UserError`, and then nothing was created; whatever
-    goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written."""
+    goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written.
+
+    ``track`` stands in for :func:`pipeline.tracking.start`, and the store is then not asked whether it is there.
+    """
     from pipeline import plugin, tracking
+    from pipeline.tracking_names import folder_name
 
     if config.generates and config.model.logits != "last":  # of a prompt, generation needs no other
         config = replace(config, model=replace(config.model, logits="last"))
     record = Record(config, display or StageDisplay())
-    tracking.check_store(config.tracking.uri)
+    if track is None:
+        tracking.check_store(config.tracking.uri)
+        track = tracking.start
     loaded = interruption = None
     status = "ok"
     try:
@@ -57,9 +64,9 @@ def run(config: Config, display: StageDisplay | None = None) -> Outcome:
     gc.collect()
     trim()
     gc.freeze()  # a million objects of the libraries that the collector need not walk again and again
-    folder = record.open_folder("-".join(tracking.run_name(config).replace(" · ", "-").split()))
+    folder = record.open_folder(folder_name(config))
     try:
-        tracked = tracking.start(config, folder, environment=record.report["environment"])
+        tracked = track(config, folder, environment=record.report["environment"])
     except BaseException:
         record.discard_folder()
         raise

@@ -17,7 +17,7 @@ from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -44,16 +44,44 @@ __all__ = ["ENGINE_FILE", "MANIFEST_FILE", "TrackedRun", "check_store", "fetch_e
 
 ENGINE_FILE = "engine.trt"
 MANIFEST_FILE = "engine.json"
+SOURCE_TAGS = {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
 
 _log = logging.getLogger(__name__)
 
 
+class Tracked(Protocol):
+    """What a run needs of its record: a context manager that is told, once, how the run ended."""
+
+    run_id: str
+
+    @property
+    def identity(self) -> dict[str, str] | None:
+        """What report.json says of the run; None where it is made later."""
+
+    @property
+    def where(self) -> str: ...
+
+    def finish(self, report: Mapping[str, Any], folder: Path) -> bool: ...
+
+    def __enter__(self) -> Tracked: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
 def start(
-    config: Config, run_folder: Path, name: str | None = None, environment: Mapping[str, Any] | None = None
+    config: Config,
+    run_folder: Path,
+    name: str | None = None,
+    environment: Mapping[str, Any] | None = None,
+    tags: Mapping[str, str] | None = None,
+    started: float | None = None,
 ) -> TrackedRun:
     """Open the MLflow run of ``config``; use the result as a context manager, so that a crash ends the run too.
 
-    ``name`` defaults to :func:`run_name`; ``environment`` is the report's section, where already known.
+    ``name`` defaults to :func:`run_name`; ``environment`` is the report's section, where already known; ``started``
+    is in seconds since the epoch, and now where it is left out.
     Raises :class:`UserError` naming ``tracking.uri`` or ``tracking.experiment``; no run exists then.
     """
     tracking = config.tracking
@@ -61,15 +89,16 @@ def start(
     with as_user_error(f"tracking.uri={redacted(tracking.uri)}"), quiet():
         client = open_client(uri)
         experiment = experiment_id(client, uri, tracking.experiment)
-        tags = {
-            "mlflow.user": _user(),
-            "mlflow.source.name": "python -m pipeline",
-            "mlflow.source.type": "LOCAL",
+        labels = {
+            "mlflow.user": user(),
+            **SOURCE_TAGS,
             "run_folder": str(run_folder.resolve()),
             "status": "running",
             **environment_tags(environment or {}),
+            **(tags or {}),
         }
-        run = client.create_run(experiment, tags=tags, run_name=name or run_name(config))
+        since = None if started is None else int(started * 1000)
+        run = client.create_run(experiment, since, labels, run_name=name or run_name(config))
         tracked = TrackedRun(client, uri, experiment, run.info.run_id, tracking.log_engine)
         with ExitStack() as ends_the_run:
             ends_the_run.push(tracked)
@@ -101,15 +130,16 @@ class TrackedRun:
             return f"{redacted(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
 
-    def finish(self, report: Mapping[str, Any], folder: Path) -> None:
+    def finish(self, report: Mapping[str, Any], folder: Path) -> bool:
         """Log the numbers of ``report`` (report.json, schema 1) and every file in ``folder``, and close the run.
 
-        A store that is gone by now costs one warning, not the run: everything is in ``folder`` already.
+        A store that is gone by now costs one warning and the answer False, not the run: everything is in ``folder``
+        already.
         """
         status = "FAILED" if report["status"] == "failed" else "FINISHED"
         if (report.get("failure") or {}).get("kind") == "interrupted":
             status = "KILLED"
-        stored = "nothing"
+        stored, complete = "nothing", False
         try:
             with quiet():
                 check_store(self.uri, must_exist=True)
@@ -120,11 +150,13 @@ class TrackedRun:
                 finally:
                     check_store(self.uri, must_exist=True)  # else the next line would retry for minutes
                     self._terminate(status)
+                complete = True
         except store_errors() as error:
             _log.warning(
                 f"MLflow run {self.run_id} is incomplete ({one_line(error)}): {stored} stored; all is in {folder}"
             )
         self._open = False
+        return complete
 
     def __enter__(self) -> TrackedRun:
         return self
@@ -229,7 +261,7 @@ def _check_hash(source: str, engine: Path, manifest: Path, recorded: str | None)
             )
 
 
-def _user() -> str:
+def user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):  # a container's user need not have a name

@@ -44,6 +44,11 @@ def run_name(config: Config) -> str:
     )
 
 
+def folder_name(config: Config) -> str:
+    """:func:`run_name` as part of a path."""
+    return "-".join(run_name(config).replace(" · ", "-").split())
+
+
 def parameters(config: Config) -> dict[str, str]:
     """Every setting, dotted; values as YAML would write them, lists on one line."""
     settings = {}

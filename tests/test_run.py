@@ -409,29 +409,21 @@ def test_an_experiment_that_was_deleted_is_refused_and_the_run_folder_is_gone(
 # Sweeps and signals
 
 
-def test_a_sweep_makes_a_run_of_each_combination(store: str, tiny: Path, cwd: Path) -> None:
-    settings = ["model=local", f"model.path={tiny}", "until=strategy", f"tracking.uri={store}", *SMALL]
+def test_a_sweep_makes_a_run_of_each_combination_and_a_job_that_is_refused_does_not_keep_the_rest_from_running(
+    store: str, tiny: Path, tmp_path: Path, cwd: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "short"
+    short(folder)
+    settings = ["model=local", f"model.path={tiny},{folder}", "until=strategy", f"tracking.uri={store}", *SMALL]
 
     code = _main(["-m", "strategy=detect_causal,lowering", *settings])
 
     reports = [json.loads(path.read_text()) for path in sorted((cwd / "outputs").glob("*/*/report.json"))]
-    assert code == 0
-    assert [report["config"]["strategy"]["name"] for report in reports] == ["detect_causal", "lowering"]
-    assert [report["status"] for report in reports] == ["ok", "ok"]
-
-
-def test_a_job_that_is_refused_does_not_keep_the_rest_of_a_sweep_from_running(
-    store: str, tiny: Path, tmp_path: Path, cwd: Path
-) -> None:
-    folder = tmp_path / "short"
-    short(folder)
-    models = f"model.path={folder},{tiny}"
-
-    code = _main(["-m", "model=local", models, "until=load", f"tracking.uri={store}", *SMALL])
-
-    (report,) = [json.loads(path.read_text()) for path in (cwd / "outputs").glob("*/*/report.json")]
-    assert code == 2
-    assert report["model"]["name"] == "tiny-llama" and report["status"] == "ok"
+    assert code == 1
+    assert [report["config"]["strategy"]["name"] for report in reports] == [*["detect_causal"] * 2, *["lowering"] * 2]
+    assert [report["status"] for report in reports] == ["ok", "failed"] * 2
+    assert reports[1]["failure"]["kind"] == "refused" and reports[1]["failure"]["stage"] == "load"
+    assert "shape.max=64: above max_position_embeddings=32" in capsys.readouterr().err
 
 
 def is_closed_as_interrupted(outcome: Outcome, by: str, store: str) -> None:

@@ -1,0 +1,141 @@
+"""One attempt at a job of a sweep: what happens in the process of its own, and how it is read when that has ended.
+
+Neither talks to MLflow: the report on disk is what counts, and it is sent when the attempt is over.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock
+
+from passes.errors import UserError
+from pipeline.config import Config
+from pipeline.console import StageDisplay
+from pipeline.environment import environment
+from pipeline.record import Record
+from pipeline.sweep.isolation import Ended
+from pipeline.sweep.ledger import Entry, Ledger
+from pipeline.tracking import Tracked
+from pipeline.tracking_names import folder_name
+
+LOG_FILE = "run.log"
+
+
+def attempt(config: Config, key: str, name: str) -> int:
+    """Do the job with content key ``key`` and leave its report; 0 where that is not one of failure.
+
+    ``name`` is this attempt's.  A job that somebody else finishes meanwhile is not done again.
+    """
+    from pipeline.run import run
+
+    ledger = Ledger(Path(config.output))
+    before = ledger.read(key)
+    with FileLock(ledger.lock_file(key), mode=0o644):
+        now = ledger.finished(key)
+        if now is not None and (not config.rerun or now[0] != before):
+            return 0
+        progress = _Progress(ledger, key, Entry(name, time.time()))
+        try:
+            outcome = run(config, progress, progress.track)
+        except UserError as error:
+            _failed(progress, config, error)
+            return 1
+        return 1 if outcome.report["status"] == "failed" else 0
+
+
+class _Progress(StageDisplay):
+    """Shows the stages, and keeps in the ledger which one it is and where the run folder lies."""
+
+    def __init__(self, ledger: Ledger, key: str, entry: Entry) -> None:
+        super().__init__()
+        self.ledger, self.key, self.entry = ledger, key, entry
+        self.write()
+
+    def write(self, **changes: Any) -> None:
+        self.entry = replace(self.entry, **changes)
+        self.ledger.write(self.key, self.entry)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self.write(stage=name)
+        with super().stage(name):
+            yield
+
+    def track(self, config: Config, folder: Path, environment: Mapping[str, Any]) -> Tracked:
+        """Stands in for :func:`pipeline.tracking.start`."""
+        self.write(folder=str(folder.relative_to(self.ledger.output)))
+        return _SentLater()
+
+
+class _SentLater:
+    """The record of a run that the sweep sends to MLflow once the run is over."""
+
+    run_id, where, identity = "follows", "sent by the sweep", None
+
+    def finish(self, report: Mapping[str, Any], folder: Path) -> bool:
+        return True
+
+    def __enter__(self) -> _SentLater:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def _failed(progress: _Progress, config: Config, error: UserError) -> None:
+    """The load stage refused the job, and so left no report."""
+    record = Record(config, progress)
+    record.fail(error)
+    folder = record.open_folder(folder_name(config))
+    progress.write(folder=str(folder.relative_to(progress.ledger.output)))
+    record.close("failed")
+
+
+def settle(config: Config, key: str, name: str, ended: Ended, log: Path) -> tuple[Entry, dict[str, Any]]:
+    """The attempt ``name`` and its report, which is written here where the process could not."""
+    ledger = Ledger(Path(config.output))
+    entry = ledger.read(key)
+    if entry is None or entry.attempt != name:
+        finished = ledger.finished(key)
+        if ended.exit_code == 0 and finished is not None:
+            return finished  # by somebody else
+        entry = Entry(name, time.time() - ended.seconds)
+    report = ledger.report(entry)
+    if report is None or (ended.timed_out and report["status"] == "failed"):
+        record = Record(config, StageDisplay())
+        record.report |= report or {"environment": environment()}
+        record.report["failure"] = {"stage": entry.stage, **_why(ended, config)}
+        if entry.folder is None:
+            folder = record.open_folder(folder_name(config))
+            entry = replace(entry, folder=str(folder.relative_to(ledger.output)))
+        assert entry.folder is not None
+        record.folder = ledger.output / entry.folder
+        record.folder.mkdir(parents=True, exist_ok=True)
+        record.close("failed")
+        ledger.write(key, entry)
+        report = ledger.report(entry)
+    assert entry.folder is not None and report is not None
+    with suppress(FileNotFoundError):
+        log.replace(ledger.output / entry.folder / LOG_FILE)
+    return entry, report
+
+
+def _why(ended: Ended, config: Config) -> dict[str, str]:
+    if ended.interruption is not None:
+        by = "Ctrl-C" if isinstance(ended.interruption, KeyboardInterrupt) else "SIGTERM"
+        return {"kind": "interrupted", "message": f"interrupted by {by}"}
+    if ended.timed_out:
+        limit = f"sweep.timeout_minutes={config.sweep.timeout_minutes:g}"
+        return {"kind": "timeout", "message": f"took longer than {limit} and was ended"}
+    if ended.out_of_memory:
+        return {"kind": "out_of_memory", "message": "the kernel killed it: the host's memory had run out"}
+    how = f"killed by {ended.signal_name}" if ended.signal_name else f"ended with exit code {ended.exit_code}"
+    return {"kind": "crash", "message": f"{how} and left no report; what it printed is in {LOG_FILE}"}

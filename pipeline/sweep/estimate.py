@@ -1,0 +1,116 @@
+"""``dry_run=true``: what a sweep would do, and roughly what it would take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from passes.errors import UserError
+from pipeline.config import Config, ModelConfig
+from pipeline.report import SCHEMA
+from pipeline.sweep.jobs import Job, at
+from pipeline.sweep.keys import content_key, surroundings
+from pipeline.sweep.ledger import Ledger
+
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+
+def show(jobs: Sequence[Job]) -> None:
+    """Print the plan; creates nothing."""
+    here, output = surroundings(), Path(jobs[0].config.output)
+    ledger, earlier = Ledger(output), _earlier(output)
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for column in ("job", "", "time", "device memory"):
+        table.add_column(column, overflow="fold")
+    models: dict[str, tuple[int, int] | None] = {}
+    times: list[float | None] = []
+    most = 0.0
+    for job in jobs:
+        if not job.config.rerun and ledger.finished(content_key(job.config, here)):
+            table.add_row(job.label, "finished")
+            continue
+        times.append(_seconds(job.config, earlier))
+        memory = device_bytes(job.config, models)
+        most = max(most, memory or 0.0)
+        table.add_row(job.label, "to do", _time(times[-1]), _memory(memory))
+    known = [seconds for seconds in times if seconds is not None]
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(f"\n{len(jobs)} jobs, {len(jobs) - len(times)} of them finished, {len(times)} to do")
+    if times:
+        rest = f" and {len(times) - len(known)} times unknown" if len(known) < len(times) else ""
+        console.print(f"time {_time(sum(known) if known else None)}{rest}; device memory up to {_memory(most or None)}")
+
+
+def device_bytes(config: Config, known: dict[str, tuple[int, int] | None]) -> float | None:
+    """Device memory at its peak, while the engine is compared with PyTorch: the weights at ``precision``, the wider
+    reference, the engine, and the logits of all three; without workspaces and activations.  None: no architecture.
+
+    ``known`` keeps parameters and vocabulary of the models that were asked for.
+    """
+    which = json.dumps([config.model.path, config.model.architecture], sort_keys=True)
+    if which not in known:
+        known[which] = _parameters_and_vocabulary(config.model)
+    if (found := known[which]) is None:
+        return None
+    parameters, vocabulary = found
+    narrow = BYTES[config.precision]
+    positions = config.shape.max if config.model.logits == "all" else 1
+    copies = narrow + 2 * narrow + (narrow if config.backend.name == "tensorrt" else 0)  # reference: one type wider
+    return float(copies * (parameters + config.shape.batch * positions * vocabulary))
+
+
+def _parameters_and_vocabulary(model: ModelConfig) -> tuple[int, int] | None:
+    """From the architecture alone: the model without its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline import checkpoint
+    from pipeline.gguf_cache import quiet
+
+    try:
+        with quiet(), torch.device("meta"):
+            described = checkpoint.architecture(model)
+            empty = AutoModelForCausalLM.from_config(described)
+    except UserError:
+        return None
+    return sum(parameter.numel() for parameter in empty.parameters()), described.get_text_config().vocab_size
+
+
+def _kind(config: dict[str, Any]) -> str:
+    """Jobs of one kind take about as long."""
+    parts = ("model.name", "model.path", "backend.name", "shape", "cache.name", "benchmark.name", "until")
+    return json.dumps([at(config, part) for part in parts], sort_keys=True)
+
+
+def _earlier(output: Path) -> dict[str, list[float]]:
+    """Kind of run -> seconds that those under ``output`` took which did not fail."""
+    found: dict[str, list[float]] = {}
+    for path in output.glob("*/*/report.json"):
+        report = json.loads(path.read_text())
+        if report.get("schema") == SCHEMA and report["status"] != "failed":
+            found.setdefault(_kind(report["config"]), []).append(sum(report["stages_s"].values()))
+    return found
+
+
+def _seconds(config: Config, earlier: dict[str, list[float]]) -> float | None:
+    seconds = earlier.get(_kind(config.to_dict()))
+    return median(seconds) if seconds else None
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _memory(size: float | None) -> str:
+    if size is None:
+        return "unknown"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,154 @@
+"""One call in a process of its own, with a time limit: whatever it does to itself, the caller goes on.
+
+The process is forked from a server that has imported the libraries and nothing else (:mod:`pipeline.sweep.preload`),
+so it starts in no time and with a CUDA of its own.  Three things end it: its time limit, the caller's death, and,
+should it hang in native code so that no Python runs any more, ``faulthandler``'s own thread.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+GRACE_S = 15.0
+"""How long a process that was told to end may take to write its report."""
+
+OOM_COUNTERS = ("/sys/fs/cgroup/memory.events", "/proc/vmstat")
+"""Where the kernel counts the processes that it killed for memory: this control group's, and the machine's."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call ended."""
+
+    exit_code: int
+    """Negative: the number of the signal that killed the process."""
+    timed_out: bool
+    out_of_memory: bool
+    """The kernel killed it for memory."""
+    seconds: float
+    interruption: BaseException | None = None
+    """Ctrl-C or SIGTERM: it was handed on, and the caller has to raise it again."""
+
+    @property
+    def signal_name(self) -> str | None:
+        if self.exit_code >= 0:
+            return None
+        try:
+            return signal.Signals(-self.exit_code).name
+        except ValueError:  # a real-time signal
+            return f"signal {-self.exit_code}"
+
+
+def warm_up() -> None:
+    """Start the server ahead of the first call; it imports while the caller does something else."""
+    _context()
+    from multiprocessing import forkserver
+
+    forkserver.ensure_running()
+
+
+def call(target: Callable[..., int], arguments: tuple[Any, ...], log: Path, limit_s: float) -> Ended:
+    """``target(*arguments)`` in a process of its own, which writes what it prints to ``log``; its result is the exit
+    code.  ``target`` and ``arguments`` must be picklable.
+
+    Ctrl-C and SIGTERM are handed on to the process, which then has ``GRACE_S`` to end.
+    """
+    killed_before, began = _killed_for_memory(), time.monotonic()
+    process = _context().Process(target=_inside, args=(target, arguments, log, limit_s + 2 * GRACE_S))
+    timed_out, interruption = False, None
+    try:
+        process.start()
+        process.join(limit_s)
+        if process.is_alive():
+            timed_out = True
+            _end(process, signal.SIGTERM)
+    except (KeyboardInterrupt, SystemExit) as error:
+        interruption = error
+        _end(process, signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+    finally:
+        _kill_group(process)  # and what it had started
+    exit_code = -signal.SIGKILL if process.exitcode is None else process.exitcode  # None: it never started
+    by_someone = exit_code == -signal.SIGKILL and not timed_out and interruption is None
+    out_of_memory = by_someone and _killed_for_memory() > killed_before
+    return Ended(exit_code, timed_out, out_of_memory, time.monotonic() - began, interruption)
+
+
+def _context() -> multiprocessing.context.ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.sweep.preload"])
+    return context
+
+
+def _end(process: ForkServerProcess, number: signal.Signals) -> None:
+    if process.pid is None:
+        return
+    with suppress(ProcessLookupError):
+        os.kill(process.pid, number)
+    process.join(GRACE_S)
+
+
+def _kill_group(process: ForkServerProcess) -> None:
+    """Nothing of the process's session is left, whatever else is happening."""
+    if process.pid is None:
+        return
+    with suppress(ProcessLookupError, PermissionError):  # PermissionError: macOS's answer for one that has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    if process.is_alive():  # before it had a session of its own
+        process.kill()
+    process.join()
+
+
+def _inside(target: Callable[..., int], arguments: tuple[Any, ...], log: Path, limit_s: float) -> NoReturn:
+    """What runs in the new process."""
+    os.setsid()  # Ctrl-C on the terminal is the caller's to hand on
+    with log.open("ab", buffering=0) as stream, Path(os.devnull).open("rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    try:
+        code = target(*arguments)
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def _end_with_the_caller() -> None:
+    caller = multiprocessing.parent_process()
+    assert caller is not None
+    connection.wait([caller.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE_S)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _killed_for_memory() -> int:
+    for counter in OOM_COUNTERS:
+        with suppress(OSError):
+            for line in Path(counter).read_text().splitlines():
+                name, _, count = line.partition(" ")
+                if name == "oom_kill":
+                    return int(count)
+    return 0

@@ -1,0 +1,71 @@
+"""What makes two jobs the same, and what makes a finished one stand for the next."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import passes
+import pipeline
+from pipeline.config import Config
+from pipeline.environment import environment
+
+NOT_SETTINGS = ("output", "tracking", "store", "sweep", "rerun", "dry_run")
+"""Where a job's results go and how it is run: they do not change what comes out."""
+
+NOT_MEASURING = (
+    "__main__.py",
+    "console.py",
+    "tracking.py",
+    "tracking_names.py",
+    "tracking_store.py",
+    "sweep",
+    "compare",
+)
+"""Modules of ``pipeline`` that show, keep and compare what others measured."""
+
+
+def settings_key(config: Config) -> str:
+    """The same for two jobs that ask for the same, wherever and with whatever versions they run."""
+    return _hash({key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS})
+
+
+def content_key(config: Config, surroundings: str) -> str:
+    """The same for two jobs that would come to the same: settings, weights of a local folder, and
+    :func:`surroundings`.  A folder's weights go by name, size and time: hashing them takes as long as loading them."""
+    files: list[tuple[str, int, int]] = []
+    if config.model.path is not None:
+        folder = Path(config.model.path).resolve()
+        found = ((path, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+        files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+    return _hash([settings_key(config), files, surroundings])
+
+
+def surroundings() -> str:
+    """What stands around every job of this machine: our own code, the libraries' versions, and the GPU."""
+    described = {key: value for key, value in environment().items() if key != "git"}
+    return _hash([described, _hash([[path.name, _hash_of(path)] for path in _sources()])])
+
+
+def sweep_key(jobs: Iterable[str]) -> str:
+    """The same for two sweeps over the same jobs, in whatever order."""
+    return _hash(sorted(jobs))
+
+
+def _sources() -> Iterator[Path]:
+    for package in (passes, pipeline):
+        root = Path(package.__path__[0])
+        for path in sorted([*root.rglob("*.py"), *root.rglob("*.txt")]):
+            if package is passes or path.relative_to(root).parts[0] not in NOT_MEASURING:
+                yield path
+
+
+def _hash_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,189 @@
+"""A sweep, from its jobs to its table: skip what is finished, do the rest one by one, and leave nothing open."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from passes.errors import UserError
+from pipeline.config import Config, from_hydra
+from pipeline.report import write_json
+from pipeline.sweep import isolation, registry, table, tracking
+from pipeline.sweep.attempt import attempt, settle
+from pipeline.sweep.display import line, live
+from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
+from pipeline.sweep.keys import content_key, settings_key, surroundings, sweep_key
+from pipeline.sweep.ledger import Entry, Ledger
+from pipeline.tracking_store import check_store
+
+
+@dataclass(frozen=True)
+class Task:
+    """Does one job of a sweep.  It can be pickled: Hydra's launchers call it in processes, and on machines, of their
+    own; the ledger, which lies on disk, is what they share."""
+
+    parent: tracking.Parent
+    folder: Path
+    """The sweep's."""
+    labels: Mapping[str, str]
+    surroundings: str | None = None
+    """Those of the machine that it runs on; None: another than the one that made the task."""
+
+    def __call__(self, composed: DictConfig) -> float | None:
+        """What Hydra calls: the job's objective, None where it has none."""
+        try:
+            config = from_hydra(composed)
+        except UserError as error:  # of a job that only the sweeper knew
+            print(f"✗ {_chosen()}  refused: {error}", file=sys.stderr)
+            return None
+        report = self.do(config)
+        path = config.sweep.objective or headline(report)
+        value = at(report, path) if path and report["status"] != "failed" else None
+        return float(value) if isinstance(value, int | float) else None
+
+    def do(self, config: Config) -> dict[str, Any]:
+        """Do the job, unless it is finished; keep its row, and return its report."""
+        job, ledger = settings_key(config), Ledger(Path(config.output))
+        key = content_key(config, self.surroundings or surroundings())
+        label = self.labels.get(job) or _chosen()
+        done, ended = None if config.rerun else ledger.finished(key), None
+        if done is None:
+            done, ended = self._attempt(config, key, job)
+        entry, report = done
+        assert entry.folder is not None
+        folder, seconds = ledger.output / entry.folder, 0.0 if ended is None else ended.seconds
+        run_id = tracking.send(self.parent, config, job, folder, report, entry.started)
+        write_row(self.folder / "rows", Row(job, label, str(folder), ended is None, seconds, run_id))
+        print(line(label, report, folder, seconds, ended is None), file=sys.stderr)
+        if ended is not None and ended.interruption is not None:
+            raise ended.interruption
+        return report
+
+    def _attempt(self, config: Config, key: str, job: str) -> tuple[tuple[Entry, dict[str, Any]], isolation.Ended]:
+        name, log = uuid.uuid4().hex, self.folder / "logs" / f"{job[:32]}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        ended = isolation.call(attempt, (config, key, name), log, 60 * config.sweep.timeout_minutes)
+        return settle(config, key, name, ended, log), ended
+
+
+def _chosen() -> str:
+    """What Hydra's sweeper chose for the job that it is calling."""
+    hydra = HydraConfig.get()
+    params = hydra.sweeper.get("params") or {}
+    return " ".join(override for override in hydra.overrides.task if override.partition("=")[0].lstrip("+") in params)
+
+
+def sweep(
+    config: Config, jobs: Sequence[Job] | None, identity: str, launch: Callable[[Task, Path], None] | None
+) -> int:
+    """Do ``jobs``, or what ``launch`` makes of them, and return the exit code: 1 where any failed.
+
+    ``config`` is any of theirs: they agree on where everything goes.  ``jobs`` is None where only Hydra's sweeper
+    knows them, as they come; ``identity`` then stands for them.  Raises :class:`UserError`, with nothing created.
+    """
+    here = surroundings()
+    if config.sweep.baseline is not None and jobs is not None:
+        table.check_baseline(config.sweep.baseline, jobs)
+    key = sweep_key([identity, here] if jobs is None else [content_key(job.config, here) for job in jobs])
+    output = Path(config.output)
+    folder = output / "sweeps" / key[:12]
+    check_store(config.tracking.uri)
+    with _only_one(output):
+        labels = {job.key: job.label for job in jobs or ()}
+        ledger = Ledger(output)
+        done = [job for job in jobs or () if not config.rerun and ledger.finished(content_key(job.config, here))]
+        if launch is None and len(done) < len(labels):
+            isolation.warm_up()
+        parent = tracking.open_parent(config, key, f"sweep of {len(jobs)} jobs" if jobs else "sweep")
+        shutil.rmtree(folder / "rows", ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        task = Task(parent, folder, labels, here if launch is None else None)
+        status = "KILLED"
+        try:
+            with live(folder / "rows", None if jobs is None else len(jobs)):
+                if launch is None:
+                    for job in jobs or ():
+                        task.do(job.config)
+                else:
+                    launch(task, folder)
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            print("\ninterrupted; the same command goes on with the jobs that are left", file=sys.stderr)
+            raise
+        finally:
+            failed = _close(config, task, labels, status)
+    return 1 if failed else 0
+
+
+def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -> bool:
+    """Leave the table on disk, on the console and in MLflow; whether any job failed."""
+    rows = read_rows(task.folder / "rows")
+    reports = {key: read_report(row) for key, row in rows.items()}
+    folders = {key: Path(row.folder) for key, row in rows.items()}
+    baseline = config.sweep.baseline
+    ratios = table.speed_ups(reports, folders, baseline) if baseline else {}
+    entries = table.entries({**{key: row.label for key, row in rows.items()}, **labels}, rows, reports, ratios)
+    write_json(task.folder / "summary.json", {"sweep": task.folder.name, "baseline": baseline, "jobs": entries})
+    shown = table.markdown(entries, baseline)
+    (task.folder / "summary.md").write_text(shown, encoding="utf-8")
+
+    lost = [entry for entry in entries if status == "FINISHED" and entry["status"] == "not_done"]
+    failed = [entry for entry in entries if entry["status"] == "failed"]
+    skipped = sum(row.skipped for row in rows.values())
+    counted = {"jobs": len(entries), "jobs.failed": len(failed), "jobs.skipped": skipped}
+    numbers = {task.parent.run_id: {name: float(count) for name, count in counted.items()}}
+    for key, (ratio, low, high) in ratios.items():
+        if (run_id := rows[key].run_id) is not None:
+            numbers[run_id] = {"speed_up": ratio, "speed_up.ci95.low": low, "speed_up.ci95.high": high}
+    files = [task.folder / "summary.json", task.folder / "summary.md"]
+    ended = "FAILED" if (failed or lost) and status == "FINISHED" else status
+    sent = tracking.close_parent(task.parent, files, shown, numbers, ended)
+    if config.tracking.register and status == "FINISHED" and sent:
+        registry.register(task.parent, rows, reports)
+    unsent = [row for row in rows.values() if row.run_id is None]
+
+    print(f"\n{len(rows) - len(failed)} of {len(entries)} jobs done; {task.folder / 'summary.md'}", file=sys.stderr)
+    for entry in failed:
+        print("  ✗ {job}: {stage}: {kind}: {message}".format(**entry, **entry["failure"]), file=sys.stderr)
+    for entry in lost:
+        print(f"  ✗ {entry['job']}: its worker left no report", file=sys.stderr)
+    if unsent or not sent:
+        print(f"{len(unsent)} reports are not in MLflow yet; the same command sends them", file=sys.stderr)
+    return bool(failed or lost)
+
+
+@contextmanager
+def _only_one(output: Path) -> Iterator[None]:
+    """Sweeps over one folder would do each other's jobs."""
+    lock_file = output / "sweeps" / ".lock"
+    lock = FileLock(lock_file, mode=0o644)
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"output={output}: another sweep is running there; wait for it, or take another folder"
+        ) from None
+    except OSError as error:
+        raise UserError(f"output={output}: cannot be written ({error.strerror})") from None
+    try:
+        yield
+    except UserError:  # nothing was begun, so nothing stays
+        lock_file.unlink()
+        for folder in (lock_file.parent, output):
+            with suppress(OSError):  # it holds more
+                folder.rmdir()
+        raise
+    finally:
+        lock.release()

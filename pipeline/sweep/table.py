@@ -1,0 +1,125 @@
+"""What came of a sweep: one line a job, and how much faster each is than the baseline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from passes.errors import UserError
+from pipeline.sweep.jobs import Job, Row, at, headline
+
+SAME = ("model", "precision", "shape", "benchmark", "until")
+"""Settings in which a row and its baseline agree, whatever the baseline is about: else their times say nothing."""
+
+COLUMNS = ("job", "status", "time", "speed-up", "engine", "why")
+
+
+def check_baseline(baseline: str, jobs: Sequence[Job]) -> None:
+    """Raises :class:`UserError` unless some of the ``jobs`` are what ``sweep.baseline`` names."""
+    axis, colon, value = baseline.partition(":")
+    refusal = f"sweep.baseline={baseline}"
+    if not colon or not value:
+        raise UserError(f"{refusal}: write SETTING:VALUE, such as strategy:upstream")
+    known = sorted({str(found) for job in jobs if (found := _value(job.config.to_dict(), axis)) is not None})
+    if not known:
+        raise UserError(f"{refusal}: {axis} is no setting; write SETTING:VALUE, such as strategy:upstream")
+    if value not in known:
+        raise UserError(f"{refusal}: no job has it; {axis} is {', '.join(known)} here")
+
+
+def speed_ups(
+    reports: Mapping[str, dict[str, Any]], folders: Mapping[str, Path], baseline: str
+) -> dict[str, tuple[float, float, float]]:
+    """Key of a job -> ratio, low, high: the time of its baseline over its own, medians, with the bootstrapped 95 %
+    interval.  Jobs that were not timed, and those without one baseline that agrees with them, are left out."""
+    axis, _, value = baseline.partition(":")
+    group = axis.partition(".")[0]
+    timed = {key: path for key, report in reports.items() if (path := headline(report)) is not None}
+    configs = {key: reports[key]["config"] for key in timed}
+    bases = [key for key in timed if str(_value(configs[key], axis)) == value]
+
+    def agree(key: str, base: str, settings: Iterable[str]) -> bool:
+        return all(configs[key].get(name) == configs[base].get(name) for name in settings if name != group)
+
+    ratios = {}
+    for key, path in timed.items():
+        fit = [base for base in bases if timed[base] == path and agree(key, base, SAME)]
+        if len(fit) > 1:  # the one that differs in nothing else
+            fit = [base for base in fit if agree(key, base, set(configs[key]) - {"sweep"})]
+        if len(fit) == 1:
+            ratios[key] = _ratio(_samples(folders[fit[0]], path), _samples(folders[key], path))
+    return ratios
+
+
+def entries(
+    labels: Mapping[str, str],
+    rows: Mapping[str, Row],
+    reports: Mapping[str, dict[str, Any]],
+    ratios: Mapping[str, tuple[float, float, float]],
+) -> list[dict[str, Any]]:
+    """The table, for machines: an entry for each job of ``labels``, by key, those that were not begun included."""
+    return [_entry(label, rows.get(key), reports.get(key), ratios.get(key)) for key, label in labels.items()]
+
+
+def _entry(
+    label: str, row: Row | None, report: dict[str, Any] | None, ratio: tuple[float, float, float] | None
+) -> dict[str, Any]:
+    if row is None or report is None:
+        return {"job": label, "status": "not_done"}
+    path, failure = headline(report), report["failure"]
+    return {
+        "job": label,
+        "status": report["status"],
+        "failure": failure and {name: failure[name] for name in ("stage", "kind", "message")},
+        "skipped": row.skipped,
+        "seconds": sum(report["stages_s"].values()),
+        "process_seconds": row.seconds,
+        "device_ms": None if path is None else at(report, path.removesuffix(".median")),
+        "speed_up": ratio,
+        "engine_bytes": at(report, "engine.bytes"),
+        "folder": row.folder,
+        "run_id": row.run_id,
+    }
+
+
+def markdown(table: Sequence[Mapping[str, Any]], baseline: str | None) -> str:
+    """The table, for people."""
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(entry, baseline) for entry in table)]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+
+
+def _cells(entry: Mapping[str, Any], baseline: str | None) -> tuple[str, ...]:
+    time, ratio, failure = entry.get("device_ms"), entry.get("speed_up"), entry.get("failure")
+    size = entry.get("engine_bytes")
+    return (
+        str(entry["job"]),
+        str(entry["status"]).replace("_", " "),
+        f"{time['median']:.2f} ms ({time['ci95'][0]:.2f}–{time['ci95'][1]:.2f})" if time else "",
+        f"{ratio[0]:.2f}× ({ratio[1]:.2f}–{ratio[2]:.2f}) {baseline}" if ratio else "",
+        f"{size / 1e6:.1f} MB" if size else "",
+        f"{failure['stage']}: {failure['kind']}: {failure['message']}" if failure else "",
+    )
+
+
+def _value(config: Mapping[str, Any], axis: str) -> Any:
+    found = at(dict(config), axis)
+    return found.get("name", found.get("kind")) if isinstance(found, dict) else found
+
+
+def _samples(folder: Path, path: str) -> list[float]:
+    """The raw samples behind ``benchmark.SECTION.CLOCK.median``."""
+    _, section, clock, _ = path.split(".")
+    samples: list[float] = json.loads((folder / "samples.json").read_text())[section][clock]
+    return samples
+
+
+def _ratio(base: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
+    import numpy as np
+
+    from pipeline.statistics import RESAMPLES, bootstrap_medians
+
+    ratios = bootstrap_medians(base, 0, RESAMPLES) / bootstrap_medians(own, 1, RESAMPLES)
+    low, high = np.quantile(ratios, (0.025, 0.975))
+    return float(np.median(base) / np.median(own)), float(low), float(high)

@@ -1,0 +1,259 @@
+"""Sweeps, as real commands: jobs that crash, hang and run out of memory, starts that are killed, and what is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import save_tiny_llama
+from sweeps import Server, Sweep, runs, wait_for
+
+WELL = [f"seed={seed}" for seed in range(16)]
+KINDS = {"seed=101": "crash", "seed=102": "RuntimeError", "seed=103": "timeout", "seed=104": "out_of_memory"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", num_hidden_layers=1)
+
+
+def make(cwd: Path, model: Path, *arguments: str) -> Sweep:
+    cwd.mkdir(parents=True, exist_ok=True)
+    settings = ("model=local", f"model.path={model}", "shape.max=16", "benchmark=none", "until=load")
+    return Sweep(cwd, (*settings, *arguments))
+
+
+def swept(seeds: list[str]) -> str:
+    return "seed=" + ",".join(seed.removeprefix("seed=") for seed in seeds)
+
+
+class Twenty:
+    """A sweep of 20 jobs, four of which misbehave; then the same command twice more."""
+
+    def __init__(self, cwd: Path, model: Path) -> None:
+        self.sweep = make(cwd, model, swept([*KINDS, *WELL]), "sweep.timeout_minutes=0.2")
+        self.uri = f"sqlite:///{cwd}/mlflow.db"
+        self.codes: list[int] = []
+        self.tables: list[dict[str, dict[str, Any]]] = []
+        self.orphans: list[list[psutil.Process]] = []
+        self.runs: list[tuple[list[Any], list[Any]]] = []
+        self.idle = 0.0
+        self.cpu_s = 0.0
+        self.shown = ""
+
+    def go(self) -> None:
+        for start in range(3):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            process = self.sweep.start()
+            if start == 0:
+                self.idle = self._share_of_a_core_while_a_job_hangs(psutil.Process(process.pid))
+            self.shown, _ = process.communicate(timeout=600)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            self.cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+            self.codes.append(process.returncode)
+            self.tables.append(self.sweep.entries())
+            self.orphans.append(self.sweep.processes())
+            self.runs.append(runs(self.uri))
+            self.sweep.behave()
+
+    def _share_of_a_core_while_a_job_hangs(self, process: psutil.Process) -> float:
+        wait_for(lambda: len(list(self.sweep.cwd.glob("outputs/sweeps/*/rows/*"))) == 2)  # the third one hangs
+        time.sleep(2)
+        before = process.cpu_times()
+        time.sleep(4)
+        after = process.cpu_times()
+        return (after.user + after.system - before.user - before.system) / 4
+
+
+@pytest.fixture(scope="module")
+def twenty(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Twenty:
+    sweep = Twenty(tmp_path_factory.mktemp("twenty"), model)
+    sweep.go()
+    return sweep
+
+
+def test_a_job_that_crashes_raises_hangs_or_runs_out_of_memory_is_a_typed_row_and_the_sweep_goes_on(
+    twenty: Twenty,
+) -> None:
+    table = twenty.tables[0]
+
+    assert twenty.codes[0] == 1
+    assert {label: entry["failure"]["kind"] for label, entry in table.items() if entry["failure"]} == KINDS
+    assert [entry["status"] for entry in table.values()].count("ok") == 16
+    assert "SIGKILL" in table["seed=101"]["failure"]["message"]
+    assert "sweep.timeout_minutes=0.2" in table["seed=103"]["failure"]["message"]
+    for entry in table.values():
+        folder = twenty.sweep.cwd / entry["folder"]
+        report = json.loads((folder / "report.json").read_text())
+        assert report["status"] == ("failed" if entry["failure"] else "ok") and (folder / "run.log").exists()
+
+
+def test_the_same_command_does_only_what_failed_and_then_nothing(twenty: Twenty) -> None:
+    for start, done in ((1, set(KINDS)), (2, set())):
+        assert twenty.codes[start] == 0
+        assert {label for label, entry in twenty.tables[start].items() if not entry["skipped"]} == done
+        assert all(entry["status"] == "ok" for entry in twenty.tables[start].values())
+    assert "20 of 20 jobs done" in twenty.shown
+
+
+def test_skipping_costs_ten_seconds_in_all_and_the_parent_of_a_running_job_next_to_nothing(twenty: Twenty) -> None:
+    # Processor time of the last start, because other tests run beside this one; they make it longer all the same.
+    assert twenty.cpu_s <= 12
+    assert twenty.idle < 0.05
+
+
+def test_a_process_of_its_own_costs_a_job_less_than_six_seconds(twenty: Twenty) -> None:
+    well = [entry for label, entry in twenty.tables[0].items() if label in WELL]
+    assert max(entry["process_seconds"] - entry["seconds"] for entry in well) < 6
+
+
+def test_no_process_is_left(twenty: Twenty) -> None:
+    assert twenty.orphans == [[], [], []]
+
+
+def test_mlflow_shows_one_parent_and_each_job_once_and_nothing_is_left_running(twenty: Twenty) -> None:
+    for start, (parents, children) in enumerate(twenty.runs):
+        assert len(parents) == 1 and len(children) == 20
+        expected = "FAILED" if start == 0 else "FINISHED"
+        assert parents[0].info.status == expected
+        assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parents[0].info.run_id}
+        statuses = [run.info.status for run in children]
+        assert statuses.count("FAILED") == (4 if start == 0 else 0) and statuses.count("FINISHED") >= 16
+    from mlflow import MlflowClient
+
+    files = MlflowClient(twenty.uri).list_artifacts(twenty.runs[-1][0][0].info.run_id)
+    assert {file.path for file in files} == {"summary.json", "summary.md"}
+
+
+# Ctrl-C, and a second sweep
+
+
+def test_ctrl_c_ends_the_running_job_with_its_report_and_says_how_to_go_on_and_a_second_sweep_is_refused_meanwhile(
+    tmp_path: Path, model: Path
+) -> None:
+    sweep = make(tmp_path / "cwd", model, "seed=0,103,1")
+    process = sweep.start()
+    wait_for(lambda: len(list(sweep.cwd.glob("outputs/jobs/*.json"))) == 2 or process.poll() is not None)
+    time.sleep(0.5)
+    code, said = make(tmp_path / "cwd", model, "seed=7,8").finish()
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=60)
+
+    assert code == 2 and said.count("\n") == 1 and "output=outputs: another sweep is running there" in said
+    assert process.returncode == 130 and "the same command goes on" in shown
+    assert {label: entry["status"] for label, entry in sweep.entries().items()} == {
+        "seed=0": "ok", "seed=103": "failed", "seed=1": "not_done",
+    }  # fmt: skip
+    reports = [json.loads(path.read_text()) for path in sweep.cwd.glob("outputs/*/*/report.json")]
+    assert sorted(r["failure"]["kind"] if r["failure"] else "" for r in reports) == ["", "interrupted"]
+    assert sweep.processes() == []
+    parents, children = runs(f"sqlite:///{sweep.cwd}/mlflow.db")
+    assert [run.info.status for run in parents] == ["KILLED"]
+    assert sorted(run.info.status for run in children) == ["FINISHED", "KILLED"]
+
+
+# Killed at any moment
+
+JOBS = [f"seed={seed}" for seed in range(5)]
+
+
+def kill(victim: str, sweep: Sweep, process: Any, server: Server) -> None:
+    if victim == "parent":
+        process.kill()
+    elif victim == "server":
+        server.kill()
+    else:
+        for child in sweep.children():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+
+
+def killed_again_and_again(folder: Path, model: Path, victims: list[str], chance: random.Random) -> None:
+    """A sweep that loses ``victims``, one a start, at random moments, comes to the table of one that loses none."""
+    server = Server(folder / "server")
+    sweep = make(folder / "cwd", model, swept(JOBS), "tracking=server", f"tracking.uri={server.uri}")
+    finished: set[str] = set()
+    try:
+        for victim in victims:
+            server.start()
+            process = sweep.start()
+            begun = chance.random() < 0.75  # else while it starts
+            if begun:
+                rows = chance.randrange(len(JOBS))
+                wait_for(
+                    lambda least=rows, p=process: (
+                        p.poll() is not None or len(list(sweep.cwd.glob("outputs/sweeps/*/rows/*.json"))) >= least
+                    )
+                )
+            time.sleep(chance.uniform(0, 1.5 if begun else 6))
+            kill(victim, sweep, process, server)
+            if victim == "parent":
+                process.communicate(timeout=60)
+                wait_for(lambda: not sweep.processes())  # the job ends itself
+            else:
+                process.communicate(timeout=300)
+            reports = sweep.cwd.glob("outputs/*/*/report.json")
+            done = {str(path.parent) for path in reports if '"status": "ok"' in path.read_text()}
+            assert finished <= done
+            finished = done
+        server.start()
+        code, shown = sweep.finish()
+
+        assert code == 0, shown
+        assert sweep.table() == dict.fromkeys(JOBS, ("ok", None))
+        assert finished <= {str(sweep.cwd / entry["folder"]) for entry in sweep.entries().values()}
+        parents, children = runs(server.uri)
+        assert [run.info.status for run in parents] == ["FINISHED"]
+        assert [run.info.status for run in children] == ["FINISHED"] * len(JOBS)
+        assert len({run.data.tags["sweep.job"] for run in children}) == len(JOBS)
+        assert sweep.processes() == []
+    finally:
+        server.kill()
+
+
+def test_a_sweep_that_loses_its_parent_and_then_the_server_resumes_to_the_same_table(
+    tmp_path: Path, model: Path
+) -> None:
+    pytest.importorskip("flask", reason="mlflow-skinny cannot serve")
+    killed_again_and_again(tmp_path, model, ["parent", "server"], random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_fifty_random_kill_points_resume_to_the_same_table(seed: int, tmp_path: Path, model: Path) -> None:
+    chance = random.Random(seed)
+    victims = [chance.choice(["parent", "parent", "child", "server"]) for _ in range(5)]
+    killed_again_and_again(tmp_path, model, victims, chance)
+
+
+# Workers of another launcher
+
+
+def test_workers_of_submitit_share_the_ledger_and_the_store_and_leave_typed_rows_too(
+    tmp_path: Path, model: Path
+) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
+    sweep = make(tmp_path / "cwd", model, "seed=0,101,1", "hydra/launcher=submitit_local", "sweep.timeout_minutes=5")
+
+    code, shown = sweep.finish()
+
+    assert code == 1 and "seed=101: load: crash: killed by SIGKILL" in shown
+    assert {label: entry["status"] for label, entry in sweep.entries().items()} == {
+        "seed=0": "ok", "seed=101": "failed", "seed=1": "ok",
+    }  # fmt: skip
+    sweep.behave()
+    again = Sweep(sweep.cwd, (*sweep.arguments, "rerun=true"))
+    assert again.finish()[0] == 0
+    assert not any(entry["skipped"] for entry in again.entries().values())
+    parents, children = runs(f"sqlite:///{sweep.cwd}/mlflow.db")
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert [run.info.status for run in children] == ["FINISHED"] * 3  # those of before are runs of their own now
+    assert sweep.processes() == []
