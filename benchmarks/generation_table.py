@@ -77,7 +77,9 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
     generate, memory = report["benchmark"]["generate"], report["benchmark"]["memory"]
     low, high = generate["device_ms"]["ci95"]
     engine = report["engine"] or {}
-    fraction, build_s = generate["roofline_fraction"], report["stages_s"].get("build")
+    fraction = generate["roofline_fraction"]
+    stages = {**report["stages_s"], **(report.get("store") or {}).get("stages_s", {})}  # of a stored engine: when built
+    build_s = stages.get("build")
     doubts = ["launch-bound"] * generate["launch_bound"]
     doubts += ["power-limited"] * any("power" in taint for taint in generate["tainted"])
     return [
@@ -89,10 +91,15 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
         "–" if eager_ms is None else f"{eager_ms / own_ms:.1f}",
         ratio_then,
         "–" if memory is None else f"{memory['peak_bytes'] / 1e9:.1f}",
-        f"{engine['bytes'] / 1e6:.0f}" if engine.get("bytes") else "–",
+        f"{_bytes(engine) / 1e6:.0f}" if engine.get("bytes") else "–",
         "–" if build_s is None else f"{build_s:.0f}",
         ", ".join(doubts),
     ]
+
+
+def _bytes(engine: dict[str, Any]) -> int:
+    """Of the engine, and of the one for the tokens after the prompt, where there are two."""
+    return int(engine["bytes"]) + int((engine.get("decode") or {}).get("bytes", 0))
 
 
 def _ms(report: dict[str, Any]) -> float | None:
@@ -116,7 +123,11 @@ def _label(report: dict[str, Any]) -> str:
         "torch_compile": f"torch.compile ({mode})",
         "plugin": "attention plugin",
     }.get(backend, f"`{strategy}`")
-    return name if backend == "plugin" else f"{name}, {CACHES[cache]}"
+    if backend == "plugin":
+        return name
+    decodes = backend == "tensorrt" and cache != "none"
+    plain = decodes and report["config"]["backend"].get("fused_rows", False) is False
+    return f"{name}, {CACHES[cache]}" + (", `backend.fused_rows=false`" if plain else "")
 
 
 def _reason(report: dict[str, Any]) -> str:

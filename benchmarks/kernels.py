@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from passes.stack import load_stack
+from pipeline.environment import environment
 
 HEADS = {"llama3_1b": (32, 8, 64), "qwen2_5_0_5b": (14, 2, 64), "qwen3_0_6b": (16, 8, 128), "smollm2_135m": (9, 3, 64)}
 SIZES = {  # hidden, q+k+v, attention output, intermediate, vocabulary
@@ -340,6 +341,38 @@ def kernel_times(launch: Callable[[], object]) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])[:12]
 
 
+WRONG = 1e-2
+"""Relative error above which a case is marked wrong: what is right lies below 4e-3, what is wrong above 0.3."""
+
+
+def tables(path: Path) -> str:
+    """Microseconds a layer of attention, and GB/s of the linear layers, as Markdown; ✗ where the result is wrong."""
+    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "us" in row]
+    text = []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        found = {(r["form"], r["size"]): r for r in rows if r["model"] == model and r["kind"] == "attention"}
+        if found:
+            sizes = sorted({size for _, size in found})
+            text += [f"**{model}**, {HEADS[model][0]}/{HEADS[model][1]} heads of {HEADS[model][2]}: us a layer\n"]
+            text += ["| form | " + " | ".join(f"{size} keys" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
+            for form in dict.fromkeys(form for form, _ in found):
+                cells = (found.get((form, size)) for size in sizes)
+                shown = (
+                    f"{c['us'] / CHAIN:.1f}{' ✗' if c['relative_error'] > WRONG else ''}" if c else "–" for c in cells
+                )
+                text.append(f"| {form} | " + " | ".join(shown) + " |")
+            text.append("")
+    linear_rows = [row for row in rows if row["kind"] == "linear"]
+    if linear_rows:
+        cases = dict.fromkeys((row["model"], row["size"]) for row in linear_rows)
+        text += ["| form | " + " | ".join(f"{model} {part}, GB/s" for model, part in cases) + " |"]
+        text += ["|---" * (len(cases) + 1) + "|"]
+        for form in dict.fromkeys(row["form"] for row in linear_rows):
+            by = {(row["model"], row["size"]): row["gb_per_s"] for row in linear_rows if row["form"] == form}
+            text.append(f"| {form} | " + " | ".join(f"{by[c]:.0f}" if c in by else "–" for c in cases) + " |")
+    return "\n".join(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("kinds", nargs="*", default=list(KINDS))
@@ -348,7 +381,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--build-only", action="store_true", help="on a machine without a GPU")
     parser.add_argument("--limit", type=int)
+    parser.add_argument("--table", type=Path, help="print the Markdown tables of this kernels.jsonl, and run nothing")
     arguments = parser.parse_args()
+    if arguments.table:
+        print(tables(arguments.table))
+        return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
     chosen = list(cases(arguments.kinds, arguments.models.split(",")))[: arguments.limit]
     context = multiprocessing.get_context("spawn")
@@ -361,7 +398,9 @@ def main() -> int:
     ]
     for worker in workers:
         worker.start()
-    with (arguments.out / "rows.jsonl").open("a") as file:
+    with (arguments.out / "kernels.jsonl").open("a") as file:
+        if not arguments.build_only:
+            file.write(json.dumps({"environment": environment(load_stack().versions())}) + "\n")
         for _ in chosen:
             row = rows.get()
             file.write(json.dumps(row) + "\n")

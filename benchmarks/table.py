@@ -31,7 +31,8 @@ def rows(report: dict[str, Any]) -> list[str]:
         layers = f"{engine['iattention']} ({engine['iattention_causal']} causal, {engine['iattention_masked']} masked)"
     length = f"{shape['min']}..{shape['max']}" if shape["kind"] == "dynamic" else str(shape["max"])
     return [
-        config["strategy"]["name"] if backend == "tensorrt" else f"`backend={backend}`",
+        (config["strategy"]["name"] if backend == "tensorrt" else f"`backend={backend}`")
+        + ("" if config["precision"] == "fp16" else f", {config['precision']}"),
         length,
         f"{device['median']:.2f} ({device['ci95'][0]:.2f}–{device['ci95'][1]:.2f})",
         f"{host['median']:.2f}",
@@ -59,7 +60,7 @@ def tables() -> str:
         environment, weights = reports[0]["environment"], reports[0]["model"]["weights"]
         support = "" if environment["supported_by_vendor"] else " (not supported by the vendor on this GPU)"
         text.append(
-            f"**{model}**, {weights} weights, {reports[0]['config']['precision']}, prefill of 2048 tokens, batch 1; "
+            f"**{model}**, {weights} weights, fp16 where no other precision is named, prefill of 2048 tokens, batch 1; "
             f"{environment['gpu']}, compute capability {environment['compute_capability']}, "
             f"{environment['flavour']} {environment['tensorrt']}{support}, torch {environment['torch']}\n\n"
         )

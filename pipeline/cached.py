@@ -38,6 +38,12 @@ class CacheShape:
     layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: torch.dtype
 
+    @staticmethod
+    def of(described: dict[str, Any]) -> CacheShape:
+        """From an engine's manifest."""
+        layers = tuple((tuple(keys), tuple(values)) for keys, values in described["layers"])
+        return CacheShape(**{**described, "layers": layers, "dtype": getattr(torch, described["dtype"])})
+
     def specs(self) -> tuple[InputSpec, ...]:
         """Of every key cache, then every value cache: the inputs of a program."""
         size, dtype = self.capacity, str(self.dtype).removeprefix("torch.")

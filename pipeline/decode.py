@@ -252,6 +252,11 @@ class CachedGenerator:
         self._wait()
         return torch.cat(collected, dim=1)
 
+    def keep_kernels(self) -> None:
+        """See :meth:`pipeline.session.Session.keep_kernels`."""
+        self._prefill.keep_kernels()
+        self._decode[0].keep_kernels()
+
     def _on_stream(self) -> Any:
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 

@@ -182,10 +182,10 @@ def open_engine(path: Path, cuda_graph: bool = False, runtime_cache: Path | None
     """The engine file ``path`` with the manifest beside it; raises :class:`UserError` if its hash is another."""
     manifest, data = read_engine(path)
     conditions = guard.guarded(manifest)
-    if not torch.cuda.is_available():
-        raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
     if manifest.get("cache"):
         raise UserError(f"{path.name}: fills a KV cache; it generates together with decode.trt (open_generator)")
+    if not torch.cuda.is_available():
+        raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
     names = InputSpec.__dataclass_fields__
     inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
     return Engine(load_stack(), data, inputs, cuda_graph, conditions, runtime_cache)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from passes.errors import UserError
 from passes.stack import load_stack
 from pipeline.cached import CacheShape
 from pipeline.config import Config
@@ -54,19 +55,24 @@ def engines(
             session = Session(load_stack(), read_engine(folder / "engine.trt")[1], specialise=False)
             prefix = PrefixGenerator(session, vocabulary, session.dtype(session.outputs[0]), device)
         return Machine("engine", engine.unguarded, engine, prefix, finished=engine.keep_kernels)
-    decode_kernels = None if kernels is None else kernels.with_name(f"decode-{kernels.name}")
-    prefill, decode = (
-        Session(load_stack(), read_engine(folder / file)[1], keep)
-        for file, keep in (("engine.trt", kernels), ("decode.trt", decode_kernels))
-    )
+    generator = open_generator(folder, config.backend.cuda_graph is not False, kernels)
+    return _cached("engine", config, generator, generator.keep_kernels)
+
+
+def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None = None) -> CachedGenerator:
+    """The generator of a run with a KV cache, from the engines in its ``folder``; raises :class:`UserError` where
+    there is none, or no GPU.  ``kernels``: where the kernels that they compile are kept."""
+    manifest, data = read_engine(folder / "engine.trt")
+    if not manifest.get("cache"):
+        raise UserError(f"{folder}: its engine has no KV cache; make one with cache=in_engine")
+    if not torch.cuda.is_available():
+        raise UserError(f"{folder}: running an engine needs an NVIDIA GPU, and there is none")
+    cache = CacheShape.of(manifest["cache"])
+    stack, decode_kernels = load_stack(), None if kernels is None else kernels.with_name(f"decode-{kernels.name}")
+    prefill = Session(stack, data, kernels)
+    decode = Session(stack, read_engine(folder / "decode.trt")[1], decode_kernels)
     turns = [decode] if cache.mode == "in_engine" else [decode, decode.twin()]
-    generator = CachedGenerator(prefill, turns, cache, vocabulary, device, config.backend.cuda_graph is not False)
-
-    def keep_kernels() -> None:
-        prefill.keep_kernels()
-        decode.keep_kernels()
-
-    return _cached("engine", config, generator, keep_kernels)
+    return CachedGenerator(prefill, turns, cache, decode.shape("output0")[-1], torch.device("cuda"), cuda_graph)
 
 
 def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], cache: CacheShape | None) -> Machine:

@@ -23,6 +23,9 @@ class Runs(Protocol):
     def run(self, stream: torch.cuda.Stream | None) -> None:
         """Launch it once; waits for nothing."""
 
+    def keep_kernels(self) -> None:
+        """Write what was compiled for it to where it is kept, if it is."""
+
 
 class Session:
     """A TensorRT engine on the current CUDA device, with an execution context of its own.
@@ -104,6 +107,9 @@ class GraphSession:
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
+
+    def keep_kernels(self) -> None:
+        return None  # PyTorch compiles none
 
     def run(self, stream: torch.cuda.Stream | None) -> None:
         arguments: dict[str, Any] = {}

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from runs import DONE, GPU, do
 
 from passes.errors import UserError
+from pipeline.engine import open_engine
+from pipeline.machine import open_generator
 from pipeline.run import Outcome
 
 GENERATE = [
@@ -42,6 +45,19 @@ def test_two_engines_are_built_and_what_they_generate_is_judged(
     assert {2, 7, 64, 65, 128} <= lengths  # both ends of the profile, and of what only the cache reaches
     kept = {path.name for path in outcome.folder.iterdir()}
     assert {"engine.trt", "engine.json", "decode.trt", "decode.json", "decode_graph_after.txt"} <= kept
+    if GPU:
+        assert len(open_generator(outcome.folder).generate(tiny.tokens(1, 12), 5)[0]) == 5
+    else:
+        with pytest.raises(UserError, match="needs an NVIDIA GPU"):
+            open_generator(outcome.folder)
+        with pytest.raises(UserError, match="open_generator"):
+            open_engine(outcome.folder / "decode.trt")
+
+
+def test_a_folder_without_a_cache_has_no_generator(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    outcome = do(store, tmp_path / "out", tiny_llama_dir, "shape.max=32", "benchmark=none", "until=build")
+    with pytest.raises(UserError, match="no KV cache; make one with cache=in_engine"):
+        open_generator(outcome.folder)
 
 
 @pytest.mark.parametrize("mode", [pytest.param("in_engine", marks=needs_gpu), pytest.param("static", marks=needs_gpu)])
