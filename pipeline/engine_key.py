@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,12 +27,13 @@ if TYPE_CHECKING:
 BESIDE_THE_ENGINE = frozenset(
     {
         "__init__", "__main__", "benchmark", "clock", "console", "environment", "gpu", "memory", "plots", "record",
-        "report", "roofline", "statistics", "tracking", "tracking_names", "tracking_store",
+        "report", "roofline", "statistics", "tracking", "tracking_names", "tracking_store", "compare", "sweep",
+        "benchmark_generate", "kernels", "steady",
     }
 )  # fmt: skip
-"""Modules of ``pipeline`` that start, show, time or record a run.  All others count, and with them every module that
-is yet to be written: building once too often costs minutes, an engine of other code would cost the truth.  So the
-verification counts as well: an entry of the store says that its engine passed *this* verification."""
+"""Modules and packages of ``pipeline`` that start, show, time or record a run.  All others count, and with them every
+module that is yet to be written: building once too often costs minutes, an engine of other code would cost the truth.
+So the verification counts as well: an entry of the store says that its engine passed *this* verification."""
 
 _MODEL_IDENTITY = ("_name_or_path", "name_or_path", "transformers_version")
 """Keys of a ``transformers`` config that say where it was read and by what, not what it is."""
@@ -87,16 +89,22 @@ def _cache(config: Config) -> dict[str, Any]:
     return cache
 
 
-def code_hash(roots: tuple[Path, ...] = (Path(passes.__file__).parent, Path(__file__).parent)) -> str:
-    """sha256 over the modules (and texts) of ``passes`` and ``pipeline``, in ``roots``, that an engine depends on."""
-    files = {f"{root.name}/{path.relative_to(root).as_posix()}": path for root in roots for path in _sources(root)}
+def code_hash(
+    roots: tuple[Path, ...] = (Path(passes.__file__).parent, Path(__file__).parent),
+    beside: Collection[str] = BESIDE_THE_ENGINE,
+) -> str:
+    """sha256 over the modules (and texts) of ``passes`` and ``pipeline``, in ``roots``, without those ``beside``."""
+    files = {
+        f"{root.name}/{path.relative_to(root).as_posix()}": path for root in roots for path in _sources(root, beside)
+    }
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
         digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return digest.hexdigest()
 
 
-def _sources(root: Path) -> list[Path]:
-    beside = BESIDE_THE_ENGINE if root.name == "pipeline" else frozenset()
+def _sources(root: Path, beside: Collection[str]) -> list[Path]:
     found = [path for suffix in ("*.py", "*.txt") for path in root.rglob(suffix)]
-    return [path for path in found if path.parent != root or path.stem not in beside]
+    if root.name != "pipeline":
+        return found
+    return [path for path in found if Path(path.relative_to(root).parts[0]).stem not in beside]

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from passes.errors import UserError
-from pipeline.tracking_names import environment_tags, final_tags, legal, metrics, parameters, run_name
+from pipeline.tracking_names import environment_tags, final_tags, legal, metrics, parameters, run_name, sample_points
 from pipeline.tracking_store import (
     as_user_error,
     check_store,
@@ -43,6 +43,10 @@ if TYPE_CHECKING:
 __all__ = ["ENGINE_FILE", "MANIFEST_FILE", "TrackedRun", "check_store", "fetch_engine", "run_name", "start"]
 
 ENGINE_FILE = "engine.trt"
+ENGINE_SUFFIX = ".trt"
+SAMPLES_FILE = "samples.json"
+METRICS_AT_ONCE = 1000
+"""MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
 MANIFEST_FILE = "engine.json"
 SOURCE_TAGS = {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
 
@@ -144,6 +148,7 @@ class TrackedRun:
             with quiet():
                 check_store(self.uri, must_exist=True)
                 self._log_batch(metrics=metrics(report), tags=final_tags(report))
+                self._log_samples(report, folder / SAMPLES_FILE)
                 stored = "only settings and metrics"
                 try:
                     self._log_files(folder)
@@ -197,9 +202,21 @@ class TrackedRun:
             tags=[RunTag(legal(key), value) for key, value in (tags or {}).items()],
         )
 
+    def _log_samples(self, report: Mapping[str, Any], path: Path) -> None:
+        """Raw samples as metrics with steps, which MLflow draws as curves: see :func:`sample_points`."""
+        if not report["benchmark"] or not path.is_file():
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        points = sample_points(json.loads(path.read_text()), report["benchmark"])
+        made = [Metric(legal(key), value, now, step) for key, step, value in points]
+        for start in range(0, len(made), METRICS_AT_ONCE):
+            self._client.log_batch(self.run_id, metrics=made[start : start + METRICS_AT_ONCE])
+
     def _log_files(self, folder: Path) -> None:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            if path.name != ENGINE_FILE or self._log_engine:
+            if path.suffix != ENGINE_SUFFIX or self._log_engine:
                 parent = path.relative_to(folder).parent.as_posix()
                 self._client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
 

@@ -128,3 +128,20 @@ def _item_names(items: list[Mapping[str, Any]]) -> list[str]:
 def legal(key: str) -> str:
     """``key`` with what MLflow takes in names (its limit is 250 characters)."""
     return re.sub(r"[^\w.\- :]", "_", key)[:250]
+
+
+POINTS = 200
+"""Of a curve of samples, evenly spaced: more than a chart shows, and few enough to be sent in a moment."""
+
+
+def sample_points(
+    samples: Mapping[str, Mapping[str, list[float]]], benchmark: Mapping[str, Any]
+) -> Iterator[tuple[str, int, float]]:
+    """Metric, step and value of every curve of ``samples.json``: a sample's number in its measurement; of
+    ``generate.step_ms``, the time of each decode step, the tokens that are in the cache when it begins."""
+    for entry, series in samples.items():
+        for name, values in series.items():
+            first = benchmark["generate"]["input_length"] if (entry, name) == ("generate", "step_ms") else 0
+            stride = max(1, -(-len(values) // POINTS))
+            for number in range(0, len(values), stride):
+                yield f"samples.{entry}.{name}", first + number, values[number]

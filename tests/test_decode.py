@@ -10,10 +10,12 @@ import tiny
 import torch
 from torch import Tensor
 
+from passes import row_converters
 from passes.errors import RunError, UserError
 from passes.rewrite import Rewritten, apply_strategy
-from pipeline import cached
-from pipeline.config import CacheConfig, ShapeConfig
+from passes.stack import load_stack
+from pipeline import cached, compile
+from pipeline.config import BackendConfig, CacheConfig, ShapeConfig
 from pipeline.decode import CachedGenerator, aligned
 from pipeline.export import Traced
 from pipeline.sampling import Sampling
@@ -180,3 +182,14 @@ def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_fo
 
     with pytest.raises(RunError, match="not proved causal"):
         apply_strategy(traced.program, "detect_causal", "error")
+
+
+def test_the_lone_products_of_a_decode_step_are_the_ones_that_are_fused() -> None:
+    _, traced, rewritten = programs("llama", "in_engine", 1)
+    stack = load_stack()
+    lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
+
+    lone = [node for node in lowered.graph.graph.nodes if row_converters.applies(node)]
+
+    shapes = [tuple(node.args[1].meta["val"].shape) for node in lone]
+    assert shapes == [(64, 64), (64, 96), (64, 64), (64, 96), (128, 64)]  # output and down of two layers, the head

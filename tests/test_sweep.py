@@ -130,7 +130,7 @@ def test_mlflow_shows_one_parent_and_each_job_once_and_nothing_is_left_running(t
     from mlflow import MlflowClient
 
     files = MlflowClient(twenty.uri).list_artifacts(twenty.runs[-1][0][0].info.run_id)
-    assert {file.path for file in files} == {"summary.json", "summary.md"}
+    assert {file.path for file in files} == {"summary.json", "summary.md", "comparison.html", "comparison.md"}
 
 
 # Ctrl-C, and a second sweep

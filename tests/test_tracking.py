@@ -24,7 +24,7 @@ from passes.errors import UserError
 from pipeline import config as settings
 from pipeline import tracking, tracking_store
 from pipeline.plots import latency_plot
-from pipeline.tracking_names import metrics, parameters, run_name
+from pipeline.tracking_names import metrics, parameters, run_name, sample_points
 
 ENGINE = b"engine bytes" * 1000
 SHA256 = hashlib.sha256(ENGINE).hexdigest()
@@ -580,3 +580,13 @@ def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, 
         browser.get(f"{page}/runs/{runs[0]}/artifacts/latency.png")
         wait_for(browser, "return [...document.images].some(i => i.naturalWidth == 960)")
         shoot(browser, "mlflow_plot", beyond=False)
+
+
+def test_samples_are_curves_and_decode_time_stands_over_the_length_of_the_cache() -> None:
+    samples = {"prefill": {"device_ms": [float(i) for i in range(1000)]}, "generate": {"step_ms": [1.0, 2.0, 3.0]}}
+
+    points = list(sample_points(samples, {"generate": {"input_length": 64}}))
+
+    device = [point for point in points if point[0] == "samples.prefill.device_ms"]
+    assert len(device) == 200 and device[1] == ("samples.prefill.device_ms", 5, 5.0)
+    assert points[-3:] == [("samples.generate.step_ms", 64 + i, 1.0 + i) for i in range(3)]

@@ -10,6 +10,7 @@ import argparse
 import math
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -92,6 +93,22 @@ def _main(arguments: list[str]) -> int:
     for each in slower:
         print(f"slower: {each.row.model}, {each.row.label}, {each.measure}: {each.time or each.why}", file=sys.stderr)
     return 1 if slower else 0
+
+
+def write_page(folders: Sequence[Path], html_path: Path, baseline: str | None) -> None:
+    """The page and the table of the runs in ``folders``, as the command writes them; raises :class:`UserError`."""
+    from pipeline.compare import page
+    from pipeline.compare.baseline import against_baseline, parse_baseline
+    from pipeline.compare.labels import sections
+    from pipeline.compare.rows import row
+    from pipeline.compare.sources import UI, read
+
+    rows = [row(found) for found in read([str(folder) for folder in folders], "", UI)]
+    wanted = parse_baseline(baseline, rows) if baseline else None
+    shown = [
+        page.show(section, against_baseline(section, wanted) if wanted else [], baseline) for section in sections(rows)
+    ]
+    _write(html_path, *page.render(shown, baseline, None, None))
 
 
 def _limit(text: str | None) -> float | None:

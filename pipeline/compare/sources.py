@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 REPORT, SAMPLES = "report.json", "samples.json"
-OTHERS = (SAMPLES, "engine.json", "stored.json")  # that a run or the engine store leaves beside a report
+OTHERS = (SAMPLES, "engine.json", "decode.json", "stored.json")  # that a run or the engine store leaves beside a report
 UI = "http://localhost:5000"  # where `mlflow ui` listens by default
 STATUSES = ("ok", "failed", "not_executed", "unavailable")
 

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import passes
-import pipeline
 from pipeline.config import Config
+from pipeline.engine_key import code_hash
 from pipeline.environment import environment
 
 NOT_SETTINGS = ("output", "tracking", "store", "sweep", "rerun", "dry_run")
 """Where a job's results go and how it is run: they do not change what comes out."""
 
-NOT_MEASURING = (
-    "__main__.py",
-    "console.py",
-    "tracking.py",
-    "tracking_names.py",
-    "tracking_store.py",
-    "sweep",
-    "compare",
-)
+NOT_MEASURING = ("__main__", "console", "tracking", "tracking_names", "tracking_store", "sweep", "compare")
 """Modules of ``pipeline`` that show, keep and compare what others measured."""
 
 
@@ -47,24 +38,12 @@ def content_key(config: Config, surroundings: str) -> str:
 def surroundings() -> str:
     """What stands around every job of this machine: our own code, the libraries' versions, and the GPU."""
     described = {key: value for key, value in environment().items() if key != "git"}
-    return _hash([described, _hash([[path.name, _hash_of(path)] for path in _sources()])])
+    return _hash([described, code_hash(beside=NOT_MEASURING)])
 
 
 def sweep_key(jobs: Iterable[str]) -> str:
     """The same for two sweeps over the same jobs, in whatever order."""
     return _hash(sorted(jobs))
-
-
-def _sources() -> Iterator[Path]:
-    for package in (passes, pipeline):
-        root = Path(package.__path__[0])
-        for path in sorted([*root.rglob("*.py"), *root.rglob("*.txt")]):
-            if package is passes or path.relative_to(root).parts[0] not in NOT_MEASURING:
-                yield path
-
-
-def _hash_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _hash(content: Any) -> str:

@@ -146,7 +146,7 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
     for key, (ratio, low, high) in ratios.items():
         if (run_id := rows[key].run_id) is not None:
             numbers[run_id] = {"speed_up": ratio, "speed_up.ci95.low": low, "speed_up.ci95.high": high}
-    files = [task.folder / "summary.json", task.folder / "summary.md"]
+    files = [task.folder / "summary.json", task.folder / "summary.md", *_page(task.folder, rows, baseline)]
     ended = "FAILED" if (failed or lost) and status == "FINISHED" else status
     sent = tracking.close_parent(task.parent, files, shown, numbers, ended)
     if config.tracking.register and status == "FINISHED" and sent:
@@ -161,6 +161,21 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
     if unsent or not sent:
         print(f"{len(unsent)} reports are not in MLflow yet; the same command sends them", file=sys.stderr)
     return bool(failed or lost)
+
+
+def _page(folder: Path, rows: Mapping[str, Row], baseline: str | None) -> list[Path]:
+    """The comparison page of the jobs, see :mod:`pipeline.compare`; none where there is nothing to compare.  Where
+    every job had been done before, the page is there, and is not worth a second."""
+    html = folder / "comparison.html"
+    if not (html.is_file() and all(row.skipped for row in rows.values())):
+        from pipeline.compare.__main__ import write_page
+
+        try:
+            write_page([Path(row.folder) for row in rows.values()], html, baseline)
+        except UserError as error:
+            print(f"no comparison page: {error}", file=sys.stderr)
+            return []
+    return [html, html.with_suffix(".md")]
 
 
 @contextmanager
