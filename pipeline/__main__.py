@@ -55,6 +55,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # MLflow's client would otherwise ask a server that went down again for minutes, and the report is on disk anyway.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    # "Is there a GPU?" is then answered without initialising CUDA, which would not survive the fork of a sweep's job.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     # conf/hydra has files of the names that plugins of Hydra have schemas for: they shall be checked against those.
     warnings.filterwarnings("ignore", "(?s).*validated against ConfigStore schema", UserWarning)
     signal.signal(signal.SIGTERM, _terminated)

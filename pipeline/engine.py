@@ -178,14 +178,28 @@ def read_engine(path: Path) -> tuple[dict[str, Any], bytes]:
     return manifest, data
 
 
+def check_target(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises :class:`UserError` where the engine cannot run here: it is of another TensorRT, or for another GPU."""
+    made, here = manifest["environment"], load_stack().versions()
+    if any(made.get(key) != here[key] for key in ("flavour", "tensorrt")):
+        raise UserError(
+            f"{path.name}: was built by {made.get('flavour')} {made.get('tensorrt')}, and this is {here['flavour']} "
+            f"{here['tensorrt']}; build it again"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
+    gpu = torch.cuda.get_device_name()
+    if made.get("gpu") not in (None, gpu):  # None: built ahead of time, for several
+        raise UserError(f"{path.name}: was built for {made['gpu']}, and this is {gpu}; build it again")
+
+
 def open_engine(path: Path, cuda_graph: bool = False, runtime_cache: Path | None = None) -> Engine:
     """The engine file ``path`` with the manifest beside it; raises :class:`UserError` if its hash is another."""
     manifest, data = read_engine(path)
     conditions = guard.guarded(manifest)
     if manifest.get("cache"):
         raise UserError(f"{path.name}: fills a KV cache; it generates together with decode.trt (open_generator)")
-    if not torch.cuda.is_available():
-        raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
+    check_target(path, manifest)
     names = InputSpec.__dataclass_fields__
     inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
     return Engine(load_stack(), data, inputs, cuda_graph, conditions, runtime_cache)

@@ -15,7 +15,7 @@ from passes.stack import load_stack
 from pipeline.cached import CacheShape
 from pipeline.config import Config
 from pipeline.decode import CachedGenerator, PrefixGenerator, PromptRunner
-from pipeline.engine import open_engine, read_engine
+from pipeline.engine import check_target, open_engine, read_engine
 from pipeline.model import LoadedModel
 from pipeline.session import GraphSession, Session
 from pipeline.verify import Forward, widened
@@ -65,8 +65,7 @@ def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None =
     manifest, data = read_engine(folder / "engine.trt")
     if not manifest.get("cache"):
         raise UserError(f"{folder}: its engine has no KV cache; make one with cache=in_engine")
-    if not torch.cuda.is_available():
-        raise UserError(f"{folder}: running an engine needs an NVIDIA GPU, and there is none")
+    check_target(folder / "engine.trt", manifest)
     cache = CacheShape.of(manifest["cache"])
     stack, decode_kernels = load_stack(), None if kernels is None else kernels.with_name(f"decode-{kernels.name}")
     prefill = Session(stack, data, kernels)

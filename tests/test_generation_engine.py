@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,17 @@ def test_a_folder_without_a_cache_has_no_generator(store: str, tmp_path: Path, t
     outcome = do(store, tmp_path / "out", tiny_llama_dir, "shape.max=32", "benchmark=none", "until=build")
     with pytest.raises(UserError, match="no KV cache; make one with cache=in_engine"):
         open_generator(outcome.folder)
+
+
+def test_an_engine_of_another_tensorrt_is_refused(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
+    outcome = do(store, tmp_path / "out", tiny_llama_dir, "shape.max=32", "benchmark=none", "until=build")
+    manifest_path = outcome.folder / "engine.json"
+    manifest = json.loads(manifest_path.read_text())
+    manifest["environment"]["tensorrt"] = "9.9.9"
+    manifest_path.write_text(json.dumps(manifest))
+
+    with pytest.raises(UserError, match=r"engine.trt: was built by \w+ 9.9.9, and this is .*; build it again"):
+        open_engine(outcome.folder / "engine.trt")
 
 
 @pytest.mark.parametrize("mode", [pytest.param("in_engine", marks=needs_gpu), pytest.param("static", marks=needs_gpu)])
