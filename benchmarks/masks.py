@@ -215,7 +215,8 @@ def _lines(row: list[Cell]) -> Iterator[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(VARIANTS), help="architectures, separated by commas")
-    parser.add_argument("--write", action="store_true", help=f"write {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help="write the document")
+    parser.add_argument("--to", type=Path, default=DOCUMENT, help=f"the document; {DOCUMENT.name}")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     asked = parser.parse_args()
     names = asked.only.split(",")
@@ -229,8 +230,8 @@ def main() -> int:
             print("\n".join(_lines(row)), flush=True)
     print(summary(table))
     if asked.write:
-        DOCUMENT.parent.mkdir(exist_ok=True)
-        DOCUMENT.write_text(markdown(table))
+        asked.to.parent.mkdir(exist_ok=True)
+        asked.to.write_text(markdown(table))
     return int(any(call.contradiction for cell in table for call in cell.calls))
 
 

@@ -35,6 +35,8 @@ class CacheShape:
     mode: str
     batch: int
     capacity: int
+    longest: int
+    """Tokens of a sequence at most: the capacity, or what the model has positions for."""
     layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: torch.dtype
 
@@ -77,7 +79,9 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
                 f"cache={cache.name}: {type(layer).__name__} of this model does not keep every token's keys"
             )
         layers.append(tuple((shape.batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values)))
-    return CacheShape(cache.name, shape.batch, capacity, tuple(layers), model.dtype)  # type: ignore[arg-type]
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
+    longest = min(capacity, positions)
+    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype)  # type: ignore[arg-type]
 
 
 class _Layer(CacheLayerMixin):

@@ -40,7 +40,7 @@ def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: s
         kinds += [("left", "counted")] + [("right", "counted")] * (logits == "all")
     if "position_ids" in inputs:
         kinds.append(("none", "packed"))
-    ends = (shape.max, shape.max + 1, capacity) if capacity else (shape.max,)
+    ends = (shape.max, shape.max + 1, capacity) if capacity > shape.max else (shape.max,)
     lengths = config.lengths or [n for n in (shape.min, 7, 77, 511, 512, 513) if shape.min <= n <= shape.max] + [*ends]
     found = []
     for length in sorted(set(lengths)):

@@ -86,10 +86,12 @@ class CachedGenerator:
         batch, length = tokens.shape
         if batch != self.cache.batch:
             raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={self.cache.batch}")
-        if length + new_tokens > self.cache.capacity:
-            raise UserError(
-                f"{length} tokens and {new_tokens} more: above cache.capacity={self.cache.capacity}; set it higher"
-            )
+        cache = self.cache
+        if length + new_tokens > cache.longest:
+            limit = f"cache.capacity={cache.capacity}; set it higher"
+            if cache.longest < cache.capacity:
+                limit = f"max_position_embeddings={cache.longest} of the model"
+            raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
 
     def _bind(self, shape: Sequence[int], new_tokens: int) -> None:
         """Allocate everything for prompts of ``shape`` and bind it."""

@@ -106,7 +106,7 @@ def _cached(
 
     timed = generator if config.benchmark.generate is not None else None
     runner = PromptRunner(generator) if executed == "engine" else None
-    return Machine(executed, forward, runner, timed, generator.cache.capacity, finished)
+    return Machine(executed, forward, runner, timed, generator.cache.longest, finished)
 
 
 def _vocabulary(loaded: LoadedModel) -> int:

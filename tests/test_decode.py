@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.fx import Graph, GraphModule
 
 from passes import row_converters
 from passes.errors import RunError, UserError
@@ -120,6 +121,16 @@ def test_the_cache_can_be_filled_to_its_last_place_and_no_further() -> None:
     assert len(engine.generate(tokens, CAPACITY - 48)[0]) == CAPACITY - 48
     with pytest.raises(UserError, match=r"48 tokens and 81 more: above cache.capacity=128"):
         engine.generate(tokens, CAPACITY - 47)
+
+
+def test_no_sequence_is_longer_than_the_model_has_positions_for() -> None:
+    model, shape = tiny.model("llama", max_position_embeddings=100), ShapeConfig("dynamic", 1, 2, 32, 48)
+
+    cache = cached.cache_shape(model, CacheConfig("in_engine"), shape, 90)
+
+    assert (cache.capacity, cache.longest) == (128, 100)
+    with pytest.raises(UserError, match="48 tokens and 53 more: above max_position_embeddings=100 of the model"):
+        CachedGenerator(GraphSession(GraphModule({}, Graph()), ()), [], cache, 8, CPU).prepare(tiny.tokens(1, 48), 53)
 
 
 def test_generation_ends_at_a_stop_token_and_every_token_is_handed_out() -> None:
