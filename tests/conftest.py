@@ -14,6 +14,9 @@ from pipeline.config import ModelConfig
 if TYPE_CHECKING:
     from pipeline.model import LoadedModel
 
+HEAVIEST = ("test_sweep.py", "test_soundness.py", "test_run.py", "test_store.py")
+"""Begun first, so that no worker is still at one of them when the others have nothing left to do."""
+
 CONF = Path(__file__).parent.parent / "conf"
 
 TINY_LLAMA: dict[str, Any] = {
@@ -60,6 +63,11 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
         torch.manual_seed(0)
         LlamaForCausalLM(LlamaConfig(**TINY_LLAMA | changes)).save_pretrained(folder)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(HEAVIEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture

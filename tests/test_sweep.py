@@ -237,6 +237,7 @@ def test_fifty_random_kill_points_resume_to_the_same_table(seed: int, tmp_path: 
 # Workers of another launcher
 
 
+@pytest.mark.slow
 def test_workers_of_submitit_share_the_ledger_and_the_store_and_leave_typed_rows_too(
     tmp_path: Path, model: Path
 ) -> None:
@@ -249,6 +250,15 @@ def test_workers_of_submitit_share_the_ledger_and_the_store_and_leave_typed_rows
     assert {label: entry["status"] for label, entry in sweep.entries().items()} == {
         "seed=0": "ok", "seed=101": "failed", "seed=1": "ok",
     }  # fmt: skip
+    assert sweep.processes() == []
+
+
+@pytest.mark.slow
+def test_workers_of_submitit_do_a_finished_sweep_again_where_that_is_asked_for(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
+    sweep = make(tmp_path / "cwd", model, "seed=0,101,1", "hydra/launcher=submitit_local", "sweep.timeout_minutes=5")
+    assert sweep.finish()[0] == 1
+
     sweep.behave()
     again = Sweep(sweep.cwd, (*sweep.arguments, "rerun=true"))
     assert again.finish()[0] == 0
