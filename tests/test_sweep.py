@@ -219,6 +219,7 @@ def killed_again_and_again(folder: Path, model: Path, victims: list[str], chance
         server.kill()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_loses_its_parent_and_then_the_server_resumes_to_the_same_table(
     tmp_path: Path, model: Path
 ) -> None:
