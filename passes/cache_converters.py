@@ -2,8 +2,8 @@
 
 What is known (``benchmarks/kernels.py`` on an H200 with TensorRT-RTX 1.4, eight layers in a chain, fp16):
 
-* The native layer at query length 1 is fast but right only where the number of keys is a power of two; at 2176, 2304
-  or 3072 keys it drops some (relative error 0.4 to 0.8).  With a mask it does not build at query length 1, and with
+* The native layer at query length 1 is fast but right only where the number of keys is a power of two; at 2304 or
+  3072 keys it drops some (relative error 0.4 to 0.8).  With a mask it does not build at query length 1, and with
   the heads of a group as rows and a mask it takes 54 us at 2048 keys, since it runs one block for each key-value head.
 * Written out over pieces of the keys side by side (Flash-Decoding, Dao et al. 2023) attention takes 16 us at 2048 keys
   and 18 at 2304, with the mask, at any capacity, with a relative error of 1e-3.  That is the form used here.
@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from passes.cache_ops import CACHED, UPDATE
-from passes.converters import as_tensor, scaled
+from passes.converters import as_tensor, reshaped, scaled
 from passes.stack import Stack
 
 CONVERTED = (UPDATE, CACHED)
@@ -49,14 +49,14 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], in_place:
     # A new cache: ``new`` [B, H, 1, D] at its place, the old one everywhere else.
     batch, _, capacity, _ = cache.shape
     equal = stack.trt.ElementWiseOperation.EQUAL
-    here = _reshaped(ctx.net, _compared(ctx, node, position, batch, capacity, equal), (batch, 1, capacity, 1))
+    here = reshaped(ctx.net, _compared(ctx, node, position, batch, capacity, equal), (batch, 1, capacity, 1))
     return ctx.net.add_select(here, new, cache).get_output(0)
 
 
 def _compared(ctx: Any, node: Node, position: Any, batch: int, capacity: int, operation: Any) -> Any:
     """``place operation position[b]`` for every place of the cache: bool [batch, capacity]."""
     places = as_tensor(ctx, torch.arange(capacity, dtype=torch.int64).unsqueeze(0), f"{node.name} [places]")
-    return ctx.net.add_elementwise(places, _reshaped(ctx.net, position, (batch, 1)), operation).get_output(0)
+    return ctx.net.add_elementwise(places, reshaped(ctx.net, position, (batch, 1)), operation).get_output(0)
 
 
 def _attention(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
@@ -69,12 +69,12 @@ def _attention(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any
     at = len(rows)  # the axis of the pieces
     if scale != 1.0:
         query = scaled(stack, ctx, query, scale, node)
-    query = _reshaped(net, query, (*rows, 1, group, size))
-    key = _reshaped(net, key, (*rows, count, capacity // count, size))
-    value = _reshaped(net, value, (*rows, count, capacity // count, value.shape[3]))
+    query = reshaped(net, query, (*rows, 1, group, size))
+    key = reshaped(net, key, (*rows, count, capacity // count, size))
+    value = reshaped(net, value, (*rows, count, capacity // count, value.shape[3]))
 
     unseen = _compared(ctx, node, position, batch, capacity, trt.ElementWiseOperation.GREATER)
-    unseen = _reshaped(net, unseen, (*((batch, 1) if batch > 1 else (1,)), count, 1, capacity // count))
+    unseen = reshaped(net, unseen, (*((batch, 1) if batch > 1 else (1,)), count, 1, capacity // count))
     dtype = node.meta["val"].dtype
     blocked, zero = (
         as_tensor(ctx, torch.full((1,) * (at + 3), number, dtype=dtype), f"{node.name} [{number}]")
@@ -100,10 +100,4 @@ def _attention(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any
     share = exp(binary(most, reduced(most, "MAX", at), "SUB"))
     total = reduced(binary(total, share, "PROD"), "SUM", at)
     out = reduced(binary(out, share, "PROD"), "SUM", at)
-    return _reshaped(net, binary(out, total, "DIV"), (batch, heads * group, 1, value.shape[-1]))
-
-
-def _reshaped(net: Any, tensor: Any, shape: tuple[int, ...]) -> Any:
-    layer = net.add_shuffle(tensor)
-    layer.reshape_dims = shape
-    return layer.get_output(0)
+    return reshaped(net, binary(out, total, "DIV"), (batch, heads * group, 1, value.shape[-1]))

@@ -127,12 +127,10 @@ def _normalised_mask(stack: Stack, network: Any, mask: Any, query: Any) -> Any:
         mask = network.add_cast(mask, query.dtype).get_output(0)
     missing = 4 - len(mask.shape)
     if missing > 0:
-        layer = network.add_shuffle(mask)
         # 0 copies by position, so only a mask whose own sizes are known, or moved by one -1, can be lifted.
         if sum(extent == -1 for extent in mask.shape) > 1:
             raise RunError("conversion", f"a {len(mask.shape)}-D mask with several dynamic sizes; pass it as 4-D")
-        layer.reshape_dims = (1,) * missing + tuple(mask.shape)
-        mask = layer.get_output(0)
+        mask = reshaped(network, mask, (1,) * missing + tuple(mask.shape))
     return mask
 
 
@@ -146,6 +144,13 @@ def scaled(stack: Stack, ctx: Any, query: Any, scale: float, node: Node) -> Any:
     factors = ctx.net.add_cast(factors, query.dtype).get_output(0)
     layer = ctx.net.add_elementwise(query, factors, stack.trt.ElementWiseOperation.PROD)
     layer.name = f"{node.name} [scaled query]"
+    return layer.get_output(0)
+
+
+def reshaped(net: Any, tensor: Any, shape: tuple[int, ...]) -> Any:
+    """``tensor`` of the network ``net`` in another shape."""
+    layer = net.add_shuffle(tensor)
+    layer.reshape_dims = shape
     return layer.get_output(0)
 
 

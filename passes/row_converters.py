@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.converters import as_tensor
+from passes.converters import as_tensor, reshaped
 from passes.stack import Stack
 
 LINEAR = torch.ops.aten.linear.default
@@ -35,7 +35,7 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
     net, trt = ctx.net, stack.trt
     row, weight, *bias = args
     out, inner = node.args[1].meta["val"].shape  # type: ignore[union-attr]
-    row = _reshaped(net, row, (1, inner))
+    row = reshaped(net, row, (1, inner))
     products = net.add_elementwise(
         as_tensor(ctx, weight, f"{node.name} [weight]"), row, trt.ElementWiseOperation.PROD
     ).get_output(0)
@@ -43,10 +43,4 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
     if bias and bias[0] is not None:
         bias_tensor = as_tensor(ctx, bias[0], f"{node.name} [bias]")
         result = net.add_elementwise(result, bias_tensor, trt.ElementWiseOperation.SUM).get_output(0)
-    return _reshaped(net, result, (*node.meta["val"].shape[:-1], out))
-
-
-def _reshaped(net: Any, tensor: Any, shape: tuple[int, ...]) -> Any:
-    layer = net.add_shuffle(tensor)
-    layer.reshape_dims = shape
-    return layer.get_output(0)
+    return reshaped(net, result, (*node.meta["val"].shape[:-1], out))

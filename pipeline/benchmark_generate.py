@@ -106,7 +106,7 @@ def measure_generation(
     floors_s = None
     if cost is not None and ceilings is not None:
         rates = (ceilings.copy_gb_per_s, ceilings.matmul_tflops[precision])
-        floors_s = step_floors_s(cost, *wanted[:1], shape.input_length, shape.output_length, cached, *rates)
+        floors_s = step_floors_s(cost, shape.batch, shape.input_length, shape.output_length, cached, *rates)
     report, samples = _entries(config, times, floors_s, warmup, before, after)
     for entry in report.values():
         entry["cuda_graph"] = generator.cuda_graph

@@ -72,12 +72,12 @@ def build(
             name: apply_strategy(each.program, asked.name, asked.unproven, asked.assume)
             for name, each in traced.items()
         }
+        described = {name: each.describe() for name, each in rewritten.items()}
         for name, after in rewritten.items():
-            section = after.describe()
             record.keep(_file("graph_after.txt", name), str(after.program.graph))
-            record.keep(_file("attention_calls.md", name), calls_table(section["calls"]))
-            _put(report, "attention", name, section)
-        actions = [str(each.describe()["summary"]["by_action"]) for each in rewritten.values()]
+            record.keep(_file("attention_calls.md", name), calls_table(described[name]["calls"]))
+            _put(report, "attention", name, described[name])
+        actions = [str(section["summary"]["by_action"]) for section in described.values()]
         record.detail = " + ".join(actions).replace("'", "").replace("{", "").replace("}", "")
     for note in dict.fromkeys(note for each in rewritten.values() for note in _dropped(each, asked)):
         record.note(note)

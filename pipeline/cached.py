@@ -18,11 +18,9 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from passes.cache_ops import cache_update
-from passes.errors import RunError, UserError
-from passes.rewrite import prepare
-from passes.stack import quiet
+from passes.errors import UserError
 from pipeline.config import CacheConfig, ShapeConfig
-from pipeline.export import InputSpec, Traced
+from pipeline.export import InputSpec, Traced, example_length, exported
 
 GRANULE = 128
 """Capacities are multiples of it: the decode attention splits the keys evenly (:mod:`passes.cache_converters`)."""
@@ -191,8 +189,8 @@ class DecodeForm(nn.Module):
 def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, device: torch.device) -> Traced:
     """The prefill program of ``form``; its caches are inputs where ``cache`` is updated in the engine."""
     specs = [InputSpec("input_ids", cache.batch, shape.min, shape.opt, shape.max)]
-    example = shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(cache.batch, example, dtype=torch.int64, device=device)}
+    tokens = torch.zeros(cache.batch, example_length(shape), dtype=torch.int64, device=device)
+    inputs: dict[str, Any] = {"input_ids": tokens}
     dynamic: dict[str, Any] = {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
     if cache.batch > 1:
         specs.append(InputSpec("last", cache.batch, 1, 1, 1, sizes=(cache.batch,)))
@@ -201,7 +199,7 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
     if cache.mode == "in_engine":
         specs += cache.specs()
         _add_caches(inputs, dynamic, cache, device)
-    return _trace(form, inputs, None if shape.kind == "static" else dynamic, tuple(specs))
+    return Traced(exported(form, inputs, None if shape.kind == "static" else dynamic), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
@@ -216,22 +214,10 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
     _add_caches(inputs, {}, cache, device)
-    return _trace(form, inputs, None, specs)
+    return Traced(exported(form, inputs, None), specs)
 
 
 def _add_caches(inputs: dict[str, Any], dynamic: dict[str, Any], cache: CacheShape, device: torch.device) -> None:
     tensors, count = cache.tensors(device), len(cache.layers)
     inputs |= {"keys": tensors[:count], "values": tensors[count:]}
     dynamic |= {"keys": [None] * count, "values": [None] * count}
-
-
-def _trace(form: nn.Module, inputs: dict[str, Any], dynamic: Any, specs: tuple[InputSpec, ...]) -> Traced:
-    try:
-        with torch.no_grad(), quiet():
-            program = torch.export.export(
-                form, (), inputs, dynamic_shapes=dynamic, strict=False, prefer_deferred_runtime_asserts_over_guards=True
-            )
-            return Traced(prepare(program), specs)
-    except Exception as error:
-        first = str(error).strip().splitlines()[0]
-        raise RunError("export", f"torch.export: {type(error).__name__}: {first}") from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,12 +99,12 @@ class CachedGenerator:
         batch, length = shape
         self.generation += 1
         self._graphs, self._prepared = [], None
-        whole = {"dtype": torch.int64, "device": self._device}
-        self._prompts = torch.zeros(batch, length, **whole)  # type: ignore[call-overload]
-        self._lengths, self._last, self._position = (torch.zeros(batch, **whole) for _ in range(3))  # type: ignore[call-overload]
-        self._token = torch.zeros(batch, 1, **whole)  # type: ignore[call-overload]
-        self._count = torch.zeros(1, **whole)  # type: ignore[call-overload]
-        self._tokens = torch.zeros(batch, max(new_tokens, 1), **whole)  # type: ignore[call-overload]
+        zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
+        self._prompts = zeros(batch, length)
+        self._lengths, self._last, self._position = (zeros(batch) for _ in range(3))
+        self._token = zeros(batch, 1)
+        self._count = zeros(1)
+        self._tokens = zeros(batch, max(new_tokens, 1))
         logits = torch.full((batch, 1, self._vocabulary), float("nan"), dtype=self.cache.dtype, device=self._device)
         self._logits = logits
         names = [spec.name for spec in self.cache.specs()]
@@ -308,50 +309,3 @@ class PromptRunner:
 
     def enqueue(self) -> None:
         self._generator.run_prompts()
-
-
-class PrefixGenerator:
-    """A :class:`pipeline.generate.Generator` without a cache: the engine runs the whole prefix again for each token.
-
-    The prefix grows in one buffer, so for a batch of one nothing is copied; only the engine's input grows.
-    """
-
-    cuda_graph = False  # the length is another at each step
-
-    def __init__(self, session: Any, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.generation = 0
-        self.stream = torch.cuda.Stream()
-        self._session, self._vocabulary, self._dtype, self._device = session, vocabulary, dtype, device
-
-    def prepare(self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None) -> None:
-        """See :meth:`pipeline.generate.Generator.prepare`."""
-        if padding is not None or len(tokens) != 1:
-            raise UserError("cache=none: generates one prompt at a time; use cache=static or in_engine for a batch")
-        self.generation += 1
-        self._length = tokens.shape[1]
-        self._buffer = torch.zeros(1, self._length + new_tokens, dtype=torch.int64, device=self._device)
-        self._buffer[:, : self._length] = tokens
-        self._logits = torch.empty(1, 1, self._vocabulary, dtype=self._dtype, device=self._device)
-        (output,) = self._session.outputs
-        self._session.bind({"input_ids": self._buffer[:, : self._length], output: self._logits})
-        self._at = self._length
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream):
-            self.prefill()
-            for _ in range(new_tokens - 1):
-                self.decode()
-        self.stream.synchronize()
-
-    def prefill(self) -> None:
-        self._at = self._length
-        self.decode()
-
-    def decode(self) -> None:
-        self._session.set_shape("input_ids", (1, self._at))
-        self._session.run(self.stream)
-        torch.argmax(self._logits[:, 0], -1, out=self._buffer[:, self._at])
-        self._at += 1
-
-    def tokens(self) -> Tensor:
-        self.stream.synchronize()
-        return self._buffer[:, self._length : self._at].clone()

@@ -50,9 +50,9 @@ class Engine:
         self.conditions = conditions
         self.generation = 0
         self.stream = torch.cuda.Stream()
-        self._session = Session(stack, data, runtime_cache)
-        self.keep_kernels = self._session.keep_kernels
-        (self._output,) = self._session.outputs
+        self.session = Session(stack, data, runtime_cache)
+        self.keep_kernels = self.session.keep_kernels
+        (self._output,) = self.session.outputs
         self._buffers: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
 
@@ -67,16 +67,16 @@ class Engine:
         self._buffers = {}
         for spec in self.inputs:
             tensor = inputs[spec.name].to(device="cuda", dtype=torch.int64).contiguous().clone()
-            if not self._session.set_shape(spec.name, tuple(tensor.shape)):
+            if not self.session.set_shape(spec.name, tuple(tensor.shape)):
                 raise UserError(
                     f"{spec.name} {tuple(tensor.shape)}: outside the engine's profile, "
                     f"batch {spec.batch} and length {spec.min}..{spec.max}"
                 )
             self._buffers[spec.name] = tensor
         # Poisoned: an element that the engine does not write is seen as NaN.
-        shape, dtype = self._session.shape(self._output), self._session.dtype(self._output)
+        shape, dtype = self.session.shape(self._output), self.session.dtype(self._output)
         self._buffers[self._output] = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
-        self._session.bind(self._buffers)
+        self.session.bind(self._buffers)
         torch.cuda.current_stream().synchronize()
         self._execute()  # the first pass at a shape compiles kernels
         self.stream.synchronize()
@@ -93,7 +93,7 @@ class Engine:
         self._graph = graph
 
     def _execute(self) -> None:
-        self._session.run(self.stream)
+        self.session.run(self.stream)
 
     def enqueue(self) -> None:
         """Launch one forward pass over the bound buffers; waits for nothing."""

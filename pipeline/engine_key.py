@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import passes
 from pipeline.config import Config
+from pipeline.report import sha256_of_json
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ _MODEL_IDENTITY = ("_name_or_path", "name_or_path", "transformers_version")
 
 def engine_key(ingredients: dict[str, Any]) -> str:
     """sha256, in hex, of the canonical JSON of :func:`ingredients`."""
-    return hashlib.sha256(json.dumps(ingredients, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return sha256_of_json(ingredients)
 
 
 def ingredients(config: Config, loaded: LoadedModel, stack: Stack, device: torch.device) -> dict[str, Any]:

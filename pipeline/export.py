@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +85,23 @@ def make_inputs(names: list[str], tokens: Tensor, padding: Tensor | None = None)
 def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.device) -> Traced:
     """Export ``form``; raises :class:`RunError` of kind ``export`` where torch.export cannot."""
     specs = tuple(InputSpec(name, shape.batch, shape.min, shape.opt, shape.max) for name in model.inputs)
-    # A length that is neither 0, 1 nor a bound of the profile, so that none of them gets specialised.
-    example = shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
-    tokens = torch.zeros(shape.batch, example, dtype=torch.int64, device=device)
+    tokens = torch.zeros(shape.batch, example_length(shape), dtype=torch.int64, device=device)
     inputs = make_inputs(model.inputs, tokens)
     dynamic = None
     if shape.kind == "dynamic":
         length = Dim("length", min=shape.min, max=shape.max)
         dynamic = {name: {1: length} for name in model.inputs}
+    return Traced(exported(form, inputs, dynamic), specs)
+
+
+def example_length(shape: ShapeConfig) -> int:
+    """The length to trace with: neither 0, 1 nor a bound of the profile, so that none of them gets specialised."""
+    return shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
+
+
+def exported(form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None) -> ExportedProgram:
+    """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
+    ``export`` where torch.export cannot."""
     try:
         with torch.no_grad(), quiet():
             program = torch.export.export(
@@ -104,9 +113,8 @@ def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.
                 # Guards that torch 2.11 derives from kernel choices would narrow the length; check at run time instead.
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            program = prepare(program)
+            return prepare(program)
     except Exception as error:
         raise RunError(
             "export", f"torch.export: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
         ) from error
-    return Traced(program, specs)

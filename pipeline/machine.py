@@ -14,9 +14,10 @@ from passes.errors import UserError
 from passes.stack import load_stack
 from pipeline.cached import CacheShape
 from pipeline.config import Config
-from pipeline.decode import CachedGenerator, PrefixGenerator, PromptRunner
+from pipeline.decode import CachedGenerator, PromptRunner
 from pipeline.engine import check_target, open_engine, read_engine
 from pipeline.model import LoadedModel
+from pipeline.prefix import PrefixGenerator
 from pipeline.session import GraphSession, Session
 from pipeline.verify import Forward, widened
 
@@ -52,7 +53,7 @@ def engines(
         engine = open_engine(folder / "engine.trt", bool(config.backend.cuda_graph), kernels)
         prefix = None
         if config.benchmark.generate is not None:
-            session = Session(load_stack(), read_engine(folder / "engine.trt")[1], specialise=False)
+            session = engine.session.twin(specialise=False)
             prefix = PrefixGenerator(session, vocabulary, session.dtype(session.outputs[0]), device)
         return Machine("engine", engine.unguarded, engine, prefix, finished=engine.keep_kernels)
     generator = open_generator(folder, config.backend.cuda_graph is not False, kernels)

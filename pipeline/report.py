@@ -42,7 +42,11 @@ def is_sealed(report: dict[str, Any]) -> bool:
 
 
 def _digest(report: dict[str, Any]) -> str:
-    content = {key: value for key, value in report.items() if key != "sha256"}
+    return sha256_of_json({key: value for key, value in report.items() if key != "sha256"})
+
+
+def sha256_of_json(content: Any) -> str:
+    """sha256, in hex, of ``content`` as JSON with its keys in order."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

@@ -63,9 +63,9 @@ class Session:
             self._runtime_cache = kernel_cache.load_runtime_cache(config, self._runtime_cache_file)
         return self._engine.create_execution_context(config)
 
-    def twin(self) -> Session:
+    def twin(self, specialise: bool = True) -> Session:
         """Another context of the same engine: to run it over other tensors without binding anew."""
-        return Session(self._stack, None, None, self._engine)
+        return Session(self._stack, None, None, self._engine, specialise)
 
     def keep_kernels(self) -> None:
         """Write the kernels compiled so far to ``runtime_cache``; on TensorRT, which compiles none here, nothing."""

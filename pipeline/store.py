@@ -7,7 +7,6 @@ so nothing is left behind by one that was killed.  Above its size limit the stor
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 from passes.errors import UserError
 from pipeline.config import StoreConfig
 from pipeline.gguf_cache import cache_folder, locked, sha256_of
+from pipeline.report import sha256_of_json
 
 _CONTENT = "stored.json"
 _PARTIAL = ".partial"
@@ -63,7 +63,7 @@ class Store:
         try:
             stored = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
             content: dict[str, Any] = stored["content"]
-            whole = stored["sha256"] == _sha256(content)
+            whole = stored["sha256"] == sha256_of_json(content)
         except (OSError, ValueError, KeyError, TypeError):
             raise Damaged(f"{_CONTENT} cannot be read") from None
         if not whole:
@@ -105,7 +105,7 @@ class Store:
             for file in files:
                 shutil.copyfile(file, partial / file.name)
             content = {**content, "files": {file.name: sha256_of(partial / file.name) for file in files}}
-            text = json.dumps({"sha256": _sha256(content), "content": content}, indent=1)
+            text = json.dumps({"sha256": sha256_of_json(content), "content": content}, indent=1)
             (partial / _CONTENT).write_text(text, encoding="utf-8")
             self.remove(key)
             partial.replace(self.entry(key))
@@ -130,10 +130,6 @@ class Store:
             with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
                 shutil.rmtree(folder, ignore_errors=True)
                 excess -= sizes[folder]
-
-
-def _sha256(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _last_used(folder: Path) -> float:

@@ -15,6 +15,7 @@ from passes.errors import UserError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # those that MLflow has schemas for
 SERVER_TIMEOUT_S = 5
@@ -184,3 +185,15 @@ def quiet() -> Iterator[None]:
 def one_line(error: BaseException) -> str:
     """The first line of an error's message."""
     return (str(error) or type(error).__name__).strip().splitlines()[0]
+
+
+def search_runs(client: MlflowClient, experiment: str, asked: str = "") -> list[Run]:
+    """Every run of the experiment with that id that fits the filter ``asked``, however many pages the store gives."""
+    found: list[Run] = []
+    token = None
+    while True:
+        page = client.search_runs([experiment], asked, max_results=1000, page_token=token)
+        found += page
+        token = page.token
+        if not token:
+            return found

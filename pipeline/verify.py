@@ -12,7 +12,7 @@ PyTorch's own with that switch on (2.1e-4 with it off).  An fp16 engine is there
 arithmetic, on the same inputs; the error of PyTorch as it ships stands beside it in every case.
 
 fp32 has two as well: TensorRT-RTX 1.4 multiplies in TF32 although the builder's flag for it is cleared (relative
-error 2.9e-3 on SmolLM2 at length 2, H200), and is judged by PyTorch in TF32; the report says so.
+error 2.9e-3 on SmolLM2 at length 2, H200: benchmarks/profiles), and is judged by PyTorch in TF32; the report says so.
 """
 
 from __future__ import annotations
@@ -61,25 +61,25 @@ class Deviation:
 
 
 @contextmanager
-def fp16_accumulation() -> Iterator[None]:
+def _switched_on(flag: str) -> Iterator[None]:
+    """``torch.backends.cuda.matmul``'s ``flag`` is True while the block runs."""
+    matmul = torch.backends.cuda.matmul
+    before = getattr(matmul, flag)
+    setattr(matmul, flag, True)
+    try:
+        yield
+    finally:
+        setattr(matmul, flag, before)
+
+
+def fp16_accumulation() -> AbstractContextManager[None]:
     """PyTorch's matrix products of fp16 add up in fp16 while the block runs."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_fp16_accumulation = matmul.allow_fp16_accumulation, True
-    try:
-        yield
-    finally:
-        matmul.allow_fp16_accumulation = before
+    return _switched_on("allow_fp16_accumulation")
 
 
-@contextmanager
-def tf32() -> Iterator[None]:
+def tf32() -> AbstractContextManager[None]:
     """PyTorch's matrix products of fp32 round their factors to TF32 while the block runs."""
-    matmul = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, True
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
+    return _switched_on("allow_tf32")
 
 
 Arithmetic = Callable[[], AbstractContextManager[None]]

@@ -12,9 +12,14 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from passes.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.compare.baseline import Against
+    from pipeline.compare.page import Shown
+    from pipeline.compare.rows import Row
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 
@@ -61,7 +66,7 @@ def _main(arguments: list[str]) -> int:
         raise UserError("no SOURCE given, and there is no folder outputs; name a folder of reports or an experiment")
 
     from pipeline.compare import page
-    from pipeline.compare.baseline import against_baseline, against_earlier, parse_baseline
+    from pipeline.compare.baseline import against_earlier
     from pipeline.compare.labels import sections
     from pipeline.compare.rows import row
     from pipeline.compare.sources import UI, read
@@ -70,15 +75,12 @@ def _main(arguments: list[str]) -> int:
     if not re.match(r"https?://", ui):
         raise UserError(f"--mlflow-ui {ui}: is no address; write http://HOST:PORT")
     rows = [row(found) for found in read(asked.sources or ["outputs"], asked.uri, ui)]
-    baseline = parse_baseline(asked.baseline, rows) if asked.baseline else None
-    groups = sections(rows)
-    compared = [against_baseline(section, baseline) if baseline else [] for section in groups]
+    shown, compared = _shown(rows, asked.baseline)
     regressions = None
     if asked.against:
         earlier = [row(found) for found in read(asked.against, asked.uri, ui)]
         sections(earlier)  # for their labels
         regressions = against_earlier(rows, earlier)
-    shown = [page.show(section, found, asked.baseline) for section, found in zip(groups, compared, strict=True)]
     _write(html_path, *page.render(shown, asked.baseline, regressions, limit))
 
     for one in shown:
@@ -88,7 +90,7 @@ def _main(arguments: list[str]) -> int:
           f"{sum(bool(each.timings) for each in rows)} timed")  # fmt: skip
     if limit is None:
         return 0
-    checked = regressions if regressions is not None else [each for found in compared for each in found]
+    checked = regressions if regressions is not None else compared
     slower = [each for each in checked if each.slower(limit)]
     for each in slower:
         print(f"slower: {each.row.model}, {each.row.label}, {each.measure}: {each.time or each.why}", file=sys.stderr)
@@ -98,17 +100,25 @@ def _main(arguments: list[str]) -> int:
 def write_page(folders: Sequence[Path], html_path: Path, baseline: str | None) -> None:
     """The page and the table of the runs in ``folders``, as the command writes them; raises :class:`UserError`."""
     from pipeline.compare import page
+    from pipeline.compare.rows import row
+    from pipeline.compare.sources import read
+
+    rows = [row(found) for found in read([str(folder) for folder in folders], "")]
+    shown, _ = _shown(rows, baseline)
+    _write(html_path, *page.render(shown, baseline, None, None))
+
+
+def _shown(rows: list[Row], asked_baseline: str | None) -> tuple[list[Shown], list[Against]]:
+    """Every section of the page, and each row of it that has a baseline to be compared with."""
+    from pipeline.compare import page
     from pipeline.compare.baseline import against_baseline, parse_baseline
     from pipeline.compare.labels import sections
-    from pipeline.compare.rows import row
-    from pipeline.compare.sources import UI, read
 
-    rows = [row(found) for found in read([str(folder) for folder in folders], "", UI)]
-    wanted = parse_baseline(baseline, rows) if baseline else None
-    shown = [
-        page.show(section, against_baseline(section, wanted) if wanted else [], baseline) for section in sections(rows)
-    ]
-    _write(html_path, *page.render(shown, baseline, None, None))
+    baseline = parse_baseline(asked_baseline, rows) if asked_baseline else None
+    groups = sections(rows)
+    compared = [against_baseline(section, baseline) if baseline else [] for section in groups]
+    shown = [page.show(section, found, asked_baseline) for section, found in zip(groups, compared, strict=True)]
+    return shown, [each for found in compared for each in found]
 
 
 def _limit(text: str | None) -> float | None:

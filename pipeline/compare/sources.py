@@ -15,7 +15,7 @@ from urllib.request import url2pathname
 
 from passes.errors import UserError
 from pipeline.report import SCHEMA, is_sealed
-from pipeline.tracking_store import as_user_error, check_store, is_server, open_client, quiet, redacted
+from pipeline.tracking_store import as_user_error, check_store, is_server, open_client, quiet, redacted, search_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -120,7 +120,7 @@ def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found]:
             raise UserError(
                 f"{name}: no such file or folder, and no such experiment in {redacted(uri)}; it has: {known}"
             )
-        runs = _all_runs(client, experiment.experiment_id)
+        runs = search_runs(client, experiment.experiment_id)
         parents = {run.data.tags.get("mlflow.parentRunId") for run in runs}
         kept = [run for run in runs if run.info.run_id not in parents]
         if not kept:
@@ -135,16 +135,6 @@ def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found]:
                 continue
             samples = _artifact(client, run, SAMPLES, folder)
             yield Found(parse(report, where), where, _object(samples, f"{where}, {SAMPLES}") if samples else {}, link)
-
-
-def _all_runs(client: MlflowClient, experiment_id: str) -> list[Run]:
-    runs, token = [], None
-    while True:
-        page = client.search_runs([experiment_id], max_results=1000, page_token=token)
-        runs += list(page)
-        token = page.token
-        if not token:
-            return runs
 
 
 def _artifact(client: MlflowClient, run: Run, name: str, folder: Path) -> Path | None:

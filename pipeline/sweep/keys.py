@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from pipeline.config import Config
 from pipeline.engine_key import code_hash
 from pipeline.environment import environment
+from pipeline.report import sha256_of_json
 
 NOT_SETTINGS = ("output", "tracking", "store", "sweep", "rerun", "dry_run")
 """Where a job's results go and how it is run: they do not change what comes out."""
@@ -21,7 +19,7 @@ NOT_MEASURING = ("__main__", "console", "tracking", "tracking_names", "tracking_
 
 def settings_key(config: Config) -> str:
     """The same for two jobs that ask for the same, wherever and with whatever versions they run."""
-    return _hash({key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS})
+    return sha256_of_json({key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS})
 
 
 def content_key(config: Config, surroundings: str) -> str:
@@ -32,19 +30,15 @@ def content_key(config: Config, surroundings: str) -> str:
         folder = Path(config.model.path).resolve()
         found = ((path, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
         files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
-    return _hash([settings_key(config), files, surroundings])
+    return sha256_of_json([settings_key(config), files, surroundings])
 
 
 def surroundings() -> str:
     """What stands around every job of this machine: our own code, the libraries' versions, and the GPU."""
     described = {key: value for key, value in environment().items() if key != "git"}
-    return _hash([described, code_hash(beside=NOT_MEASURING)])
+    return sha256_of_json([described, code_hash(beside=NOT_MEASURING)])
 
 
 def sweep_key(jobs: Iterable[str]) -> str:
     """The same for two sweeps over the same jobs, in whatever order."""
-    return _hash(sorted(jobs))
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(sorted(jobs))

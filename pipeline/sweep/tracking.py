@@ -27,12 +27,12 @@ from pipeline.tracking_store import (
     open_client,
     quiet,
     redacted,
+    search_runs,
     store_errors,
 )
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
 
 PARENT = "mlflow.parentRunId"
 SWEEP, OUTPUT, JOB, SENT = "sweep.key", "sweep.output", "sweep.job", "sweep.report_sha256"
@@ -63,7 +63,7 @@ def open_parent(config: Config, key: str, name: str) -> Parent:
         with collector_paused():  # half a second of MLflow's imports
             client = open_client(uri)
         experiment = experiment_id(client, uri, config.tracking.experiment)
-        sweeps = _search(client, experiment, f"tags.`{SWEEP}` != ''")
+        sweeps = search_runs(client, experiment, f"tags.`{SWEEP}` != ''")
         here = [run for run in sweeps if run.data.tags.get(OUTPUT) == output]  # a path may hold what no filter takes
         for run in here:
             if run.info.status == "RUNNING":
@@ -75,7 +75,7 @@ def open_parent(config: Config, key: str, name: str) -> Parent:
         else:
             tags = {"mlflow.user": tracking.user(), **tracking.SOURCE_TAGS, SWEEP: key, OUTPUT: output}
             run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
-        for child in _search(client, experiment, f"tags.`{PARENT}` = '{run_id}'"):
+        for child in search_runs(client, experiment, f"tags.`{PARENT}` = '{run_id}'"):
             if SENT not in child.data.tags:
                 client.delete_run(child.info.run_id)
     return Parent(uri, experiment, run_id)
@@ -95,7 +95,7 @@ def send(
         with quiet():
             client = open_client(parent.uri)
             same = f"tags.`{PARENT}` = '{parent.run_id}' and tags.`{JOB}` = '{job}'"
-            for child in _search(client, parent.experiment, same):
+            for child in search_runs(client, parent.experiment, same):
                 if child.data.tags.get(SENT) == sha256:
                     return str(child.info.run_id)
                 if child.info.status == "FINISHED" and SENT in child.data.tags:
@@ -142,14 +142,3 @@ def close_parent(
 def _close(client: MlflowClient, run_id: str, status: str) -> None:
     with redirect_stdout(StringIO()):  # the client prints links
         client.set_terminated(run_id, status)
-
-
-def _search(client: MlflowClient, experiment: str, asked: str) -> list[Run]:
-    found: list[Run] = []
-    token = None
-    while True:
-        page = client.search_runs([experiment], asked, max_results=1000, page_token=token)
-        found += page
-        token = page.token
-        if not token:
-            return found
