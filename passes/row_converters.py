@@ -1,19 +1,21 @@
-"""Builds the product of one row with a weight: what a decode step of a batch of one consists of.
+"""Builds the products of one row with weights: what a decode step of a batch of one consists of.
 
-Measured (``benchmarks/kernels.py`` on an H200 with TensorRT-RTX 1.4, fp16, Llama 3.2 1B): as a matrix product the
-head [128256, 2048] takes 148 us; as a product element by element and its sums, which TensorRT fuses into one kernel
-together with what made the row, 125 us, that is 4.2 TB/s; the down projection with the activation before it takes 11 us
-instead of 18.  Where several products share one row, or the row is a residual sum that is read again, the fused kernel
-is up to five times slower than the matrix products, which are then merged into one launch: those stay as they are.
+Measured (``python -m benchmarks.kernels step`` on an H200 with TensorRT-RTX 1.4, fp16, Llama 3.2 1B): as matrix
+products of one row the gate and up projections read their weights at 2.6 TB/s, and the norm before them is a kernel.
+As one product element by element and its sums, which TensorRT fuses into one kernel together with what made the row,
+they are read at 3.2 TB/s; the head [128256, 2048] at 3.7.  Products that share a row must be put together for that:
+apart, the fused kernel makes the row anew for each, and is slower than the matrix products.
 """
 
 from __future__ import annotations
 
 from math import prod
+from operator import attrgetter
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from passes.converters import as_tensor, reshaped
 from passes.stack import Stack
@@ -23,11 +25,63 @@ LINEAR = torch.ops.aten.linear.default
 
 def applies(node: Node) -> bool:
     """Whether ``node`` is the only product of its row, and that row is the only one."""
+    return _of_one_row(node) and len(node.args[0].users) == 1  # type: ignore[union-attr]
+
+
+def _of_one_row(node: Node) -> bool:
     if node.target is not LINEAR:
         return False
     row: Any = node.args[0]
     sizes = row.meta["val"].shape[:-1] if "val" in row.meta else (0,)
-    return all(isinstance(size, int) for size in sizes) and prod(sizes) == 1 and len(row.users) == 1
+    return all(isinstance(size, int) for size in sizes) and prod(sizes) == 1
+
+
+def merge_siblings(graph: GraphModule) -> None:
+    """Put the weights [out, in] of all products that share one row together, in place, where nothing else reads it."""
+    for row in list(graph.graph.nodes):
+        products = list(row.users)
+        if len(products) > 1 and all(_of_one_row(p) and p.args[0] is row and _constants(graph, p) for p in products):
+            _merge(graph, row, products)
+    graph.graph.lint()
+
+
+def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:
+    """Weight and bias of ``product``; none at all where one of them is computed."""
+    found: list[Tensor | None] = []
+    for arg in (*product.args[1:], None)[:2]:
+        if isinstance(arg, Node) and arg.op != "get_attr":
+            return []
+        found.append(attrgetter(str(arg.target))(graph) if isinstance(arg, Node) else None)
+    return found
+
+
+def _merge(graph: GraphModule, row: Node, products: list[Node]) -> None:
+    weights, biases = zip(*(_constants(graph, product) for product in products), strict=True)
+    sizes = [len(weight) for weight in weights]
+    args: list[Node] = [row]
+    with torch.no_grad(), graph.graph.inserting_before(products[0]):
+        args.append(_constant(graph, f"{products[0].name}_weights", torch.cat(weights)))
+        if any(bias is not None for bias in biases):
+            pairs = zip(weights, biases, strict=True)
+            whole = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
+            args.append(_constant(graph, f"{products[0].name}_biases", whole))
+        merged = graph.graph.call_function(LINEAR, tuple(args))
+        first = products[0].meta["val"]
+        merged.meta["val"] = first.new_empty((*first.shape[:-1], sum(sizes)))
+        for i, product in enumerate(products):
+            part = (merged, -1, sum(sizes[:i]), sum(sizes[: i + 1]))
+            piece = graph.graph.call_function(torch.ops.aten.slice.Tensor, part)
+            piece.meta["val"] = product.meta["val"]
+            product.replace_all_uses_with(piece)
+    for product in products:
+        graph.graph.erase_node(product)
+
+
+def _constant(graph: GraphModule, name: str, value: Tensor) -> Node:
+    graph.register_buffer(name, value)
+    node = graph.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
 
 
 def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:

@@ -23,12 +23,17 @@ from pipeline.config import CacheConfig, ShapeConfig
 from pipeline.export import InputSpec, Traced, example_length, exported
 
 GRANULE = 128
-"""Capacities are multiples of it: the decode attention splits the keys evenly (:mod:`passes.cache_converters`)."""
+"""Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
 
 
 @dataclass(frozen=True)
 class CacheShape:
-    """``layers``: of each layer the shapes of its keys and values, [batch, heads, capacity, head size]."""
+    """``layers``: of each layer the shapes of its keys [batch, heads, capacity, head size] and its values
+    [batch, heads * head size, capacity, 1].
+
+    A channel's values lie side by side, since a token's attention sums over them (:mod:`passes.cache_converters`);
+    to whatever updates the cache they look like heads of size 1.
+    """
 
     mode: str
     batch: int
@@ -76,10 +81,11 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
             raise UserError(
                 f"cache={cache.name}: {type(layer).__name__} of this model does not keep every token's keys"
             )
-        layers.append(tuple((shape.batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values)))
+        heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
+        layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
     longest = min(capacity, positions)
-    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype)  # type: ignore[arg-type]
+    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype)
 
 
 class _Layer(CacheLayerMixin):
@@ -96,12 +102,16 @@ class _Layer(CacheLayerMixin):
         raise AssertionError("a cache that is handed in is there from the start")
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        batch, heads, length, size = value_states.shape
+        channels = value_states.transpose(2, 3).reshape(batch, heads * size, length, 1)
         if self.keys is None or self.values is None:
-            self.keys, self.values = key_states, value_states
+            self.keys, self.values = key_states, channels
             return key_states, value_states
         self.keys = cache_update(self.keys, key_states, self.position)
-        self.values = cache_update(self.values, value_states, self.position)
-        return (self.keys, self.values) if self.whole else (key_states, value_states)
+        self.values = cache_update(self.values, channels, self.position)
+        if not self.whole:
+            return key_states, value_states
+        return self.keys, self.values.view(batch, heads, size, -1).transpose(2, 3)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         assert not self.whole or self.keys is not None
@@ -135,10 +145,10 @@ class PrefillForm(nn.Module):
         values: list[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """``input_ids`` [batch, length]; ``last`` [batch], the place of each row's last real token, where there is
-        more than one row; caches [batch, heads, capacity, head size] that are updated in place, or none.
+        more than one row; caches as in :class:`CacheShape` that are updated in place, or none.
 
         Returns logits [batch, 1, vocabulary], then every layer's keys and every layer's values: the caches, or
-        where none were handed in those of the prompts, [batch, heads, length, head size].
+        where none were handed in those of the prompts, of capacity ``length``.
         """
         start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
         none = [None] * self.count

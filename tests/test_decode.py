@@ -195,12 +195,40 @@ def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_fo
         apply_strategy(traced.program, "detect_causal", "error")
 
 
-def test_the_lone_products_of_a_decode_step_are_the_ones_that_are_fused() -> None:
-    _, traced, rewritten = programs("llama", "in_engine", 1)
+@pytest.mark.parametrize(("name", "biases"), [("llama", 0), ("qwen2", 1)])
+def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
+    cache, traced, rewritten = programs(name, "in_engine", 1)
     stack = load_stack()
     lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
+    caches, count = [torch.randn(x.shape) for x in cache.tensors(CPU)], len(cache.layers)
+    inputs = {"input_ids": torch.tensor([[7]]), "position": torch.tensor([3])}
+    inputs |= {"keys": caches[:count], "values": caches[count:]}
+    before = lowered.graph(**inputs)
+
+    row_converters.merge_siblings(lowered.graph)
 
     lone = [node for node in lowered.graph.graph.nodes if row_converters.applies(node)]
-
     shapes = [tuple(node.args[1].meta["val"].shape) for node in lone]
-    assert shapes == [(64, 64), (64, 96), (64, 64), (64, 96), (128, 64)]  # output and down of two layers, the head
+    layer = [(128, 64), (64, 64), (192, 64), (64, 96)]  # query, key and value; output; gate and up; down
+    assert shapes == [*(layer * count), (128, 64)]  # and the head
+    assert sum(len(node.args) > 2 and node.args[2] is not None for node in lone) == biases * count
+    for one, other in zip(lowered.graph(**inputs), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            row = x * 2
+            return torch.cat([self.one(row), self.other(row), row], -1)
+
+    graph = torch.export.export(Both(), (torch.randn(1, 8),)).run_decompositions({}).module()
+    targets = [node.target for node in graph.graph.nodes]
+
+    row_converters.merge_siblings(graph)
+
+    assert [node.target for node in graph.graph.nodes] == targets
