@@ -1,16 +1,16 @@
 """Whole decoder layers at one token, each part in one of several forms, as networks for :mod:`benchmarks.kernels`.
 
-A form is three words with dots between them, ``PRODUCTS.ATTENTION.FLAGS``:
+A form is three words with dots between them, ``PRODUCTS.ATTENTION.KEPT``:
 
 *products*: ``mix`` multiplies siblings (query, key and value; gate and up) as matrix products and the others element by
 element, with sums; ``merged`` puts siblings' weights together into one product, element by element.
-*attention*, over so many pieces of the keys: ``mm`` is scores and values by matrix products, each piece with a softmax
-of its own; ``ms`` has scores element by element; ``sx`` that, and one softmax over all the keys; ``ss`` that, and
-values element by element.
-*flags*: what is kept from being computed anew in every block of the product that reads it, by a sum over a new axis
-(TensorRT fuses no sum into what follows): ``n`` normed rows, ``s`` the activated row of the gate, ``q`` rotated queries,
-``a`` the result of attention; as capitals, by a scatter.  ``o``: the new token is left out of the cache, its attention is
-added, and its keys and values are outputs.  ``-`` for none.
+*attention*: ``mm16`` is matrix products over 16 pieces of the keys, each with a softmax of its own (Flash-Decoding);
+``ms16`` has its scores element by element; ``whole`` is one softmax over all keys, scores and values element by
+element, the cache of the values with the keys' axis last; ``wide`` is the same with fp32 sums.
+*kept*: what is not computed anew in every block of the product that reads it, but written by a scatter, which TensorRT
+does not fuse into what follows: ``n`` normed rows, ``s`` the activated row of the gate, ``q`` rotated queries, ``a``
+the result of attention; ``-`` for none.  ``o``: the new token is left out of the cache, its attention is added, and its
+keys and values are outputs, to be put into the cache by somebody else.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from benchmarks.kernel_forms import BLOCKED, HEADS, SIZES, Net
 
 STEP_LAYERS = {"llama3_1b": 4, "qwen2_5_0_5b": 8, "qwen3_0_6b": 8}
 STEP = (
+    "mix.mm16.-",
+    "mix.ms16.-",
+    "merged.mm16.-",
     "merged.ms16.-",
-    "merged.ts1.-",
-    "merged.ts1.k",
-    "merged.ts16.-",
-    "merged.ts16.k",
-    "merged.ts8.k",
-    "merged.ms16.k",
-    "merged.sz16.-",
-    "merged.tn1.-",
-    "merged.tn1.k",
+    "merged.ms16.o",
+    "merged.ms16.n",
+    "merged.ms16.nsqa",
+    "merged.whole.-",
+    "merged.wide.-",
+    "merged.wide.q",
 )
 EPSILON = 1e-5
 
@@ -44,18 +44,22 @@ class StepNet(Net):
 
     def __init__(self, model: str, form: str, keys: int) -> None:
         super().__init__()
-        self.products, attention, self.flags = form.split(".")
-        self.attention_form, self.pieces = attention[:2], int(attention[2:])
-        self.keys, self.made = keys, 0
+        self.products, self.attention, self.flags = form.split(".")
+        self.keys = keys
         self.heads, self.kv_heads, self.size = HEADS[model]
-        self.hidden, _, _, self.inner, _ = SIZES[model]
         self.position = self.input("position", (1,), "int")
         self.cos, self.sin = (self.input(name, (1, 1, 1, self.size)) for name in ("cos", "sin"))
-        places = self.const(np.arange(keys, dtype=np.int32).reshape(1, keys))
-        unseen = self.binary(places, self.reshape(self.position, (1, 1)), "GREATER")
+        places, position = (
+            self.const(np.arange(keys, dtype=np.int32).reshape(1, keys)),
+            self.reshape(self.position, (1, 1)),
+        )
+        self.unseen = self.binary(places, position, "GREATER")
         if "o" in self.flags:
-            unseen = self.binary(unseen, self.binary(places, self.reshape(self.position, (1, 1)), "EQUAL"), "OR")
-        self.unseen = self.reshape(unseen, (1, self.pieces, 1, keys // self.pieces))
+            self.unseen = self.binary(self.unseen, self.binary(places, position, "EQUAL"), "OR")
+
+    @property
+    def in_rows(self) -> bool:
+        return self.attention in ("whole", "wide")
 
     def half(self, value: float, rank: int) -> Any:
         return self.const(np.full((1,) * rank, value, np.float16))
@@ -66,18 +70,13 @@ class StepNet(Net):
     def unary(self, x: Any, op: str) -> Any:
         return self.net.add_unary(x, getattr(self.trt.UnaryOperation, op)).get_output(0)
 
-    def barrier(self, x: Any, kind: str) -> Any:
-        rank = len(x.shape)
-        if kind in self.flags:
-            wide = self.reshape(x, (*x.shape, 1))
-            once = self.const(np.array([1, 0], np.float16).reshape((1,) * rank + (2,)))
-            return self.reduce(self.binary(wide, once, "PROD"), "SUM", rank, keep=False)
-        if kind.upper() in self.flags:
-            count = int(np.prod(x.shape))
-            data, index = self.const(np.zeros((1, count), np.float16)), self.const(np.zeros((1, 1), np.int32))
-            scattered = self.net.add_scatter(data, index, self.reshape(x, (1, count)), self.trt.ScatterMode.ND)
-            return self.reshape(scattered.get_output(0), tuple(x.shape))
-        return x
+    def keep(self, x: Any, kind: str) -> Any:
+        if kind not in self.flags:
+            return x
+        count = int(np.prod(x.shape))
+        data, index = self.const(np.zeros((1, count), np.float16)), self.const(np.zeros((1, 1), np.int32))
+        scattered = self.net.add_scatter(data, index, self.reshape(x, (1, count)), self.trt.ScatterMode.ND)
+        return self.reshape(scattered.get_output(0), tuple(x.shape))
 
     def norm(self, x: Any, gain: np.ndarray) -> Any:
         wide = self.cast(x, "float")
@@ -108,102 +107,73 @@ class StepNet(Net):
         turned = self.cat([self.unary(second, "NEG"), first], 3)
         return self.binary(self.binary(x, self.cos, "PROD"), self.binary(turned, self.sin, "PROD"))
 
-    def attend(self, q: Any, cached: list[Any], new: list[Any]) -> Any:
-        """q [1, Hq, 1, D] over cached keys and values [1, Hkv, keys, D], and over the new token: [1, Hq * D]."""
-        h, g, n, d = self.kv_heads, self.heads // self.kv_heads, self.pieces, self.size
+    def bias(self, shape: tuple[int, ...], kind: str = "half") -> Any:
+        unseen = self.reshape(self.unseen, shape)
+        low, zero = (self.cast(self.half(x, len(shape)), kind) for x in (BLOCKED, 0))
+        return self.net.add_select(unseen, low, zero).get_output(0)
+
+    def attend(self, q: Any, key: Any, value: Any, new: list[Any]) -> Any:
+        """q [1, Hq, 1, D] over key and value [1, Hkv, keys, D] (``in_rows``: value [1, Hkv * D, keys, 1]), and over the
+        new token where the cache lacks it: [1, Hq * D]."""
+        q = self.keep(
+            self.binary(q, self.const(np.full((1, 1, 1, self.size), self.size**-0.5, np.float16)), "PROD"), "q"
+        )
+        attended = self.over_rows(q, key, value) if self.in_rows else self.over_pieces(q, key, value, new)
+        return self.reshape(attended, (1, self.heads * self.size))
+
+    def over_rows(self, q: Any, key: Any, value: Any) -> Any:
+        h, g, d, keys = self.kv_heads, self.heads // self.kv_heads, self.size, self.keys
+        kind = "float" if self.attention == "wide" else "half"
+
+        def summed(a: Any, b: Any) -> Any:
+            return self.reduce(self.cast(self.binary(a, b, "PROD"), kind), "SUM", 3, keep=False)
+
+        scores = summed(self.reshape(key, (h, 1, keys, d)), self.reshape(q, (h, g, 1, d)))
+        scores = self.binary(scores, self.bias((1, 1, keys), kind))
+        weights = self.unary(self.binary(scores, self.reduce(scores, "MAX", 2), "SUB"), "EXP")
+        rows = self.reshape(self.cast(weights, "half"), (h, g, 1, keys))
+        out = summed(self.reshape(value, (h, 1, d, keys)), rows)
+        return self.cast(self.binary(out, self.reduce(weights, "SUM", 2), "DIV"), "half")
+
+    def over_pieces(self, q: Any, key: Any, value: Any, new: list[Any]) -> Any:
+        h, g, d, n = self.kv_heads, self.heads // self.kv_heads, self.size, int(self.attention[2:])
         piece = self.keys // n
-        q = self.binary(q, self.const(np.full((1, 1, 1, d), d**-0.5, np.float16)), "PROD")
-        q = self.barrier(q, "q")
-        if "k" in self.flags:
-            self.made += 1
-            scratch = self.input(f"scratch{self.made}", (1, self.heads, 1, d))
-            zero = self.const(np.zeros(1, np.int32))
-            q = self.net.add_kv_cache_update(scratch, q, zero, self.trt.KVCacheMode.LINEAR).get_output(0)
-            self.output(q, f"scratch{self.made}_out")
-        if self.attention_form[0] == "t" or self.attention_form == "sz":
-            return self.attend_turned(q, *cached)
-        bias = self.net.add_select(self.unseen, self.half(BLOCKED, 4), self.half(0, 4)).get_output(0)
-        key, value = cached
-        if self.attention_form == "mm":
+        if self.attention.startswith("mm"):
             scores = self.matmul(self.reshape(q, (h, 1, g, d)), self.reshape(key, (h, n, piece, d)), tb=True)
         else:
             terms = self.binary(self.reshape(key, (h, n, 1, piece, d)), self.reshape(q, (h, 1, g, 1, d)), "PROD")
             scores = self.reshape(self.reduce(terms, "SUM", 4), (h, n, g, piece))
-        scores = self.binary(scores, bias)
-        own = None
+        scores = self.binary(scores, self.bias((1, n, 1, piece)))
+        most = self.reduce(scores, "MAX", 3)
+        weights = self.unary(self.binary(scores, most, "SUB"), "EXP")
+        total = self.reduce(weights, "SUM", 3)
+        out = self.matmul(weights, self.reshape(value, (h, n, piece, d)))
+        highest = self.reduce(most, "MAX", 1)
         if "o" in self.flags:
             terms = self.binary(self.reshape(q, (h, 1, g, d)), self.reshape(new[0], (h, 1, 1, d)), "PROD")
             own = self.reduce(terms, "SUM", 3)
-        whole = self.attention_form == "sy"
-        most = self.reduced(scores, "MAX", (1, 3) if whole else (3,))
-        highest = self.reduce(most, "MAX", 1) if not whole else most
-        if own is not None:
             highest = self.binary(highest, own, "MAX")
-        weights = self.unary(self.binary(scores, highest if whole else most, "SUB"), "EXP")
-        total = self.reduced(weights, "SUM", (1, 3) if whole else (3,))
-        out = self.matmul(weights, self.reshape(value, (h, n, piece, d)))
-        if not whole:
-            share = self.unary(self.binary(most, highest, "SUB"), "EXP")
-            total = self.reduce(self.binary(total, share, "PROD"), "SUM", 1)
-            out = self.binary(out, share, "PROD")
-        out = self.reduce(out, "SUM", 1)
-        if own is not None:
+        share = self.unary(self.binary(most, highest, "SUB"), "EXP")
+        total = self.reduce(self.binary(total, share, "PROD"), "SUM", 1)
+        out = self.reduce(self.binary(out, share, "PROD"), "SUM", 1)
+        if "o" in self.flags:
             own = self.unary(self.binary(own, highest, "SUB"), "EXP")
             total = self.binary(total, own)
             out = self.binary(out, self.binary(own, self.reshape(new[1], (h, 1, 1, d)), "PROD"))
-        return self.reshape(self.binary(out, total, "DIV"), (1, self.heads * d))
-
-    def attend_turned(self, q: Any, key: Any, value: Any) -> Any:
-        h, g, n, d = self.kv_heads, self.heads // self.kv_heads, self.pieces, self.size
-        S = self.keys
-        bias = self.net.add_select(self.unseen, self.half(BLOCKED, 4), self.half(0, 4)).get_output(0)
-        bias = self.reshape(bias, (1, 1, S))
-        terms = self.binary(self.reshape(key, (h, 1, S, d)), self.reshape(q, (h, g, 1, d)), "PROD")
-        scores = self.binary(self.reduce(terms, "SUM", 3, keep=False), bias)  # h, g, S
-        if self.attention_form == "sz":
-            weights = self.unary(self.binary(scores, self.reduce(scores, "MAX", 2), "SUB"), "EXP")
-            total = self.reduce(weights, "SUM", 2)
-            turn = self.net.add_shuffle(self.reshape(weights, (h, g, n, S // n)))
-            turn.second_transpose = (0, 2, 1, 3)
-            out = self.matmul(turn.get_output(0), self.reshape(value, (h, n, S // n, d)))
-            out = self.reduce(out, "SUM", 1, keep=False)
-            return self.reshape(self.binary(out, total, "DIV"), (1, self.heads * d))
-        if self.attention_form == "tn":  # normalised first
-            softmax = self.net.add_softmax(scores)
-            softmax.axes = 1 << 2
-            weights, total = softmax.get_output(0), None
-        elif n == 1:
-            weights = self.unary(self.binary(scores, self.reduce(scores, "MAX", 2), "SUB"), "EXP")
-            total = self.reduce(weights, "SUM", 2)
-        else:  # largest scores of the pieces, then of all
-            scores = self.reshape(scores, (h, g, n, S // n))
-            most = self.reduce(scores, "MAX", 3)
-            highest = self.reduce(most, "MAX", 2)
-            weights = self.unary(self.binary(scores, highest, "SUB"), "EXP")
-            total = self.reshape(self.reduced(weights, "SUM", (2, 3)), (h, g, 1))
-            weights = self.reshape(weights, (h, g, S))
-        terms = self.binary(self.reshape(weights, (h, g, 1, S)), self.reshape(value, (h, 1, d, S)), "PROD")
-        out = self.reduce(terms, "SUM", 3, keep=False)  # h, g, d
-        if total is not None:
-            out = self.binary(out, total, "DIV")
-        return self.reshape(out, (1, self.heads * d))
-
-    def reduced(self, x: Any, op: str, axes: tuple[int, ...]) -> Any:
-        return self.net.add_reduce(
-            x, getattr(self.trt.ReduceOperation, op), sum(1 << a for a in axes), True
-        ).get_output(0)
+        return self.binary(out, total, "DIV")
 
     def caches(self, i: int, new: list[Any]) -> list[Any]:
         """The caches of keys and values, with the new token updated where they are, or without it."""
-        shape, mode = (1, self.kv_heads, self.keys, self.size), self.trt.KVCacheMode.LINEAR
-        caches = [self.input(f"{name}{i}", shape) for name in "kv"] if self.attention_form[0] != "t" else [
-            self.input(f"k{i}", shape), self.input(f"v{i}", (1, self.kv_heads * self.size, self.keys, 1))]
-        if self.attention_form[0] == "t":
+        shapes = [(1, self.kv_heads, self.keys, self.size)] * 2
+        if self.in_rows:
+            shapes[1] = (1, self.kv_heads * self.size, self.keys, 1)
             new = [new[0], self.reshape(new[1], (1, self.kv_heads * self.size, 1, 1))]
+        caches = [self.input(f"{name}{i}", shape) for name, shape in zip("kv", shapes, strict=True)]
         if "o" in self.flags:
             for name, each in zip("kv", new, strict=True):
                 self.output(each, f"{name}{i}_new")
             return caches
+        mode = self.trt.KVCacheMode.LINEAR
         updated = [
             self.net.add_kv_cache_update(cache, each, self.position, mode).get_output(0)
             for cache, each in zip(caches, new, strict=True)
@@ -214,18 +184,18 @@ class StepNet(Net):
 
     def layer(self, i: int, x: Any, layer: dict[str, np.ndarray]) -> Any:
         d = self.size
-        row = self.barrier(self.norm(x, layer["norm1"]), "n")
+        row = self.keep(self.norm(x, layer["norm1"]), "n")
         parts = self.siblings(row, [layer["q"], layer["k"], layer["v"]])
         q, k, v = (self.reshape(part, (1, part.shape[1] // d, 1, d)) for part in parts)
         if "q_norm" in layer:
             q, k = self.norm(q, layer["q_norm"]), self.norm(k, layer["k_norm"])
         new = [self.rotated(k), v]
-        out = self.attend(self.rotated(q), self.caches(i, new), new)
-        x = self.binary(x, self.product(self.barrier(out, "a"), layer["o"]))
-        row = self.barrier(self.norm(x, layer["norm2"]), "n")
+        out = self.attend(self.rotated(q), *self.caches(i, new), new)
+        x = self.binary(x, self.product(self.keep(out, "a"), layer["o"]))
+        row = self.keep(self.norm(x, layer["norm2"]), "n")
         gate, up = self.siblings(row, [layer["gate"], layer["up"]])
         gate = self.binary(gate, self.net.add_activation(gate, self.trt.ActivationType.SIGMOID).get_output(0), "PROD")
-        return self.binary(x, self.product(self.barrier(self.binary(gate, up, "PROD"), "s"), layer["down"]))
+        return self.binary(x, self.product(self.keep(self.binary(gate, up, "PROD"), "s"), layer["down"]))
 
 
 @lru_cache(1)
@@ -250,7 +220,7 @@ def step_weights(model: str) -> list[dict[str, np.ndarray]]:
 
 def step_net(model: str, form: str, keys: int) -> StepNet:
     net = StepNet(model, form, keys)
-    x = net.input("x", (1, net.hidden))
+    x = net.input("x", (1, SIZES[model][0]))
     for i, layer in enumerate(step_weights(model)):
         x = net.layer(i, x, layer)
     net.output(x, "out")
@@ -280,10 +250,8 @@ def step_inputs(model: str, form: str, keys: int) -> tuple[dict[str, torch.Tenso
     for i, arrays in enumerate(step_weights(model)):
         layer = {name: torch.from_numpy(array).to(device).float() for name, array in arrays.items()}
         old = [torch.randn(1, kv_heads, keys, size, generator=draw).half() for _ in "kv"]
-        turned = old[1].transpose(2, 3).reshape(1, -1, keys, 1).contiguous() if ".t" in form else old[1]
-        inputs |= {f"k{i}": old[0], f"v{i}": turned}
-        if "k" in form.split(".")[2]:
-            inputs[f"scratch{i + 1}"] = torch.zeros(1, HEADS[model][0], 1, size).half()
+        values = old[1].transpose(2, 3).reshape(1, -1, keys, 1).contiguous() if ".w" in form else old[1]
+        inputs |= {f"k{i}": old[0], f"v{i}": values}
         row = norm(x, layer["norm1"])
         q, k, v = ((row @ layer[name].T).view(1, -1, 1, size) for name in "qkv")
         if "q_norm" in layer:
