@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.cache_ops import cache_update
 from passes.errors import UserError
@@ -70,22 +70,32 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     """
     capacity = cache.capacity or longest
     capacity = -(-capacity // GRANULE) * GRANULE
-    seen = DynamicCache()
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=device), past_key_values=seen, use_cache=True)
     layers = []
-    for layer in seen.layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None or keys.shape[2] != 2:
+    for layer in _filled(model, cache.name).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
             raise UserError(
-                f"cache={cache.name}: {type(layer).__name__} of this model does not keep every token's keys"
+                f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys"
             )
+        keys, values = layer.keys, layer.values
         heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
         layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
     longest = min(capacity, positions)
     return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype)
+
+
+def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
+    """Hugging Face's own cache after two tokens; raises :class:`UserError` where the model does not fill it."""
+    seen = DynamicCache(config=model.config)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, past_key_values=seen, use_cache=True)
+    except Exception as error:
+        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({error})") from error
+    if not seen.layers:
+        raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values")
+    return seen
 
 
 class _Layer(CacheLayerMixin):

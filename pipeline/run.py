@@ -95,7 +95,7 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
     import torch
 
     from passes.stack import load_stack
-    from pipeline import model, reuse
+    from pipeline import building, model, reuse
     from pipeline.environment import environment
     from pipeline.store import Store
     from pipeline.text import token_batch
@@ -117,6 +117,8 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
             f"{loaded.source}"
         )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
+    if config.backend.name == "tensorrt":
+        building.cache_of(config, loaded)  # refuses a model that keeps no keys and values
     if reuse.applies(config):
         Store.of(config.store)  # refuses a folder that cannot be written
     record.report["model"] = loaded.describe()
