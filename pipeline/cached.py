@@ -208,7 +208,7 @@ class DecodeForm(nn.Module):
 
 def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, device: torch.device) -> Traced:
     """The prefill program of ``form``; its caches are inputs where ``cache`` is updated in the engine."""
-    specs = [InputSpec("input_ids", cache.batch, shape.min, shape.opt, shape.max)]
+    specs = [InputSpec.lengths("input_ids", shape)]
     tokens = torch.zeros(cache.batch, example_length(shape), dtype=torch.int64, device=device)
     inputs: dict[str, Any] = {"input_ids": tokens}
     dynamic: dict[str, Any] = {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}

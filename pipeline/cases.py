@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,10 +28,16 @@ class Case:
     documents, and positions restart at 0 with the second, in the middle."""
 
 
-def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: str, capacity: int = 0) -> list[Case]:
-    """Both ends of the profile, odd lengths, around 512, and the maximum; the first length that only a KV cache of
-    ``capacity`` tokens reaches, and its last; with padding and packed documents where
-    ``attention_mask`` and ``position_ids`` are among the ``inputs`` to say so.
+def cases(
+    config: VerifyConfig,
+    shape: ShapeConfig,
+    inputs: list[str],
+    logits: str,
+    capacity: int = 0,
+    exact: Sequence[int] = (),
+) -> list[Case]:
+    """The lengths of :func:`lengths`, with padding and packed documents where ``attention_mask`` and ``position_ids``
+    are among the ``inputs`` to say so.
 
     Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
     """
@@ -40,16 +46,29 @@ def cases(config: VerifyConfig, shape: ShapeConfig, inputs: list[str], logits: s
         kinds += [("left", "counted")] + [("right", "counted")] * (logits == "all")
     if "position_ids" in inputs:
         kinds.append(("none", "packed"))
-    ends = (shape.max, shape.max + 1, capacity) if capacity > shape.max else (shape.max,)
-    lengths = config.lengths or [n for n in (shape.min, 7, 77, 511, 512, 513) if shape.min <= n <= shape.max] + [*ends]
     found = []
-    for length in sorted(set(lengths)):
+    for length in sorted(set(config.lengths or lengths(shape, capacity, exact))):
         for padding, positions in kinds if length > 2 else kinds[:1]:
             suffix = "" if padding == "none" else f"_{padding}_padding"
             suffix += "" if positions == "counted" else f"_{positions}"
             for sample in range(config.samples):
                 name = f"length_{length}{suffix}" + (f"_{sample}" if sample else "")
                 found.append(Case(name, length, padding, sample, positions))
+    return found
+
+
+def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int]) -> list[int]:
+    """Both ends of the profile, odd lengths, and around 512.
+
+    ``exact``: lengths with an optimization profile of their own; each is tried, and the ends are the shortest and the
+    longest of those beside them, which are left to the other profile.  ``capacity``: of a KV cache, or 0 without one;
+    the first length that only the cache reaches, and its last; and one token behind each prompt of exact length, whose
+    cache it reads.
+    """
+    beside = [n for n in range(shape.min, shape.max + 1) if n not in exact]
+    found = [*beside[:1], *beside[-1:], *exact, *(n for n in (7, 77, 511, 512, 513) if shape.min <= n <= shape.max)]
+    if capacity:
+        found += [n for n in (*(n + 1 for n in exact), shape.max + 1, capacity) if n <= capacity]
     return found
 
 

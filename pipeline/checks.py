@@ -189,6 +189,12 @@ def _check_shapes(config: Config) -> None:
         raise UserError(f"shape.min={shape.min}: a static shape has one length; set shape.max={shape.max} only")
     if shape.kind == "dynamic" and shape.min == shape.max:
         raise UserError(f"shape.min={shape.min}: equals shape.max; use shape=static shape.max={shape.max}")
+    if shape.kind == "static" and shape.exact:
+        raise UserError(f"shape.exact={shape.exact}: a static shape has one length; leave it out, or use shape=dynamic")
+    for length in shape.exact:
+        within("shape.exact", length, shape)
+        if shape.exact.count(length) > 1:
+            raise UserError(f"shape.exact={shape.exact}: name {length} once")
     limit = config.model.architecture.get("max_position_embeddings")
     if limit is not None and shape.max > limit:
         raise UserError(f"shape.max={shape.max}: above the model's max_position_embeddings={limit}")

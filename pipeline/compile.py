@@ -26,7 +26,7 @@ from passes.attention import FORMS
 from passes.errors import RunError
 from passes.rewrite import DECOMPOSITIONS
 from passes.stack import Stack, quiet, tensorrt_errors
-from pipeline import kernel_cache
+from pipeline import kernel_cache, profiles
 from pipeline.config import BackendConfig
 from pipeline.export import InputSpec
 
@@ -48,6 +48,8 @@ class Network:
     interpreter: Any
     native_layers: tuple[converters.NativeLayer, ...]
     contents: dict[str, Any]
+    exact: tuple[int, ...] = ()
+    """Lengths (tokens) with an optimization profile of their own."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,8 @@ def interpret(
         except Exception as error:
             raise RunError("conversion", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
     calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
-    return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls))
+    exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
+    return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls), exact)
 
 
 def build(stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None) -> Built:
@@ -118,11 +121,13 @@ def build(stack: Stack, network: Network, progress: Progress, timing_cache: Path
 
     ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.kernel_cache`.
     """
-    interpreter = network.interpreter
+    interpreter, net = network.interpreter, network.interpreter.ctx.net
     config = interpreter._populate_trt_builder_config()
+    added = profiles.add(interpreter.builder, net, config, network.exact)
+    every = [*(interpreter.optimization_profiles or []), *added]
     with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
         config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
-        data = interpreter.builder.build_serialized_network(interpreter.ctx.net, config)
+        data = interpreter.builder.build_serialized_network(net, config)
     if data is None:
         first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
         kind = "out_of_memory" if "OutOfMemory" in first else "build"
@@ -132,6 +137,7 @@ def build(stack: Stack, network: Network, progress: Progress, timing_cache: Path
         "bytes": data.nbytes,
         "sha256": hashlib.sha256(data).hexdigest(),
         "target": _target(stack, config),
+        "profiles": [profiles.lengths(net, profile) for profile in every],
         **network.contents,
     }
     return Built(data, section)

@@ -105,13 +105,16 @@ class BackendConfig:
 
 @dataclass
 class ShapeConfig:
-    """The optimization profile: batch size and sequence lengths (tokens) of the traced program."""
+    """The optimization profiles: batch size and sequence lengths (tokens) of the traced program."""
 
     kind: str
     batch: int = 1
     min: int = 1
     opt: int = 2048
     max: int = 2048
+    exact: list[int] = field(default_factory=list)
+    """Lengths (tokens) that have an optimization profile of their own beside the one from ``min`` to ``max``: what
+    TensorRT chooses for a single length is faster than what it chooses for a range."""
 
 
 @dataclass

@@ -83,6 +83,11 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), "
             f"{engine['softmax']} softmax{size}",
         )
+        if len(profiles := engine.get("profiles", ())) > 1:
+            yield (
+                "profiles",
+                ", ".join(f"{least}..{most}" if least < most else str(most) for least, _, most in profiles),
+            )
         for note in engine["notes"]:
             yield "", escape(note)
     if store := report["store"]:

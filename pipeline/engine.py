@@ -65,14 +65,15 @@ class Engine:
         self.generation += 1
         self._graph = None
         self._buffers = {}
-        for spec in self.inputs:
-            tensor = inputs[spec.name].to(device="cuda", dtype=torch.int64).contiguous().clone()
-            if not self.session.set_shape(spec.name, tuple(tensor.shape)):
-                raise UserError(
-                    f"{spec.name} {tuple(tensor.shape)}: outside the engine's profile, "
-                    f"batch {spec.batch} and length {spec.min}..{spec.max}"
-                )
-            self._buffers[spec.name] = tensor
+        shapes = {spec.name: tuple(inputs[spec.name].shape) for spec in self.inputs}
+        if not self.session.fit(shapes):
+            first = self.inputs[0]
+            raise UserError(
+                f"{first.name} {shapes[first.name]}: outside the engine's profile, "
+                f"batch {first.batch} and length {first.min}..{first.max}"
+            )
+        for name in shapes:
+            self._buffers[name] = inputs[name].to(device="cuda", dtype=torch.int64).contiguous().clone()
         # Poisoned: an element that the engine does not write is seen as NaN.
         shape, dtype = self.session.shape(self._output), self.session.dtype(self._output)
         self._buffers[self._output] = torch.full(shape, float("nan"), dtype=dtype, device="cuda")
@@ -200,8 +201,7 @@ def open_engine(path: Path, cuda_graph: bool = False, runtime_cache: Path | None
     if manifest.get("cache"):
         raise UserError(f"{path.name}: fills a KV cache; it generates together with decode.trt (open_generator)")
     check_target(path, manifest)
-    names = InputSpec.__dataclass_fields__
-    inputs = tuple(InputSpec(**{k: v for k, v in spec.items() if k in names}) for spec in manifest["inputs"])
+    inputs = tuple(map(InputSpec.of, manifest["inputs"]))
     return Engine(load_stack(), data, inputs, cuda_graph, conditions, runtime_cache)
 
 

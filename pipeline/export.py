@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input [batch, length] of the traced program, length in min..max (tokens), or one of fixed ``sizes``."""
+    """One input [batch, length] of the traced program, length in min..max (tokens), or one of fixed ``sizes``.
+
+    ``exact``: lengths for which the engine has an optimization profile of its own.
+    """
 
     name: str
     batch: int
@@ -29,6 +32,19 @@ class InputSpec:
     max: int
     sizes: tuple[int, ...] | None = None
     dtype: str = "int64"
+    exact: tuple[int, ...] = ()
+
+    @staticmethod
+    def of(described: dict[str, Any]) -> InputSpec:
+        """From an engine's manifest; one of before there was ``exact`` has none."""
+        known = {key: value for key, value in described.items() if key in InputSpec.__dataclass_fields__}
+        settled: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in known.items()}
+        return InputSpec(**settled)
+
+    @staticmethod
+    def lengths(name: str, shape: ShapeConfig) -> InputSpec:
+        """Tokens [batch, length], or what is told of each."""
+        return InputSpec(name, shape.batch, shape.min, shape.opt, shape.max, exact=tuple(shape.exact))
 
     @property
     def dynamic(self) -> bool:
@@ -84,7 +100,7 @@ def make_inputs(names: list[str], tokens: Tensor, padding: Tensor | None = None)
 
 def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.device) -> Traced:
     """Export ``form``; raises :class:`RunError` of kind ``export`` where torch.export cannot."""
-    specs = tuple(InputSpec(name, shape.batch, shape.min, shape.opt, shape.max) for name in model.inputs)
+    specs = tuple(InputSpec.lengths(name, shape) for name in model.inputs)
     tokens = torch.zeros(shape.batch, example_length(shape), dtype=torch.int64, device=device)
     inputs = make_inputs(model.inputs, tokens)
     dynamic = None

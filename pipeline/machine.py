@@ -40,6 +40,8 @@ class Machine:
     generator: Generator | None = None
     longest: int = 0
     """The longest sequence that ``forward`` takes, where that is more than the profile's longest prompt."""
+    exact: tuple[int, ...] = ()
+    """Lengths that an engine runs by an optimization profile of their own."""
     finished: Callable[[], None] = lambda: None
     """To be called when it has been measured."""
 
@@ -48,16 +50,16 @@ def engines(
     config: Config, loaded: LoadedModel, folder: Path, cache: CacheShape | None, kernels: Path | None
 ) -> Machine:
     """The engine files of ``folder`` on this GPU; ``kernels``: where the kernels that they compile are kept."""
-    vocabulary, device = _vocabulary(loaded), loaded.model.device
+    vocabulary, device, exact = _vocabulary(loaded), loaded.model.device, tuple(config.shape.exact)
     if cache is None:
         engine = open_engine(folder / "engine.trt", bool(config.backend.cuda_graph), kernels)
         prefix = None
         if config.benchmark.generate is not None:
             session = engine.session.twin(specialise=False)
             prefix = PrefixGenerator(session, vocabulary, session.dtype(session.outputs[0]), device)
-        return Machine("engine", engine.unguarded, engine, prefix, finished=engine.keep_kernels)
+        return Machine("engine", engine.unguarded, engine, prefix, exact=exact, finished=engine.keep_kernels)
     generator = open_generator(folder, config.backend.cuda_graph is not False, kernels)
-    return _cached("engine", config, generator, generator.keep_kernels)
+    return _cached("engine", config, generator, exact, generator.keep_kernels)
 
 
 def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None = None) -> CachedGenerator:
@@ -91,9 +93,14 @@ def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], ca
 
 
 def _cached(
-    executed: str, config: Config, generator: CachedGenerator, finished: Callable[[], None] = lambda: None
+    executed: str,
+    config: Config,
+    generator: CachedGenerator,
+    exact: tuple[int, ...] = (),
+    finished: Callable[[], None] = lambda: None,
 ) -> Machine:
-    """A cached generator as a function of whole sequences: the last tokens go through the cache one by one."""
+    """A cached generator as a function of whole sequences: the last tokens go through the cache one by one, behind a
+    prompt of ``exact`` length where one ends there."""
     least, most = config.shape.min, config.shape.max
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
@@ -101,13 +108,14 @@ def _cached(
         decoded = max(min(DECODED, tokens.shape[1] - least), tokens.shape[1] - most)
         if config.shape.kind == "static":
             decoded = tokens.shape[1] - most
+        decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
         if real is not None:
             decoded = min(decoded, int(real.sum(1).min()) - 1)
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
 
     timed = generator if config.benchmark.generate is not None else None
     runner = PromptRunner(generator) if executed == "engine" else None
-    return Machine(executed, forward, runner, timed, generator.cache.longest, finished)
+    return Machine(executed, forward, runner, timed, generator.cache.longest, exact, finished)
 
 
 def _vocabulary(loaded: LoadedModel) -> int:

@@ -46,7 +46,7 @@ class PrefixGenerator:
         self.decode()
 
     def decode(self) -> None:
-        self._session.set_shape("input_ids", (1, self._at))
+        self._session.fit({"input_ids": (1, self._at)})
         self._session.run(self.stream)
         torch.argmax(self._logits[:, 0], -1, out=self._buffer[:, self._at])
         self._at += 1

@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from passes.errors import RunError, UserError
 from passes.stack import Stack
-from pipeline import kernel_cache
+from pipeline import kernel_cache, profiles
 
 
 class Runs(Protocol):
@@ -50,6 +50,12 @@ class Session:
         self.names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in self.names}
         self.outputs = [name for name in self.names if modes[name] == stack.trt.TensorIOMode.OUTPUT]
+        self._dynamic = [
+            name for name in self.names if name not in self.outputs and -1 in tuple(self._engine.get_tensor_shape(name))
+        ]
+        self._exact = profiles.exact(self._engine, self._dynamic)
+        self._profile = 0
+        self._addresses: dict[str, int] = {}
 
     def _make_context(self) -> Any:
         if self._stack.flavour != "tensorrt_rtx":
@@ -72,9 +78,24 @@ class Session:
         if self._runtime_cache is not None and self._runtime_cache_file is not None:
             kernel_cache.save(self._runtime_cache, self._runtime_cache_file)
 
-    def set_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Say how large the input ``name`` is; False where that lies outside the engine's profile."""
-        return bool(name not in self.names or self._context.set_input_shape(name, shape))
+    def fit(self, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Say how large the inputs are, and so by which optimization profile they run: the one that was made for
+        exactly these ``shapes``, else the one for the whole range.  False where they lie outside of that.
+
+        The engine's runs before must be over, or be on the current stream as the next one is: another profile may
+        copy on it.
+        """
+        profile = self._exact.get(tuple(shapes[name] for name in self._dynamic), 0)
+        changes = profile != self._profile
+        if changes:
+            stream = torch.cuda.current_stream().cuda_stream
+            if not self._context.set_optimization_profile_async(profile, stream):
+                raise RunError("execute", f"TensorRT could not change to optimization profile {profile}")
+            self._profile = profile
+        fits = all(self._context.set_input_shape(name, shape) for name, shape in shapes.items() if name in self.names)
+        if changes:  # the context forgets what was set before
+            self._set_addresses()
+        return fits
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of an output, once every input's shape is set."""
@@ -84,11 +105,15 @@ class Session:
         return self._stack.torch_tensorrt.dtype._from(self._engine.get_tensor_dtype(name)).to(torch.dtype)
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
-        for name in self.names:
-            tensor = tensors[name]
-            if name not in self.outputs and not self.set_shape(name, tuple(tensor.shape)):
-                raise UserError(f"{name} {tuple(tensor.shape)}: outside the engine's profile")
-            self._context.set_tensor_address(name, tensor.data_ptr())
+        shapes = {name: tuple(tensors[name].shape) for name in self.names if name not in self.outputs}
+        if not self.fit(shapes):
+            raise UserError(f"{', '.join(f'{n} {shapes[n]}' for n in self._dynamic)}: outside the engine's profile")
+        self._addresses = {name: tensors[name].data_ptr() for name in self.names}
+        self._set_addresses()
+
+    def _set_addresses(self) -> None:
+        for name, address in self._addresses.items():
+            self._context.set_tensor_address(name, address)
 
     def run(self, stream: torch.cuda.Stream | None) -> None:
         assert stream is not None

@@ -144,6 +144,13 @@ def test_until_reaches_its_stage_and_no_further(stage: str) -> None:
     assert reached == list(STAGES[: STAGES.index(stage) + 1])
 
 
+def test_the_length_that_is_tuned_for_has_a_profile_of_its_own_where_lengths_vary() -> None:
+    assert compose_config([]).shape.exact == [2048]
+    assert compose_config(["shape.opt=512"]).shape.exact == [512]
+    assert compose_config(["shape.exact=[]"]).shape.exact == []
+    assert compose_config(["shape=static"]).shape.exact == []
+
+
 def test_a_report_can_hold_every_config() -> None:
     assert json.loads(json.dumps(compose_config([]).to_dict()))["shape"]["opt"] == 2048
 
@@ -215,6 +222,12 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["shape.min=2048"], ["shape.min=2048", "shape=static"]),
     (["shape.opt=4096"], ["shape.opt=4096", "shape.max=2048"]),
     (["shape=static", "shape.min=5", "shape.opt=5"], ["shape.min=5", "static"]),
+    (["shape.exact=[512,2049]"], ["shape.exact=2049", "shape.min=2..shape.max=2048"]),
+    (["shape.exact=[1]"], ["shape.exact=1", "shape.min=2"]),
+    (["shape.exact=[512,7,512]"], ["shape.exact=[512, 7, 512]", "name 512 once"]),
+    (["shape.exact=[long]"], ["shape.exact[0]=long"]),
+    (["shape.exact=512"], ["shape.exact=512", "a list"]),
+    (["shape=static", "shape.exact=[2048]"], ["shape.exact=[2048]", "shape=dynamic"]),
     (["shape.batch=0"], ["shape.batch=0", "at least 1"]),
     (["benchmark=prefill_lengths", "shape.max=1024"], ["benchmark.shapes.input_length=2048", "shape.max=1024"]),
     (["benchmark.shapes=[{batch: 1, input_length: 4096}]"], ["benchmark.shapes.input_length=4096", "shape.max=2048"]),

@@ -90,7 +90,9 @@ def test_report_json_says_what_became_of_each_attention_call_and_what_the_networ
     engine = report["engine"]
     assert (engine["iattention"], engine["iattention_causal"], engine["iattention_masked"]) == (2, 2, 0)
     assert engine["softmax"] == 0 and engine["torch_fallback_ops"] == []
-    assert [case["name"] for case in report["verify"]["cases"]] == ["length_2", "length_7", "length_64"]
+    assert [case["name"] for case in report["verify"]["cases"]] == [
+        f"length_{n}" for n in ((2, 7, 63, 64) if GPU else (2, 7, 64))
+    ]
     assert report["verify"]["passed"] and report["verify"]["executed"] == ("engine" if GPU else "graph")
 
 
@@ -105,7 +107,9 @@ def test_the_run_folder_holds_engine_graphs_and_tables(finished: Outcome) -> Non
     assert len(engine) == finished.report["engine"]["bytes"]
     manifest = json.loads((finished.folder / "engine.json").read_text())
     assert manifest["sha256"] == finished.report["engine"]["sha256"]
-    assert [(spec["name"], spec["min"], spec["max"]) for spec in manifest["inputs"]] == [("input_ids", 2, 64)]
+    (spec,) = manifest["inputs"]
+    assert (spec["name"], spec["min"], spec["max"], spec["exact"]) == ("input_ids", 2, 64, [64])
+    assert finished.report["engine"]["profiles"] == [[2, 64, 64], [64, 64, 64]]
 
 
 def test_mlflow_holds_settings_metrics_tags_and_files(finished: Outcome, store: str) -> None:
@@ -218,7 +222,7 @@ def test_padding_and_positions_as_inputs_keep_the_mask_and_are_verified_padded_a
     assert all("attention_mask" in call["depends_on"] for call in report["attention"]["calls"])
     assert {case["padding"] for case in report["verify"]["cases"]} == {"none", "left", "right"}
     assert {case["positions"] for case in report["verify"]["cases"]} == {"counted", "packed"}
-    assert len(report["verify"]["cases"]) == 1 + 4 + 4  # nothing to pad or pack at length 2
+    assert len(report["verify"]["cases"]) == 1 + 4 * (3 if GPU else 2)  # nothing to pad or pack at length 2
     assert report["engine"]["iattention_masked"] == 2 and report["engine"]["iattention_causal"] == 0
 
 

@@ -84,6 +84,8 @@ MATTERS = [
     ["shape.batch=2", "benchmark=none"],
     ["shape.max=1024", "benchmark=none"],
     ["shape.opt=1024"],
+    ["shape.exact=[]"],
+    ["shape.exact=[512,2048]"],
     ["cache=static"],
     ["cache=static", "cache.capacity=4096"],
     ["cache=in_engine", "cache.capacity=4096"],

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -81,12 +82,13 @@ def traced(
     batch: int = 1,
     lengths: tuple[int, int] = (1, 64),
     device: torch.device = CPU,
+    exact: tuple[int, ...] = (),
     **changes: Any,
 ) -> Traced:
     """Tiny model ``name`` traced for the range ``lengths``, static where both ends are equal; the caller's own copy."""
     made = _traced(name, precision, inputs, ShapeKey(batch, *lengths), device, tuple(sorted(changes.items())))
     with quiet():
-        return Traced(copy.deepcopy(made.program), made.inputs)
+        return Traced(copy.deepcopy(made.program), tuple(replace(spec, exact=exact) for spec in made.inputs))
 
 
 class ShapeKey(NamedTuple):

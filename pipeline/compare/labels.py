@@ -76,7 +76,18 @@ def label(rows: list[Row]) -> None:
     kept = [name for name, text in named.items() if len({text(row) for row in rows}) > 1]
     for row in rows:
         row.label = " · ".join([row.how, *(named[name](row) for name in kept)])
-    told = ("precision", "shape.", "cache.name", "model.inputs", "strategy.name", "backend.name", "model.name")
+    told = (
+        "precision",
+        "shape.kind",
+        "shape.batch",
+        "shape.min",
+        "shape.max",
+        "cache.name",
+        "model.inputs",
+        "strategy.name",
+        "backend.name",
+        "model.name",
+    )
     for alike in _alike(rows):
         settings = {key for row in alike for key in row.axes if not key.startswith(told)}
         _append(alike, {key: [row.axes.get(key, "unset") for row in alike] for key in sorted(settings)})
