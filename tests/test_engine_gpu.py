@@ -18,9 +18,10 @@ from pipeline import compile, verify
 from pipeline.cases import Case, case_inputs
 from pipeline.config import BackendConfig, ShapeConfig
 from pipeline.engine import Engine
-from pipeline.export import CallForm, InputSpec, trace
+from pipeline.export import CallForm, InputSpec, Traced, trace
 from pipeline.generate import chat_tokens, greedy
 from pipeline.model import DTYPES, load, load_reference
+from pipeline.prefix import PrefixGenerator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -40,10 +41,17 @@ STRATEGIES = [
 def build(
     strategy: str, unproven: str | None, precision: str = "fp16", name: str = "llama", *,
     inputs: tuple[str, ...] = ("input_ids",), batch: int = 1, lengths: tuple[int, int] = (2, LONGEST),
-    cuda_graph: bool = False, assume: tuple[str, ...] = (), **changes: Any,
+    cuda_graph: bool = False, assume: tuple[str, ...] = (), exact: tuple[int, ...] = (), **changes: Any,
 ) -> Engine:  # fmt: skip
-    stack, device = load_stack(), torch.device("cuda")
-    traced = tiny.traced(name, precision, inputs, batch, lengths, device, **changes)
+    traced = tiny.traced(name, precision, inputs, batch, lengths, torch.device("cuda"), exact, **changes)
+    return engine_of(traced, precision, strategy, unproven, cuda_graph, assume)
+
+
+def engine_of(
+    traced: Traced, precision: str, strategy: str = "detect_causal", unproven: str | None = "mask",
+    cuda_graph: bool = False, assume: tuple[str, ...] = (),
+) -> Engine:  # fmt: skip
+    stack = load_stack()
     rewritten = rewrite.apply_strategy(traced.program, strategy, unproven, assume)
     lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
     network = compile.interpret(stack, lowered, strategy == "upstream")
@@ -139,6 +147,96 @@ def test_a_shape_outside_the_profile_is_refused_and_the_engine_lives_on(
     with pytest.raises(UserError, match=f"length 2..{LONGEST}"):
         engine({"input_ids": tiny.tokens(batch, length).cuda()})
     assert torch.equal(engine({"input_ids": tiny.tokens(1, 7).cuda()}), right)
+
+
+EXACT = (7, 512, LONGEST)
+
+
+@pytest.fixture(scope="module")
+def with_exact() -> Engine:
+    return build("detect_causal", "mask", exact=EXACT, **SHARP)
+
+
+def profile_of(engine: Engine) -> int:
+    return int(engine.session._context.active_optimization_profile)
+
+
+def test_the_engine_has_the_profiles_that_were_asked_for(with_exact: Engine) -> None:
+    made = with_exact.session._engine
+    ranges = [
+        [tuple(shape) for shape in made.get_tensor_profile_shape("input_ids", i)]
+        for i in range(made.num_optimization_profiles)
+    ]
+    assert ranges == [[(1, 2), (1, LONGEST), (1, LONGEST)], *([(1, n)] * 3 for n in EXACT)]
+
+
+def test_every_profile_equals_pytorch_forth_and_back(with_exact: Engine) -> None:
+    there_and_back = (*LENGTHS, *reversed(LENGTHS), LONGEST, 7, LONGEST - 1, LONGEST)
+    for length in there_and_back:
+        verify.gate(judged(with_exact, "fp16", (length,), **SHARP))
+        assert profile_of(with_exact) == (EXACT.index(length) + 1 if length in EXACT else 0)
+
+
+@pytest.mark.parametrize("length", EXACT)
+def test_an_exact_profile_gives_what_the_range_gives(length: int, with_exact: Engine, engine: Engine) -> None:
+    inputs = {"input_ids": tiny.tokens(1, length).cuda()}
+    own, ranged = with_exact(inputs), engine(inputs)
+    assert (profile_of(with_exact), profile_of(engine)) == (EXACT.index(length) + 1, 0)
+    assert not own.isnan().any()
+    assert (own - ranged).float().norm() <= 5e-2 * ranged.float().norm()  # other kernels, the same function
+    assert torch.equal(with_exact(inputs), own)
+    with_exact({"input_ids": tiny.tokens(1, length - 1).cuda()})
+    assert profile_of(with_exact) == 0
+    assert torch.equal(with_exact(inputs), own), "back in its profile"
+
+
+@pytest.mark.parametrize("length", [1, LONGEST + 1])
+def test_outside_of_the_range_an_engine_with_exact_profiles_refuses_and_lives_on(
+    length: int, with_exact: Engine
+) -> None:
+    inputs = {"input_ids": tiny.tokens(1, LONGEST).cuda()}
+    right = with_exact(inputs)
+    with pytest.raises(UserError, match=f"length 2..{LONGEST}"):
+        with_exact({"input_ids": tiny.tokens(1, length).cuda()})
+    assert torch.equal(with_exact(inputs), right)
+
+
+def test_two_contexts_of_one_engine_run_by_the_same_exact_profile(with_exact: Engine) -> None:
+    inputs = {"input_ids": tiny.tokens(1, 512).cuda()}
+    right = with_exact(inputs)
+    twin = with_exact.session.twin(specialise=False)
+    (output,) = twin.outputs
+    logits = torch.full_like(right, float("nan"))
+    twin.bind({"input_ids": inputs["input_ids"], output: logits})
+    torch.cuda.synchronize()
+    twin.run(with_exact.stream)
+    torch.cuda.synchronize()
+
+    assert (logits - right).float().norm() <= 5e-2 * right.float().norm()
+    assert torch.equal(with_exact(inputs), right)
+
+
+def test_the_prefix_of_a_generation_grows_over_an_exact_length() -> None:
+    device = torch.device("cuda")
+    form = CallForm(tiny.model("llama", "fp16", device, **SHARP), "last")
+    config = tiny.config("llama", **SHARP)
+    engine = engine_of(trace(form, config, ShapeConfig("dynamic", 1, 2, 64, 64, exact=[16, 20]), device), "fp16")
+    session = engine.session.twin(specialise=False)
+    generator = PrefixGenerator(session, 128, session.dtype(session.outputs[0]), device)
+    prompt = tiny.tokens(1, 14).cuda()
+    generator.prepare(prompt, 10)
+    made = torch.cat([prompt, generator.tokens()], 1)
+
+    assert made.shape == (1, 24)
+    for length in range(14, 24):  # each bound anew
+        logits = engine({"input_ids": made[:, :length]})[0, -1].float()
+        assert logits.max() - logits[made[0, length]] <= 5e-2 * logits.abs().max(), length
+
+
+def test_padding_is_respected_at_an_exact_length() -> None:
+    engine = build("detect_causal", "mask", inputs=PADDED, batch=2, exact=(513,), **SHARP)
+    for padding in ("left", "right", "none"):
+        verify.gate(judged(engine, "fp16", (7, 513, 512), padding, **SHARP))
 
 
 def test_new_tokens_of_the_same_shape_are_not_answered_from_the_buffers(engine: Engine) -> None:
