@@ -30,6 +30,8 @@ def rows(report: dict[str, Any]) -> list[str]:
     if engine:
         layers = f"{engine['iattention']} ({engine['iattention_causal']} causal, {engine['iattention_masked']} masked)"
     length = f"{shape['min']}..{shape['max']}" if shape["kind"] == "dynamic" else str(shape["max"])
+    if exact := shape.get("exact"):
+        length += f", and {', '.join(map(str, exact))} with a profile of its own"
     return [
         (config["strategy"]["name"] if backend == "tensorrt" else f"`backend={backend}`")
         + ("" if config["precision"] == "fp16" else f", {config['precision']}"),

@@ -1,4 +1,4 @@
-"""What an engine is compared on: lengths over the whole profile, padded rows, and rows of two packed documents."""
+"""What an engine is compared on: lengths over every profile, padded rows, and rows of two packed documents."""
 
 from __future__ import annotations
 

@@ -205,8 +205,8 @@ class _Sums:
             self.dot += _dot(got, wanted)
             self.kl += _dot(log_p.exp(), log_p - got.log_softmax(-1))
             worst.append(delta.abs().max())
-            lead = wanted.topk(2, dim=-1).values
-            flipped_leads.append((lead[:, 0] - lead[:, 1])[got.argmax(-1) != wanted.argmax(-1)])
+            lead = wanted[got.argmax(-1) != wanted.argmax(-1)].topk(2, dim=-1).values
+            flipped_leads.append(lead[:, 0] - lead[:, 1])
         self.worst = float(torch.stack(worst).max())  # keeps NaN
         self.flipped_leads = torch.cat(flipped_leads)
 
