@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 
-def load_runtime_cache(runtime_config: Any, path: Path) -> Any:
-    """Give ``runtime_config``, an ``IRuntimeConfig``, a runtime cache with the kernels of ``path``, if it is there.
+def use_runtime_cache(runtime_config: Any, path: Path, cache: Any = None) -> Any:
+    """Give ``runtime_config``, an ``IRuntimeConfig``, the runtime ``cache``; None: one with the kernels of ``path``, if
+    it is there.
 
     To be called before the execution context is created.  Returns the ``IRuntimeCache``, for :func:`save`.
     """
-    cache = runtime_config.create_runtime_cache()
-    if path.is_file():
-        cache.deserialize(path.read_bytes())  # False, and empty, where it is of another GPU or version
+    if cache is None:
+        cache = runtime_config.create_runtime_cache()
+        if path.is_file():
+            cache.deserialize(path.read_bytes())  # False, and empty, where it is of another GPU or version
     runtime_config.set_runtime_cache(cache)
     return cache
 

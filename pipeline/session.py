@@ -28,7 +28,8 @@ class Runs(Protocol):
 
 
 class Session:
-    """A TensorRT engine on the current CUDA device, with an execution context of its own.
+    """A TensorRT engine on the current CUDA device, with execution contexts of its own: one for each optimization
+    profile that it runs by.  A context that has run is not told another profile: TensorRT-RTX 1.4 crashes in that call.
 
     ``runtime_cache``: file of the kernels that were compiled before, see :meth:`keep_kernels`.
     ``specialise``: TensorRT-RTX compiles kernels for every new length; without, one set serves them all.
@@ -45,7 +46,8 @@ class Session:
             raise RunError(
                 "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
             )
-        self._context = self._make_context()
+        self._contexts: dict[int, Any] = {}
+        self._context = self._context_of(0)
         # Without the inputs that nothing reads any more, such as an attention mask that was assumed to be all ones.
         self.names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in self.names}
@@ -54,8 +56,18 @@ class Session:
             name for name in self.names if name not in self.outputs and -1 in tuple(self._engine.get_tensor_shape(name))
         ]
         self._exact = profiles.exact(self._engine, self._dynamic)
-        self._profile = 0
         self._addresses: dict[str, int] = {}
+
+    def _context_of(self, profile: int) -> Any:
+        if profile not in self._contexts:
+            context = self._make_context()
+            if profile:
+                stream = torch.cuda.Stream()
+                if not context.set_optimization_profile_async(profile, stream.cuda_stream):
+                    raise RunError("execute", f"TensorRT could not choose optimization profile {profile}")
+                stream.synchronize()
+            self._contexts[profile] = context
+        return self._contexts[profile]
 
     def _make_context(self) -> Any:
         if self._stack.flavour != "tensorrt_rtx":
@@ -66,7 +78,7 @@ class Session:
         chosen = strategies.EAGER if self._specialise else strategies.NONE
         config.dynamic_shapes_kernel_specialization_strategy = chosen
         if self._runtime_cache_file is not None:
-            self._runtime_cache = kernel_cache.load_runtime_cache(config, self._runtime_cache_file)
+            self._runtime_cache = kernel_cache.use_runtime_cache(config, self._runtime_cache_file, self._runtime_cache)
         return self._engine.create_execution_context(config)
 
     def twin(self, specialise: bool = True) -> Session:
@@ -81,19 +93,11 @@ class Session:
     def fit(self, shapes: dict[str, tuple[int, ...]]) -> bool:
         """Say how large the inputs are, and so by which optimization profile they run: the one that was made for
         exactly these ``shapes``, else the one for the whole range.  False where they lie outside of that.
-
-        The engine's runs before must be over, or be on the current stream as the next one is: another profile may
-        copy on it.
         """
-        profile = self._exact.get(tuple(shapes[name] for name in self._dynamic), 0)
-        changes = profile != self._profile
-        if changes:
-            stream = torch.cuda.current_stream().cuda_stream
-            if not self._context.set_optimization_profile_async(profile, stream):
-                raise RunError("execute", f"TensorRT could not change to optimization profile {profile}")
-            self._profile = profile
-        fits = all(self._context.set_input_shape(name, shape) for name, shape in shapes.items() if name in self.names)
-        if changes:  # the context forgets what was set before
+        context = self._context_of(self._exact.get(tuple(shapes[name] for name in self._dynamic), 0))
+        fits = all(context.set_input_shape(name, shape) for name, shape in shapes.items() if name in self.names)
+        if context is not self._context:
+            self._context = context
             self._set_addresses()
         return fits
 
