@@ -89,22 +89,28 @@ def _leads(process: psutil.Process) -> bool:
         return False
 
 
-class Server:
-    """A tracking server that can be killed and started again."""
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
-    def __init__(self, folder: Path) -> None:
+
+class Server:
+    """A tracking server that can be killed and started again; it keeps its artifacts in ``folder``, and its runs in
+    ``store``, which is an SQLite file there where none is named."""
+
+    def __init__(self, folder: Path, store: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.process = folder, None
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.store = store or f"sqlite:///{folder}/server.db"
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
         if self.process is not None and self.process.poll() is None:
             return
         command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/server.db"]
+        command += ["--workers", "1", "--backend-store-uri", self.store]
         command += ["--artifacts-destination", str(self.folder / "kept")]
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its job workers start slowly
         with (self.folder / "server.log").open("a") as log:
@@ -114,6 +120,7 @@ class Server:
         wait_for(self._answers)
 
     def _answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, (self.folder / "server.log").read_text()
         try:
             urllib.request.urlopen(f"{self.uri}/health", timeout=1).close()
         except OSError:

@@ -12,13 +12,13 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
+from sweeps import Server
 
 from passes.errors import UserError
 from pipeline import config as settings
@@ -422,43 +422,19 @@ def test_engine_that_is_absent_or_was_not_verified_is_refused(uri, folder, tmp_p
 
 @pytest.fixture
 def server(tmp_path: Path, migrated: Path):
-    """A tracking server that keeps artifacts itself; yields its process and address."""
+    """A tracking server that keeps artifacts itself."""
     pytest.importorskip("flask", reason="mlflow-skinny cannot serve")
     shutil.copy(migrated, tmp_path / "server.db")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", f"{tmp_path}/kept"]
-    with (tmp_path / "server.log").open("w") as log:
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # its job workers start slowly
-        process = subprocess.Popen(
-            command, stdout=log, stderr=log, cwd=tmp_path, env=environment, start_new_session=True
-        )
-    address = f"http://127.0.0.1:{port}"
+    server = Server(tmp_path)
     try:
-        for _ in range(240):
-            try:
-                urllib.request.urlopen(f"{address}/health", timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, (tmp_path / "server.log").read_text()
-                time.sleep(0.25)
-        else:
-            pytest.fail("the server did not start\n" + (tmp_path / "server.log").read_text())
-        yield process, address
+        server.start()
+        yield server
     finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, 15)  # its workers are processes of its group
-        process.wait(30)
+        server.kill()
 
 
 def test_server_keeps_the_run_and_its_end_in_the_middle_of_one_costs_a_warning(server, folder, tmp_path, caplog, capfd):
-    process, address = server
+    address = server.uri
     run = record(address, folder)
     assert stored(run).data.metrics["stages_s.build"] == 20
     assert files(run) == {"engine.trt", "engine.json", "report.json", "attention_calls.md"}
@@ -467,7 +443,7 @@ def test_server_keeps_the_run_and_its_end_in_the_middle_of_one_costs_a_warning(s
     assert capfd.readouterr() == ("", "")
 
     with tracking.start(a_config(address), folder) as run:
-        stop(process)
+        server.kill()
         began = time.monotonic()
         run.finish(a_report(), folder)
     assert time.monotonic() - began < 2 * tracking_store.SERVER_TIMEOUT_S
@@ -539,7 +515,7 @@ def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, 
     from pipeline.compare.__main__ import main
 
     with chromium() as browser:
-        address = server[1]
+        address = server.uri
         runs, medians = [], []
         for name in ("upstream", "lowering", "detect_causal"):
             report = real(f"llama3_1b-{name}")
