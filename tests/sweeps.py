@@ -27,16 +27,18 @@ class Sweep:
     cwd: Path
     arguments: tuple[str, ...]
 
-    def start(self) -> subprocess.Popen[str]:
-        environment = {
+    def environment(self) -> dict[str, str]:
+        return {
             **os.environ,
             "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "misbehaviour"), str(ROOT)]),
             "BEHAVE": str(self.cwd / "behave"),
         }
+
+    def start(self) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "pipeline", "-m", *self.arguments],
             cwd=self.cwd,
-            env=environment,
+            env=self.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

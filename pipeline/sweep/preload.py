@@ -7,8 +7,11 @@ there only the libraries that it imports in turn are loaded, which is most of th
 
 import gc
 import importlib
+import importlib.util
 
 from pipeline import gpu
+
+gc.disable()  # a second, and nothing that is imported is ever dropped
 
 for name in (
     "torch",
@@ -32,3 +35,4 @@ if gpu.card().name is None and importlib.util.find_spec("torch_tensorrt") is not
     importlib.import_module("pipeline.compile")
 
 gc.freeze()  # the collector of a fork would write to, and so copy, every page it walks
+gc.enable()

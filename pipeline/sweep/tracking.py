@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,8 @@ class Parent:
     uri: str
     experiment: str
     run_id: str
+    sent: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Job -> SHA-256 of the report that was complete in MLflow when the sweep was started, and its run."""
 
 
 def open_parent(config: Config, key: str, name: str) -> Parent:
@@ -75,10 +77,13 @@ def open_parent(config: Config, key: str, name: str) -> Parent:
         else:
             tags = {"mlflow.user": tracking.user(), **tracking.SOURCE_TAGS, SWEEP: key, OUTPUT: output}
             run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
+        sent = {}
         for child in search_runs(client, experiment, f"tags.`{PARENT}` = '{run_id}'"):
-            if SENT not in child.data.tags:
+            if SENT in child.data.tags:
+                sent[child.data.tags[JOB]] = (child.data.tags[SENT], child.info.run_id)
+            else:
                 client.delete_run(child.info.run_id)
-    return Parent(uri, experiment, run_id)
+    return Parent(uri, experiment, run_id, sent)
 
 
 def send(
@@ -90,6 +95,9 @@ def send(
     run of its own.
     """
     sha256 = hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
+    there, run_id = parent.sent.get(job, (None, None))
+    if there == sha256:
+        return run_id
     try:
         check_store(parent.uri, must_exist=True)  # else the client would retry for minutes
         with quiet():
