@@ -13,6 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from passes.errors import UserError
+from pipeline import gpu
 from pipeline.config import Config, from_hydra, schema_keys
 from pipeline.memory import collector_paused
 
@@ -121,11 +123,7 @@ def _sweep(
     from pipeline.sweep.run import Task, sweep
 
     sweeper, launcher = base.hydra.sweeper, base.hydra.launcher
-    for group, owner in (("sweeper", sweeper), ("launcher", launcher)):
-        chosen, package = base.hydra.runtime.choices[f"hydra/{group}"], ".".join(owner._target_.split(".")[:2])
-        if package.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(package) is None):
-            remedy = f"pip install 'proved-attention[{EXTRAS[chosen]}]'" if chosen in EXTRAS else f"install {package}"
-            raise UserError(f"hydra/{group}={chosen}: not installed; {remedy}")
+    _check_plugins(base)
     jobs = None
     if sweeper._target_.endswith(".BasicSweeper"):
         swept = [*_read([f"{key}={value}" for key, value in (sweeper.params or {}).items()]), *overrides]
@@ -145,10 +143,28 @@ def _sweep(
         return 0
 
     def launch(task: Task, folder: Path) -> None:
-        _hydra([*arguments, f"hydra.sweep.dir='{folder}'"], task)
+        fixed = frozenset(override.key_or_group for override in overrides if not override.is_sweep_override())
+        _hydra([*arguments, f"hydra.sweep.dir='{folder}'"], replace(task, fixed=fixed))
 
     identity = OmegaConf.to_yaml({"settings": settings_key(config), "sweeper": sweeper, "overrides": arguments})
     return sweep(config, jobs, identity, None if jobs and launcher._target_.endswith(".BasicLauncher") else launch)
+
+
+def _check_plugins(base: DictConfig) -> None:
+    """Raises :class:`UserError` for a launcher or sweeper of Hydra's that cannot do the jobs here."""
+    for group in ("sweeper", "launcher"):
+        chosen, target = base.hydra.runtime.choices[f"hydra/{group}"], base.hydra[group]._target_
+        package = ".".join(target.split(".")[:2])
+        if package.startswith("hydra_plugins.") and (find_spec("hydra_plugins") is None or find_spec(package) is None):
+            remedy = f"pip install 'proved-attention[{EXTRAS[chosen]}]'" if chosen in EXTRAS else f"install {package}"
+            raise UserError(f"hydra/{group}={chosen}: not installed; {remedy}")
+    ray = base.hydra.launcher.get("ray")
+    here = ray and ray.init.get("address") is None and "RAY_ADDRESS" not in os.environ
+    if here and ray.remote.get("num_gpus") and gpu.card().name is None:
+        raise UserError(
+            "hydra/launcher=ray: its jobs would wait for a GPU, and this machine has none; add "
+            "hydra.launcher.ray.remote.num_gpus=0, or name a cluster, hydra.launcher.ray.init.address=HOST:PORT"
+        )
 
 
 def _hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:

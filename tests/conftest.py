@@ -14,7 +14,7 @@ from pipeline.config import ModelConfig
 if TYPE_CHECKING:
     from pipeline.model import LoadedModel
 
-HEAVIEST = ("test_sweep.py", "test_soundness.py", "test_run.py", "test_store.py")
+HEAVIEST = ("test_sweep.py", "test_sweep_server.py", "test_soundness.py", "test_run.py", "test_store.py")
 """Begun first, so that no worker is still at one of them when the others have nothing left to do."""
 
 CONF = Path(__file__).parent.parent / "conf"

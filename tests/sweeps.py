@@ -75,6 +75,13 @@ class Sweep:
         return [p for p in self.processes() if _leads(p) and p.ppid() != os.getpid()]
 
 
+def make(cwd: Path, model: Path, *arguments: str) -> Sweep:
+    """A sweep whose jobs only load the model, unless ``arguments`` say more."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    settings = ("model=local", f"model.path={model}", "shape.max=16", "benchmark=none", "until=load")
+    return Sweep(cwd, (*settings, *arguments))
+
+
 def _in(folder: Path) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         try:

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import save_tiny_llama
-from sweeps import Server, Sweep, runs, wait_for
+from sweeps import Server, Sweep, make, runs, wait_for
 
 WELL = [f"seed={seed}" for seed in range(16)]
 KINDS = {"seed=101": "crash", "seed=102": "RuntimeError", "seed=103": "timeout", "seed=104": "out_of_memory"}
@@ -25,12 +25,6 @@ KINDS = {"seed=101": "crash", "seed=102": "RuntimeError", "seed=103": "timeout",
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llama(tmp_path_factory.mktemp("models") / "tiny-llama", num_hidden_layers=1)
-
-
-def make(cwd: Path, model: Path, *arguments: str) -> Sweep:
-    cwd.mkdir(parents=True, exist_ok=True)
-    settings = ("model=local", f"model.path={model}", "shape.max=16", "benchmark=none", "until=load")
-    return Sweep(cwd, (*settings, *arguments))
 
 
 def swept(seeds: list[str]) -> str:
@@ -255,38 +249,3 @@ def test_fifty_random_kill_points_resume_to_the_same_table(seed: int, tmp_path: 
     chance = random.Random(seed)
     victims = [chance.choice(["parent", "parent", "child", "server"]) for _ in range(5)]
     killed_again_and_again(tmp_path, model, victims, chance)
-
-
-# Workers of another launcher
-
-
-@pytest.mark.slow
-def test_workers_of_submitit_share_the_ledger_and_the_store_and_leave_typed_rows_too(
-    tmp_path: Path, model: Path
-) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
-    sweep = make(tmp_path / "cwd", model, "seed=0,101,1", "hydra/launcher=submitit_local", "sweep.timeout_minutes=5")
-
-    code, shown = sweep.finish()
-
-    assert code == 1 and "seed=101: load: crash: killed by SIGKILL" in shown
-    assert {label: entry["status"] for label, entry in sweep.entries().items()} == {
-        "seed=0": "ok", "seed=101": "failed", "seed=1": "ok",
-    }  # fmt: skip
-    assert sweep.processes() == []
-
-
-@pytest.mark.slow
-def test_workers_of_submitit_do_a_finished_sweep_again_where_that_is_asked_for(tmp_path: Path, model: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="the extra slurm is not installed")
-    sweep = make(tmp_path / "cwd", model, "seed=0,101,1", "hydra/launcher=submitit_local", "sweep.timeout_minutes=5")
-    assert sweep.finish()[0] == 1
-
-    sweep.behave()
-    again = Sweep(sweep.cwd, (*sweep.arguments, "rerun=true"))
-    assert again.finish()[0] == 0
-    assert not any(entry["skipped"] for entry in again.entries().values())
-    parents, children = runs(f"sqlite:///{sweep.cwd}/mlflow.db")
-    assert [run.info.status for run in parents] == ["FINISHED"]
-    assert [run.info.status for run in children] == ["FINISHED"] * 3  # those of before are runs of their own now
-    assert sweep.processes() == []

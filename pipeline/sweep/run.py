@@ -36,6 +36,8 @@ class Task:
     folder: Path
     """The sweep's."""
     labels: Mapping[str, str]
+    fixed: frozenset[str] = frozenset()
+    """Settings that the command gives one value: they tell no job from another."""
     surroundings: str | None = None
     """Those of the machine that it runs on; None: another than the one that made the task."""
 
@@ -44,7 +46,7 @@ class Task:
         try:
             config = from_hydra(composed)
         except UserError as error:  # of a job that only the sweeper knew
-            print(f"✗ {_chosen()}  refused: {error}", file=sys.stderr)
+            print(f"✗ {self._chosen()}  refused: {error}", file=sys.stderr)
             return None
         report = self.do(config)
         path = config.sweep.objective or headline(report)
@@ -55,7 +57,7 @@ class Task:
         """Do the job, unless it is finished; keep its row, and return its report."""
         job, ledger = settings_key(config), Ledger(Path(config.output))
         key = content_key(config, self.surroundings or surroundings())
-        label = self.labels.get(job) or _chosen()
+        label = self.labels.get(job) or self._chosen()
         done, ended = None if config.rerun else ledger.finished(key), None
         if done is None:
             done, ended = self._attempt(config, key, job)
@@ -76,12 +78,13 @@ class Task:
         ended = isolation.call(attempt, (config, key, name), log, 60 * config.sweep.timeout_minutes)
         return settle(config, key, name, ended, log), ended
 
-
-def _chosen() -> str:
-    """What Hydra's sweeper chose for the job that it is calling."""
-    hydra = HydraConfig.get()
-    params = hydra.sweeper.get("params") or {}
-    return " ".join(override for override in hydra.overrides.task if override.partition("=")[0].lstrip("+") in params)
+    def _chosen(self) -> str:
+        """What Hydra's sweeper chose for the job that it is calling."""
+        given = HydraConfig.get().overrides.task
+        keys = [override.partition("=")[0].lstrip("+") for override in given]
+        return " ".join(
+            override.lstrip("+") for key, override in zip(keys, given, strict=True) if key not in self.fixed
+        )
 
 
 def sweep(
@@ -108,7 +111,7 @@ def sweep(
         parent = tracking.open_parent(config, key, f"sweep of {len(jobs)} jobs" if jobs else "sweep")
         shutil.rmtree(folder / "rows", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        task = Task(parent, folder, labels, here if launch is None else None)
+        task = Task(parent, folder, labels, surroundings=here if launch is None else None)
         status = "KILLED"
         try:
             with live(folder / "rows", None if jobs is None else len(jobs)):
