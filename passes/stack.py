@@ -11,9 +11,11 @@ import contextlib
 import functools
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
@@ -47,14 +49,21 @@ class Stack:
 
 @contextlib.contextmanager
 def _device_stood_in() -> Iterator[None]:
-    """Torch-TensorRT asks for the current device while it is being imported; answer where there is none."""
+    """Torch-TensorRT asks for the current device while it is being imported; answer where there is none, and hold
+    back its library's complaint, which goes to the file descriptor of stderr."""
     if torch.cuda.is_available():
         yield
         return
     with (
+        contextlib.ExitStack() as stderr,
+        Path(os.devnull).open("w") as nothing,
         mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)),
         mock.patch.object(torch.cuda, "current_device", lambda: 0),
     ):
+        kept = os.dup(2)
+        stderr.callback(os.close, kept)
+        stderr.callback(os.dup2, kept, 2)
+        os.dup2(nothing.fileno(), 2)
         yield
 
 

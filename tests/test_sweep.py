@@ -81,7 +81,7 @@ def test_a_job_that_crashes_raises_hangs_or_runs_out_of_memory_is_a_typed_row_an
 ) -> None:
     table = twenty.tables[0]
 
-    assert twenty.codes[0] == 1
+    assert twenty.codes[0] == 1 and list(table) == [*KINDS, *WELL]
     assert {label: entry["failure"]["kind"] for label, entry in table.items() if entry["failure"]} == KINDS
     assert [entry["status"] for entry in table.values()].count("ok") == 16
     assert "SIGKILL" in table["seed=101"]["failure"]["message"]

@@ -58,6 +58,7 @@ def test_a_sweep_whose_store_dies_in_the_middle_sends_the_rest_on_the_next_start
     servers[victim].start()
     code, shown = sweep.finish()
     assert code == 0 and "3 of 3 jobs done" in shown and "not in MLflow" not in shown, shown
+    assert shown.splitlines()[-1].endswith("comparison.html")
     assert all(entry["skipped"] for entry in sweep.entries().values())
     assert before == {path: path.stat().st_mtime_ns for path in cwd.glob("outputs/*/*/engine.trt")}
     everything_is_there(sweep, address, victim)

@@ -44,8 +44,10 @@ def show(jobs: Sequence[Job]) -> None:
     console.print(table)
     console.print(f"\n{len(jobs)} jobs, {len(jobs) - len(times)} of them finished, {len(times)} to do")
     if times:
-        rest = f" and {len(times) - len(known)} times unknown" if len(known) < len(times) else ""
-        console.print(f"time {_time(sum(known) if known else None)}{rest}; device memory up to {_memory(most or None)}")
+        strange = len(times) - len(known)
+        rest = f", without {strange} jobs unlike any that was done here" if strange else ""
+        time = f"time {_time(sum(known))}{rest}" if known else "time unknown: nothing like it was done here yet"
+        console.print(f"{time}; device memory up to {_memory(most or None)}")
 
 
 def device_bytes(config: Config, known: dict[str, tuple[int, int] | None]) -> float | None:

@@ -67,7 +67,9 @@ def write_row(folder: Path, row: Row) -> None:
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
-    rows = [Row(**json.loads(path.read_text())) for path in folder.glob("*.json")]
+    """Key -> row, in the order in which they were written."""
+    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    rows = [Row(**json.loads(path.read_text())) for path in paths]
     return {row.key: row for row in rows}
 
 

@@ -136,10 +136,10 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
     folders = {key: Path(row.folder) for key, row in rows.items()}
     baseline = config.sweep.baseline
     ratios = table.speed_ups(reports, folders, baseline) if baseline else {}
-    entries = table.entries({**{key: row.label for key, row in rows.items()}, **labels}, rows, reports, ratios)
+    entries = table.entries({**labels, **{key: row.label for key, row in rows.items()}}, rows, reports, ratios)
     write_json(task.folder / "summary.json", {"sweep": task.folder.name, "baseline": baseline, "jobs": entries})
-    shown = table.markdown(entries, baseline)
-    (task.folder / "summary.md").write_text(shown, encoding="utf-8")
+    shown, shown_in = table.markdown(entries, baseline), task.folder / "summary.md"
+    shown_in.write_text(shown, encoding="utf-8")
 
     lost = [entry for entry in entries if status == "FINISHED" and entry["status"] == "not_done"]
     failed = [entry for entry in entries if entry["status"] == "failed"]
@@ -149,20 +149,25 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
     for key, (ratio, low, high) in ratios.items():
         if (run_id := rows[key].run_id) is not None:
             numbers[run_id] = {"speed_up": ratio, "speed_up.ci95.low": low, "speed_up.ci95.high": high}
-    files = [task.folder / "summary.json", task.folder / "summary.md", *_page(task.folder, rows, baseline)]
+    page = _page(task.folder, rows, baseline)
+    files = [task.folder / "summary.json", shown_in, *page]
     ended = "FAILED" if (failed or lost) and status == "FINISHED" else status
     sent = tracking.close_parent(task.parent, files, shown, numbers, ended)
     if config.tracking.register and status == "FINISHED" and sent:
         registry.register(task.parent, rows, reports)
     unsent = [row for row in rows.values() if row.run_id is None]
 
-    print(f"\n{len(rows) - len(failed)} of {len(entries)} jobs done; {task.folder / 'summary.md'}", file=sys.stderr)
+    print(f"\n{len(rows) - len(failed)} of {len(entries)} jobs done", file=sys.stderr)
+    if untimed := sum(entry["status"] == "not_executed" for entry in entries):
+        print(f"{untimed} of them {table.NOT_EXECUTED}", file=sys.stderr)
     for entry in failed:
         print("  ✗ {job}: {stage}: {kind}: {message}".format(**entry, **entry["failure"]), file=sys.stderr)
     for entry in lost:
         print(f"  ✗ {entry['job']}: its worker left no report", file=sys.stderr)
     if unsent or not sent:
         print(f"{len(unsent)} reports are not in MLflow yet; the same command sends them", file=sys.stderr)
+    for path in (shown_in, *page[:1]):
+        print(path, file=sys.stderr)
     return bool(failed or lost)
 
 

@@ -13,6 +13,8 @@ from pipeline.sweep.jobs import Job, Row, at, headline
 SAME = ("model", "precision", "shape", "benchmark", "until")
 """Settings in which a row and its baseline agree, whatever the baseline is about: else their times say nothing."""
 
+NOT_EXECUTED = "not executed: no GPU could run the engine, so nothing was timed"
+
 COLUMNS = ("job", "status", "time", "speed-up", "engine", "why")
 
 
@@ -93,13 +95,16 @@ def markdown(table: Sequence[Mapping[str, Any]], baseline: str | None) -> str:
 def _cells(entry: Mapping[str, Any], baseline: str | None) -> tuple[str, ...]:
     time, ratio, failure = entry.get("device_ms"), entry.get("speed_up"), entry.get("failure")
     size = entry.get("engine_bytes")
+    why = f"{failure['stage']}: {failure['kind']}: {failure['message']}" if failure else ""
+    if entry["status"] == "not_executed":
+        why = NOT_EXECUTED.partition(": ")[2]
     return (
         str(entry["job"]),
         str(entry["status"]).replace("_", " "),
         f"{time['median']:.2f} ms ({time['ci95'][0]:.2f}–{time['ci95'][1]:.2f})" if time else "",
         f"{ratio[0]:.2f}× ({ratio[1]:.2f}–{ratio[2]:.2f}) {baseline}" if ratio else "",
         f"{size / 1e6:.1f} MB" if size else "",
-        f"{failure['stage']}: {failure['kind']}: {failure['message']}" if failure else "",
+        why,
     )
 
 
