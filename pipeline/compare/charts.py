@@ -156,7 +156,7 @@ def accuracy_chart(section: Section) -> Chart | None:
         tip = f"{row.label}, {accuracy.case}, on the {accuracy.executed}: relative error {error}, allowed {allowed}" + (
             "" if own is None else f"; PyTorch at this precision: {100 * own:.0f} % of what is allowed"
         )
-        css = ("good" if accuracy.passed else "bad") + (" graph" if accuracy.executed == "graph" else "")
+        css = (_css(row) if accuracy.passed else "bad") + (" graph" if accuracy.executed == "graph" else "")
         timing = times.get(id(row))
         first = []
         if timing is not None and measure is not None:
