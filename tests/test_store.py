@@ -364,7 +364,7 @@ def config_of(outcome: Outcome, **changes: Any) -> Config:
     config = compose_config(["model=local", f"model.path={outcome.report['config']['model']['path']}"])
     strategy = dataclasses.replace(config.strategy, assume=["no_padding"])
     named = dataclasses.replace(config.model, inputs=["input_ids", "attention_mask"])
-    shape = dataclasses.replace(config.shape, opt=32, max=32)
+    shape = dataclasses.replace(config.shape, opt=32, max=32, exact=[32])
     engines = dataclasses.replace(config.store, folder=outcome.report["config"]["store"]["folder"])
     settings = {"strategy": strategy, "model": named, "shape": shape, "store": engines}
     return dataclasses.replace(config, **settings | changes)
