@@ -59,6 +59,8 @@ def main() -> None:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     # "Is there a GPU?" is then answered without initialising CUDA, which would not survive the fork of a sweep's job.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    # CUDA then counts cards as NVML and nvidia-smi do, so that which one it is needs no CUDA either.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # conf/hydra has files of the names that plugins of Hydra have schemas for: they shall be checked against those.
     warnings.filterwarnings("ignore", "(?s).*validated against ConfigStore schema", UserWarning)
     signal.signal(signal.SIGTERM, _terminated)

@@ -186,19 +186,34 @@ def _nvml() -> Iterator[tuple[ModuleType | None, str]]:
 def _handle(nvml: ModuleType) -> tuple[object | None, str]:
     """NVML's handle of the card that PyTorch computes on; or None and the reason.
 
-    NVML counts cards in another order than CUDA and knows nothing of CUDA_VISIBLE_DEVICES, so the two are
-    matched by PCI address, which is also that of the whole card under MIG.
+    NVML counts cards in another order than CUDA and knows nothing of CUDA_VISIBLE_DEVICES, so the two are matched by
+    PCI address, which is also that of the whole card under MIG.  A process that has not initialised CUDA is not made to
+    where the environment says which card it is: one that jobs are forked from could not have it, and one that waits
+    for them would lie on the card beside them.
     """
     import torch
 
     if not torch.cuda.is_available():
         return None, "PyTorch sees no CUDA device"
-    card: Any = torch.cuda.get_device_properties(torch.cuda.current_device())  # torch's type stubs lack pci_*
-    address = f"{card.pci_domain_id:08X}:{card.pci_bus_id:02X}:{card.pci_device_id:02X}.0"
     try:
+        if not torch.cuda.is_initialized() and (named := _named(nvml)) is not None:
+            return named, ""
+        card: Any = torch.cuda.get_device_properties(torch.cuda.current_device())  # torch's type stubs lack pci_*
+        address = f"{card.pci_domain_id:08X}:{card.pci_bus_id:02X}:{card.pci_device_id:02X}.0"
         return nvml.nvmlDeviceGetHandleByPciBusId(address), ""
     except nvml.NVMLError as error:
-        return None, f"{error} (PCI address {address})"
+        return None, str(error)
+
+
+def _named(nvml: ModuleType) -> object | None:
+    """NVML's handle of the first card that CUDA_VISIBLE_DEVICES lets through, where that leaves no doubt."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    alone = nvml.nvmlDeviceGetCount() == 1
+    if first.startswith("GPU-"):
+        return nvml.nvmlDeviceGetHandleByUUID(first)
+    if first.isdigit() and (alone or os.environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"):
+        return nvml.nvmlDeviceGetHandleByIndex(int(first))
+    return None
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,7 @@ class Runs(Protocol):
 
 
 class Session:
-    """A TensorRT engine on the current CUDA device, with execution contexts of its own: one for each optimization
-    profile that it runs by.  A context that has run is not told another profile: TensorRT-RTX 1.4 crashes in that call.
+    """A TensorRT engine on the current CUDA device, with an execution context for each optimization profile it runs by.
 
     ``runtime_cache``: file of the kernels that were compiled before, see :meth:`keep_kernels`.
     ``specialise``: TensorRT-RTX compiles kernels for every new length; without, one set serves them all.
@@ -47,6 +46,7 @@ class Session:
                 "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
             )
         self._contexts: dict[int, Any] = {}
+        self._configs: list[Any] = []
         self._context = self._context_of(0)
         # Without the inputs that nothing reads any more, such as an attention mask that was assumed to be all ones.
         self.names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
@@ -79,6 +79,7 @@ class Session:
         config.dynamic_shapes_kernel_specialization_strategy = chosen
         if self._runtime_cache_file is not None:
             self._runtime_cache = kernel_cache.use_runtime_cache(config, self._runtime_cache_file, self._runtime_cache)
+        self._configs.append(config)  # TensorRT-RTX 1.4 reads it when a profile is chosen, and does not keep it alive
         return self._engine.create_execution_context(config)
 
     def twin(self, specialise: bool = True) -> Session:

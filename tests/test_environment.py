@@ -70,6 +70,44 @@ def test_a_gpu_is_named_with_its_driver() -> None:
     assert section["driver"]
 
 
+A_CARD = """
+import os, sys, types
+nvml = types.ModuleType("pynvml")
+nvml.NVMLError = type("NVMLError", (Exception,), {})
+nvml.nvmlInit = nvml.nvmlShutdown = lambda: None
+nvml.nvmlSystemGetDriverVersion = lambda: "580"
+nvml.nvmlDeviceGetCount = lambda: 2
+nvml.nvmlDeviceGetHandleByIndex = int
+nvml.nvmlDeviceGetHandleByUUID = str
+nvml.nvmlDeviceGetName = lambda handle: f"card {handle}"
+nvml.nvmlDeviceGetCudaComputeCapability = lambda handle: (9, 0)
+sys.modules["pynvml"] = nvml
+import torch
+torch.cuda.is_available = lambda: True
+def initialise(): raise SystemExit("CUDA was initialised")
+torch.cuda._lazy_init = initialise
+"""
+
+
+@pytest.mark.parametrize(
+    ("visible", "name"),
+    [(None, "card 0"), ("1", "card 1"), ("1,0", "card 1"), ("GPU-8f", "card GPU-8f"), ("MIG-8f", None)],
+)
+def test_which_card_it_is_can_be_told_without_cuda(visible: str | None, name: str | None) -> None:
+    variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    script = A_CARD + "from pipeline import gpu; print(gpu.card().name)"
+    surroundings = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")} | variables
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=surroundings)
+    assert ran.stdout.strip() == (name or "") and ("CUDA was initialised" in ran.stderr) == (name is None)
+
+
+def test_what_a_sweeps_jobs_are_forked_from_does_not_initialise_cuda() -> None:
+    script = A_CARD + "import pipeline.sweep.preload; print('torch_tensorrt' in sys.modules)"
+    surroundings = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=surroundings)
+    assert (ran.stdout.strip(), ran.stderr, ran.returncode) == ("False", "", 0)
+
+
 @pytest.mark.parametrize(
     ("flavour", "capability", "expected"),
     [

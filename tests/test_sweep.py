@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import save_tiny_llama
+from runs import GPU
 from sweeps import Server, Sweep, make, runs, wait_for
 
 WELL = [f"seed={seed}" for seed in range(16)]
@@ -129,6 +130,18 @@ def test_a_sweep_with_nothing_to_do_imports_no_torch_starts_no_process_and_asks_
 def test_a_process_of_its_own_costs_a_job_less_than_six_seconds(twenty: Twenty) -> None:
     well = [entry for label, entry in twenty.tables[0].items() if label in WELL]
     assert max(entry["process_seconds"] - entry["seconds"] for entry in well) < 6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")
+def test_every_job_has_a_cuda_of_its_own(model: Path, tmp_path: Path) -> None:
+    sweep = make(tmp_path / "sweep", model, "until=verify", "strategy=detect_causal,mask_input")
+    code, shown = sweep.finish()
+
+    assert code == 0, shown
+    for entry in sweep.entries().values():
+        report = json.loads((sweep.cwd / entry["folder"] / "report.json").read_text())
+        assert report["verify"]["executed"] == "engine" and report["verify"]["passed"]
 
 
 def test_no_process_is_left(twenty: Twenty) -> None:
