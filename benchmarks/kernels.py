@@ -1,13 +1,14 @@
 """The map behind the choice of decode kernels: every form of a layer, built alone, checked and timed.
 
-``python -m benchmarks.kernels [attention] [linear] --out FOLDER`` builds each case as a small network of
+``python -m benchmarks.kernels [attention] [linear] [step] --out FOLDER`` builds each case as a small network of
 the installed TensorRT, runs it as a CUDA graph, compares it with PyTorch in fp32 and writes one JSON row a case.
 
 *attention*: one query a head over ``keys`` cached keys, eight layers in a chain.  ``native`` is the attention layer
 as it is; ``rows`` hands the query heads of a group over as the rows of one; ``folded`` keeps the mask in the keys,
 as eight more channels (query 1, key 0 where it may be seen and far below where not); ``mask`` uses the mask input;
 ``matmul`` is the product written out.  *linear*: the products of a decoder layer at one row, in the forms that
-compute the same.  Weights and caches are larger than the L2 cache, so what is timed is memory.
+compute the same.  *step*: whole decoder layers (:mod:`benchmarks.step_forms`).  Weights and caches are larger than the
+L2 cache, so what is timed is memory.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from benchmarks.kernel_forms import (
     linear_net,
     linear_weights,
 )
-from benchmarks.step_forms import STEP, step_inputs, step_net
+from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
 from passes.stack import load_stack
 from pipeline.environment import environment
 
@@ -159,6 +160,15 @@ def tables(path: Path) -> str:
         for form in dict.fromkeys(row["form"] for row in linear_rows):
             by = {(row["model"], row["size"]): row["gb_per_s"] for row in linear_rows if row["form"] == form}
             text.append(f"| {form} | " + " | ".join(f"{by[c]:.0f}" if c in by else "–" for c in cases) + " |")
+    steps = {(row["form"], row["model"]): row for row in rows if row["kind"] == "step"}
+    if steps:
+        models = list(dict.fromkeys(model for _, model in steps))
+        text += ["| form | " + " | ".join(f"{model}, us a layer" for model in models) + " |"]
+        text += ["|---" * (len(models) + 1) + "|"]
+        for form in STEP:
+            cells = (steps.get((form, model)) for model in models)
+            shown = (f"{c['us'] / STEP_LAYERS[c['model']]:.1f}" if c else "–" for c in cells)
+            text.append(f"| `{form}` | " + " | ".join(shown) + " |")
     return "\n".join(text)
 
 
