@@ -1,0 +1,43 @@
+"""The kernel map: its forms build, and the tables in docs/generation.md are those of its raw rows."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernel_forms, kernels, step_forms
+
+ROOT = Path(__file__).resolve().parent.parent
+PROFILES = ROOT / "benchmarks" / "profiles" / "h200_rtx_1_4"
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model ``qwen3_tiny``, with a norm of queries and keys."""
+    monkeypatch.setitem(kernel_forms.HEADS, "qwen3_tiny", (4, 2, 16))
+    monkeypatch.setitem(kernel_forms.SIZES, "qwen3_tiny", (64, 128, 64, 96, 128))
+    monkeypatch.setitem(step_forms.STEP_LAYERS, "qwen3_tiny", 1)
+
+
+@pytest.mark.parametrize("form", step_forms.STEP)
+def test_every_form_of_a_layer_builds_and_on_a_gpu_is_right(form: str) -> None:
+    row = {"kind": "step", "model": "qwen3_tiny", "form": form, "size": 128}
+    data = step_forms.step_net("qwen3_tiny", form, 128).build()
+    inputs, wanted = step_forms.step_inputs("qwen3_tiny", form, 128)
+    assert len(data) > 10_000 and wanted.isfinite().all() and {"x", "position", "k0", "v0"} <= set(inputs)
+    if GPU:
+        kernels.run_case(row, data, nullcontext())
+        assert row["relative_error"] < kernels.WRONG
+
+
+@pytest.mark.parametrize("raw", ["kernels.jsonl", "steps.jsonl"])
+def test_the_tables_of_the_documentation_are_those_of_the_raw_rows(raw: str) -> None:
+    page = (ROOT / "docs" / "generation.md").read_text()
+    made = kernels.tables(PROFILES / raw)
+    assert made.count("|\n") > 10
+    for line in made.splitlines():
+        assert line in page
