@@ -165,7 +165,7 @@ def tables(path: Path) -> str:
         models = list(dict.fromkeys(model for _, model in steps))
         text += ["| form | " + " | ".join(f"{model}, us a layer" for model in models) + " |"]
         text += ["|---" * (len(models) + 1) + "|"]
-        for form in STEP:
+        for form in [form for form in STEP if any(form == made for made, _ in steps)]:
             cells = (steps.get((form, model)) for model in models)
             shown = (f"{c['us'] / STEP_LAYERS[c['model']]:.1f}" if c else "–" for c in cells)
             text.append(f"| `{form}` | " + " | ".join(shown) + " |")

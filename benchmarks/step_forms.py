@@ -10,7 +10,8 @@ element, the cache of the values with the keys' axis last; ``wide`` is the same 
 *kept*: what is not computed anew in every block of the product that reads it, but written by a scatter, which TensorRT
 does not fuse into what follows: ``n`` normed rows, ``s`` the activated row of the gate, ``q`` rotated queries, ``a``
 the result of attention; ``-`` for none.  ``o``: the new token is left out of the cache, its attention is added, and its
-keys and values are outputs, to be put into the cache by somebody else.
+keys and values are outputs, to be put into the cache by somebody else.  ``d``: the reciprocal root of a norm is
+multiplied on behind the product.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ STEP = (
     "merged.whole.-",
     "merged.wide.-",
     "merged.wide.q",
+    "merged.wide.d",
 )
 EPSILON = 1e-5
+SCALED = 64.0
 
 
 class StepNet(Net):
@@ -78,25 +81,38 @@ class StepNet(Net):
         scattered = self.net.add_scatter(data, index, self.reshape(x, (1, count)), self.trt.ScatterMode.ND)
         return self.reshape(scattered.get_output(0), tuple(x.shape))
 
-    def norm(self, x: Any, gain: np.ndarray) -> Any:
+    def root(self, x: Any) -> Any:
+        """The reciprocal root of the mean square of x's last axis, fp32."""
         wide = self.cast(x, "float")
         mean = self.reduce(self.binary(wide, wide, "PROD"), "AVG", len(x.shape) - 1)
         epsilon = self.const(np.full((1,) * len(mean.shape), EPSILON, np.float32))
-        wide = self.binary(wide, self.unary(self.unary(self.binary(mean, epsilon), "SQRT"), "RECIP"), "PROD")
+        return self.unary(self.unary(self.binary(mean, epsilon), "SQRT"), "RECIP")
+
+    def norm(self, x: Any, gain: np.ndarray) -> Any:
+        wide = self.binary(self.cast(x, "float"), self.root(x), "PROD")
         return self.binary(self.cast(wide, "half"), self.const(gain.reshape((1,) * (len(x.shape) - 1) + (-1,))), "PROD")
 
-    def product(self, x: Any, weight: np.ndarray, summed: bool = True) -> Any:
-        """x [1, in] times weight [out, in] transposed: [1, out]."""
+    def product(self, x: Any, weight: np.ndarray, summed: bool = True, kind: str = "half") -> Any:
+        """x [1, in] times weight [out, in] transposed, added up in ``kind``: [1, out]."""
         if not summed:
             return self.matmul(x, self.const(weight), tb=True)
-        terms = self.binary(self.const(weight), x, "PROD")
+        terms = self.cast(self.binary(self.const(weight), x, "PROD"), kind)
         return self.reshape(self.reduce(terms, "SUM", 1, keep=False), (1, weight.shape[0]))
 
-    def siblings(self, row: Any, weights: list[np.ndarray]) -> list[Any]:
-        if self.products == "mix":
-            return [self.product(row, weight, summed=False) for weight in weights]
-        merged = self.product(row, np.concatenate(weights))
+    def siblings(self, x: Any, gain: np.ndarray, weights: list[np.ndarray]) -> list[Any]:
+        """The products of the norm of x [1, in] with each of ``weights``."""
         starts = np.cumsum([0, *(len(weight) for weight in weights)])
+        if "d" in self.flags:
+            # Scaled so that what a norm is there for, rows of large numbers, does not overflow before it.
+            row = self.binary(x, self.const((gain / SCALED).astype(np.float16).reshape(1, -1)), "PROD")
+            scale = self.binary(self.root(x), self.const(np.full((1, 1), SCALED, np.float32)), "PROD")
+            merged = self.binary(self.product(row, np.concatenate(weights), kind="float"), scale, "PROD")
+            merged = self.cast(merged, "half")
+        else:
+            row = self.keep(self.norm(x, gain), "n")
+            if self.products == "mix":
+                return [self.product(row, weight, summed=False) for weight in weights]
+            merged = self.product(row, np.concatenate(weights))
         return [self.slice(merged, (0, int(at)), (1, len(w))) for at, w in zip(starts, weights, strict=False)]
 
     def rotated(self, x: Any) -> Any:
@@ -184,16 +200,14 @@ class StepNet(Net):
 
     def layer(self, i: int, x: Any, layer: dict[str, np.ndarray]) -> Any:
         d = self.size
-        row = self.keep(self.norm(x, layer["norm1"]), "n")
-        parts = self.siblings(row, [layer["q"], layer["k"], layer["v"]])
+        parts = self.siblings(x, layer["norm1"], [layer["q"], layer["k"], layer["v"]])
         q, k, v = (self.reshape(part, (1, part.shape[1] // d, 1, d)) for part in parts)
         if "q_norm" in layer:
             q, k = self.norm(q, layer["q_norm"]), self.norm(k, layer["k_norm"])
         new = [self.rotated(k), v]
         out = self.attend(self.rotated(q), *self.caches(i, new), new)
         x = self.binary(x, self.product(self.keep(out, "a"), layer["o"]))
-        row = self.keep(self.norm(x, layer["norm2"]), "n")
-        gate, up = self.siblings(row, [layer["gate"], layer["up"]])
+        gate, up = self.siblings(x, layer["norm2"], [layer["gate"], layer["up"]])
         gate = self.binary(gate, self.net.add_activation(gate, self.trt.ActivationType.SIGMOID).get_output(0), "PROD")
         return self.binary(x, self.product(self.keep(self.binary(gate, up, "PROD"), "s"), layer["down"]))
 
