@@ -196,6 +196,7 @@ class Claims:
         """The smallest ``distance`` at which a key in the past is blocked; None where that is not above 0."""
         optimizer = z3.Optimize()
         optimizer.set("timeout", SOLVER_TIMEOUT_MS)
+        optimizer.set("ctrl_c", False)  # see Evaluator.solver
         optimizer.add(*self.evaluator.premises, *self.inside, self.k <= self.place, z3.Not(self.attends))
         optimizer.minimize(distance)
         if optimizer.check() != z3.sat:

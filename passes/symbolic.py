@@ -129,6 +129,7 @@ class Evaluator:
     def solver(self) -> z3.Solver:
         solver = z3.Solver()
         solver.set("timeout", SOLVER_TIMEOUT_MS)
+        solver.set("ctrl_c", False)  # z3 would answer "unknown" and the run go on without a proof
         solver.add(self.premises)
         return solver
 

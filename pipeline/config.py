@@ -125,7 +125,7 @@ class CacheConfig:
     """``none``: nothing, every token runs the whole prefix again.  ``dynamic``: Hugging Face's DynamicCache, which
     grows.  ``static``: tensors of a fixed capacity that go in and out.  ``in_engine``: updated in place by TensorRT."""
     capacity: int | None = None
-    """Tokens that it holds; null: the next size that has fast kernels for the longest generation asked for."""
+    """Tokens that it holds; null: enough for the longest generation asked for."""
 
 
 @dataclass

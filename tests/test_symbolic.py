@@ -5,6 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -399,3 +403,16 @@ def test_a_missing_operation_model_costs_proofs_and_never_makes_a_mask_droppable
         assert without == whole or without[0] in ("padding", "packed", "arbitrary"), target
         lost |= {target} if without != whole else set()
     assert {aten.arange.default, aten.le.Tensor, aten.__and__.Tensor} <= lost
+
+
+def test_ctrl_c_during_a_proof_is_not_taken_for_a_proof_that_failed() -> None:
+    """z3 handles SIGINT itself unless told not to: its answer is then "unknown", and nobody hears of the signal."""
+    solver = Evaluator({}).solver()
+    x, y, z = z3.Ints("x y z")
+    solver.set("timeout", 2000)
+    solver.add(x > 2, y > 2, z > 2, x * x * x + y * y * y == z * z * z)
+    timer = threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        solver.check()
+        time.sleep(1)
