@@ -92,7 +92,8 @@ def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
         with torch.no_grad():
             model(input_ids=tokens, past_key_values=seen, use_cache=True)
     except Exception as error:
-        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({reason})") from error
     if not seen.layers:
         raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values")
     return seen
