@@ -30,8 +30,7 @@ def profile(folder: Path) -> dict[str, Any]:
         for spec in manifest["inputs"]
     }
     caches = [tensor for name, tensor in tensors.items() if name.startswith(("keys_", "values_"))]
-    for name in session.names:
-        session.set_shape(name, tuple(tensors[name].shape)) if name in tensors else None
+    session.fit({name: tuple(tensor.shape) for name, tensor in tensors.items() if name in session.names})
     for output in session.outputs:
         place = int(output.removeprefix("output"))
         fresh = torch.empty(session.shape(output), dtype=session.dtype(output), device="cuda")

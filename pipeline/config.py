@@ -187,6 +187,9 @@ class SweepConfig:
 
     timeout_minutes: float = 120.0
     """How long one job may take."""
+    builders: int = 1
+    """How many engines are built and verified at once, before the jobs that time them run one by one; 1: each by its
+    job."""
     baseline: str | None = None
     """What speed-ups are over: ``strategy:upstream``, a setting that the jobs differ in and one of its values."""
     objective: str | None = None

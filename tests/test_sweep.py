@@ -132,6 +132,39 @@ def test_a_process_of_its_own_costs_a_job_less_than_six_seconds(twenty: Twenty) 
     assert max(entry["process_seconds"] - entry["seconds"] for entry in well) < 6
 
 
+def ahead(cwd: Path, model: Path) -> Sweep:
+    """Four jobs, the last two of which fail; engines are built two at a time."""
+    jobs = ("model.inputs=[input_ids],[input_ids,attention_mask]", "precision=fp16,bf16")
+    settings = ("strategy.unproven=error", "sweep.builders=2", f"store.folder={cwd}/engines")
+    return make(cwd, model, "until=null", *jobs, *settings)
+
+
+def test_engines_that_were_built_ahead_are_found_by_their_jobs_and_a_failure_is_the_jobs(
+    model: Path, tmp_path: Path
+) -> None:
+    sweep = ahead(tmp_path / "sweep", model)
+    code, shown = sweep.finish()
+
+    assert code == 1 and "built ahead, 4 of 4" in shown, shown
+    entries = list(sweep.entries().values())
+    assert [entry["status"] for entry in entries] == ["ok" if GPU else "not_executed"] * 2 + ["failed"] * 2
+    reports = [json.loads((sweep.cwd / entry["folder"] / "report.json").read_text()) for entry in entries]
+    assert [report["store"]["hit"] for report in reports[:2]] == [True, True]
+    assert entries[2]["failure"]["stage"] == "strategy"
+    assert len(list(sweep.cwd.glob("outputs/*/*/report.json"))) == 4  # those built ahead leave no run of their own
+
+
+def test_ctrl_c_ends_all_that_is_built_ahead(model: Path, tmp_path: Path) -> None:
+    sweep = ahead(tmp_path / "sweep", model)
+    process = sweep.start()
+    wait_for(lambda: len(sweep.children()) == 2)
+    process.send_signal(signal.SIGINT)
+    shown, _ = process.communicate(timeout=120)
+
+    assert process.returncode == 130 and "the same command goes on" in shown, shown
+    wait_for(lambda: not sweep.processes())
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")
 def test_every_job_has_a_cuda_of_its_own(model: Path, tmp_path: Path) -> None:

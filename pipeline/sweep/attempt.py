@@ -71,10 +71,10 @@ class _Progress(StageDisplay):
     def track(self, config: Config, folder: Path, environment: Mapping[str, Any]) -> Tracked:
         """Stands in for :func:`pipeline.tracking.start`."""
         self.write(folder=str(folder.relative_to(self.ledger.output)))
-        return _SentLater()
+        return SentLater()
 
 
-class _SentLater:
+class SentLater:
     """The record of a run that the sweep sends to MLflow once the run is over."""
 
     run_id, where, identity = "follows", "sent by the sweep", None
@@ -82,7 +82,7 @@ class _SentLater:
     def finish(self, report: Mapping[str, Any], folder: Path) -> bool:
         return True
 
-    def __enter__(self) -> _SentLater:
+    def __enter__(self) -> SentLater:
         return self
 
     def __exit__(

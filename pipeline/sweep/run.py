@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from passes.errors import UserError
 from pipeline.config import Config, from_hydra
 from pipeline.report import write_json
-from pipeline.sweep import isolation, registry, table, tracking
+from pipeline.sweep import ahead, isolation, registry, table, tracking
 from pipeline.sweep.attempt import attempt, settle
 from pipeline.sweep.display import line, live
 from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
@@ -96,6 +96,8 @@ def sweep(
     knows them, as they come; ``identity`` then stands for them.  Raises :class:`UserError`, with nothing created.
     """
     here = surroundings()
+    if config.sweep.builders > 1 and launch is not None:
+        raise UserError(f"sweep.builders={config.sweep.builders}: where Hydra's plugins place the jobs, they build")
     if config.sweep.baseline is not None and jobs is not None:
         table.check_baseline(config.sweep.baseline, jobs)
     key = sweep_key([identity, here] if jobs is None else [content_key(job.config, here) for job in jobs])
@@ -105,8 +107,8 @@ def sweep(
     with _only_one(output):
         labels = {job.key: job.label for job in jobs or ()}
         ledger = Ledger(output)
-        done = [job for job in jobs or () if not config.rerun and ledger.finished(content_key(job.config, here))]
-        if launch is None and len(done) < len(labels):
+        left = [job for job in jobs or () if config.rerun or not ledger.finished(content_key(job.config, here))]
+        if launch is None and left:
             isolation.warm_up()
         parent = tracking.open_parent(config, key, f"sweep of {len(jobs)} jobs" if jobs else "sweep")
         shutil.rmtree(folder / "rows", ignore_errors=True)
@@ -114,6 +116,8 @@ def sweep(
         task = Task(parent, folder, labels, surroundings=here if launch is None else None)
         status = "KILLED"
         try:
+            if config.sweep.builders > 1:
+                ahead.build(left, config.sweep.builders, folder / "ahead")
             with live(folder / "rows", None if jobs is None else len(jobs)):
                 if launch is None:
                     for job in jobs or ():
