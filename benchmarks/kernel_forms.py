@@ -56,6 +56,9 @@ class Net:
     def binary(self, a: Any, b: Any, op: str = "SUM") -> Any:
         return self.net.add_elementwise(a, b, getattr(self.trt.ElementWiseOperation, op)).get_output(0)
 
+    def unary(self, x: Any, op: str) -> Any:
+        return self.net.add_unary(x, getattr(self.trt.UnaryOperation, op)).get_output(0)
+
     def reshape(self, x: Any, shape: tuple[int, ...]) -> Any:
         layer = self.net.add_shuffle(x)
         layer.reshape_dims = shape
@@ -94,18 +97,29 @@ def chunked(net: Net, q: Any, k: Any, v: Any, bias: Any, chunks: int) -> Any:
     keys = k.shape[2]
     k, v = (net.reshape(x, (heads, chunks, keys // chunks, size)) for x in (k, v))
     q, bias = net.reshape(q, (heads, 1, group, size)), net.reshape(bias, (1, chunks, 1, keys // chunks))
-    scores = net.binary(net.matmul(q, k, tb=True), bias)
+    out = put_together(net, net.binary(net.matmul(q, k, tb=True), bias), v)
+    return net.reshape(out, (1, heads, group, size))
+
+
+def put_together(net: Net, scores: Any, v: Any, own: tuple[Any, Any] | None = None) -> Any:
+    """Each piece by itself and then all by their largest scores: scores [Hkv, pieces, group, keys / pieces] and v
+    [Hkv, pieces, keys / pieces, D] -> [Hkv, 1, group, D].
+
+    ``own``: score [Hkv, 1, group, 1] and value [Hkv, 1, 1, D] of one more key.
+    """
     most = net.reduce(scores, "MAX", 3)
-
-    def exp(x: Any) -> Any:
-        return net.net.add_unary(x, net.trt.UnaryOperation.EXP).get_output(0)
-
-    weights = exp(net.binary(scores, most, "SUB"))
+    weights = net.unary(net.binary(scores, most, "SUB"), "EXP")
     total, out = net.reduce(weights, "SUM", 3), net.matmul(weights, v)
-    share = exp(net.binary(most, net.reduce(most, "MAX", 1), "SUB"))
+    highest = net.reduce(most, "MAX", 1)
+    if own is not None:
+        highest = net.binary(highest, own[0], "MAX")
+    share = net.unary(net.binary(most, highest, "SUB"), "EXP")
     total = net.reduce(net.binary(total, share, "PROD"), "SUM", 1)
     out = net.reduce(net.binary(out, share, "PROD"), "SUM", 1)
-    return net.reshape(net.binary(out, total, "DIV"), (1, heads, group, size))
+    if own is not None:
+        weight = net.unary(net.binary(own[0], highest, "SUB"), "EXP")
+        total, out = net.binary(total, weight), net.binary(out, net.binary(weight, own[1], "PROD"))
+    return net.binary(out, total, "DIV")
 
 
 def attention_net(model: str, form: str, keys: int) -> Net:

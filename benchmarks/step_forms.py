@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.kernel_forms import BLOCKED, HEADS, SIZES, Net
+from benchmarks.kernel_forms import BLOCKED, HEADS, SIZES, Net, put_together
 
 STEP_LAYERS = {"llama3_1b": 4, "qwen2_5_0_5b": 8, "qwen3_0_6b": 8}
 STEP = (
@@ -69,9 +69,6 @@ class StepNet(Net):
 
     def cast(self, x: Any, kind: str) -> Any:
         return self.net.add_cast(x, {"half": self.trt.float16, "float": self.trt.float32}[kind]).get_output(0)
-
-    def unary(self, x: Any, op: str) -> Any:
-        return self.net.add_unary(x, getattr(self.trt.UnaryOperation, op)).get_output(0)
 
     def keep(self, x: Any, kind: str) -> Any:
         if kind not in self.flags:
@@ -160,23 +157,11 @@ class StepNet(Net):
             terms = self.binary(self.reshape(key, (h, n, 1, piece, d)), self.reshape(q, (h, 1, g, 1, d)), "PROD")
             scores = self.reshape(self.reduce(terms, "SUM", 4), (h, n, g, piece))
         scores = self.binary(scores, self.bias((1, n, 1, piece)))
-        most = self.reduce(scores, "MAX", 3)
-        weights = self.unary(self.binary(scores, most, "SUB"), "EXP")
-        total = self.reduce(weights, "SUM", 3)
-        out = self.matmul(weights, self.reshape(value, (h, n, piece, d)))
-        highest = self.reduce(most, "MAX", 1)
+        own = None
         if "o" in self.flags:
             terms = self.binary(self.reshape(q, (h, 1, g, d)), self.reshape(new[0], (h, 1, 1, d)), "PROD")
-            own = self.reduce(terms, "SUM", 3)
-            highest = self.binary(highest, own, "MAX")
-        share = self.unary(self.binary(most, highest, "SUB"), "EXP")
-        total = self.reduce(self.binary(total, share, "PROD"), "SUM", 1)
-        out = self.reduce(self.binary(out, share, "PROD"), "SUM", 1)
-        if "o" in self.flags:
-            own = self.unary(self.binary(own, highest, "SUB"), "EXP")
-            total = self.binary(total, own)
-            out = self.binary(out, self.binary(own, self.reshape(new[1], (h, 1, 1, d)), "PROD"))
-        return self.binary(out, total, "DIV")
+            own = self.reduce(terms, "SUM", 3), self.reshape(new[1], (h, 1, 1, d))
+        return put_together(self, scores, self.reshape(value, (h, n, piece, d)), own)
 
     def caches(self, i: int, new: list[Any]) -> list[Any]:
         """The caches of keys and values, with the new token updated where they are, or without it."""

@@ -3,7 +3,7 @@
 Measured (``python -m benchmarks.kernels step`` on an H200 with TensorRT-RTX 1.4, fp16, Llama 3.2 1B): as matrix
 products of one row the gate and up projections read their weights at 2.6 TB/s, and the norm before them is a kernel.
 As one product element by element and its sums, which TensorRT fuses into one kernel together with what made the row,
-they are read at 3.2 TB/s; the head [128256, 2048] at 3.7.  Products that share a row must be put together for that:
+they are read at 3.1 TB/s.  Products that share a row must be put together for that:
 apart, the fused kernel makes the row anew for each, and is slower than the matrix products.
 """
 
@@ -25,22 +25,24 @@ LINEAR = torch.ops.aten.linear.default
 
 def applies(node: Node) -> bool:
     """Whether ``node`` is the only product of its row, and that row is the only one."""
-    return _of_one_row(node) and len(node.args[0].users) == 1  # type: ignore[union-attr]
+    row = _row(node)
+    return row is not None and len(row.users) == 1
 
 
-def _of_one_row(node: Node) -> bool:
-    if node.target is not LINEAR:
-        return False
-    row: Any = node.args[0]
-    sizes = row.meta["val"].shape[:-1] if "val" in row.meta else (0,)
-    return all(isinstance(size, int) for size in sizes) and prod(sizes) == 1
+def _row(node: Node) -> Node | None:
+    """The one row [1 ..., in] that ``node`` multiplies with a weight, if it does that."""
+    row: Any = node.args[0] if node.target is LINEAR else None
+    if row is None or "val" not in row.meta:
+        return None
+    sizes = row.meta["val"].shape[:-1]
+    return row if all(isinstance(size, int) for size in sizes) and prod(sizes) == 1 else None
 
 
 def merge_siblings(graph: GraphModule) -> None:
     """Put the weights [out, in] of all products that share one row together, in place, where nothing else reads it."""
     for row in list(graph.graph.nodes):
         products = list(row.users)
-        if len(products) > 1 and all(_of_one_row(p) and p.args[0] is row and _constants(graph, p) for p in products):
+        if len(products) > 1 and all(_row(p) is row and _constants(graph, p) for p in products):
             _merge(graph, row, products)
     graph.graph.lint()
 

@@ -91,7 +91,9 @@ def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
     try:
         with torch.no_grad():
             model(input_ids=tokens, past_key_values=seen, use_cache=True)
-    except Exception as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model that takes none raises whatever it comes upon first
         reason = " ".join(str(error).split())
         raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({reason})") from error
     if not seen.layers:

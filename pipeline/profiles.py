@@ -2,8 +2,8 @@
 
 Profile 0 serves every length of the shape's range; each further one serves one exact length, at which it is faster
 (Qwen2.5-0.5B at 2048 tokens, H200, TensorRT-RTX 1.4, ``benchmarks/results``: 6.42 ms by profile 0, 5.19 ms by its own,
-a KV cache filled with it, and 5.06 ms by a static engine).  Weights are shared: of two layers the engine grows from 334
-to 336 MB.
+a KV cache filled with it, and 5.06 ms by a static engine).  Weights are shared, so the engine hardly
+grows.
 ``torch_tensorrt.Input(profiles=...)`` would make them from 2.14 on; 2.11 has no such thing.
 """
 

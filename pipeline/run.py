@@ -18,6 +18,7 @@ from pipeline.record import Record, StopHere
 if TYPE_CHECKING:
     import torch
 
+    from pipeline.cached import CacheShape
     from pipeline.machine import Machine
     from pipeline.model import LoadedModel
     from pipeline.tracking import Tracked
@@ -49,14 +50,14 @@ def run(config: Config, display: StageDisplay | None = None, track: Callable[...
     if track is None:
         tracking.check_store(config.tracking.uri)
         track = tracking.start
-    loaded = interruption = None
+    loaded = cache = interruption = None
     status = "ok"
     try:
         with record.stage("load"), collector_paused():
             if config.backend.name == "plugin":
                 status = plugin.unavailable(record)
             else:
-                loaded, device = _load(record)
+                loaded, device, cache = _load(record)
     except UserError:
         raise
     except Exception as error:
@@ -74,7 +75,10 @@ def run(config: Config, display: StageDisplay | None = None, track: Callable[...
     with tracked:
         try:
             if loaded is not None:
-                status = _ENGINE_OR_RIVAL[config.backend.name](record, loaded, device)
+                if config.backend.name == "tensorrt":
+                    status = _tensorrt(record, loaded, device, cache)
+                else:
+                    status = _rival(record, loaded, device)
         except StopHere:
             pass
         except Exception as error:
@@ -90,8 +94,9 @@ def run(config: Config, display: StageDisplay | None = None, track: Callable[...
     return Outcome(record.report, folder)
 
 
-def _load(record: Record) -> tuple[LoadedModel, torch.device]:
-    """Weights, tokenizer, device and environment; whatever the user got wrong must come to light here."""
+def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]:
+    """Weights, tokenizer, device, environment and the engines' KV cache; whatever the user got wrong must come to light
+    here."""
     import torch
 
     from passes.stack import load_stack
@@ -117,22 +122,20 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device]:
             f"{loaded.source}"
         )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
-    if config.backend.name == "tensorrt":
-        building.cache_of(config, loaded)  # refuses a model that keeps no keys and values
+    cache = building.cache_of(config, loaded) if config.backend.name == "tensorrt" else None
     if reuse.applies(config):
         Store.of(config.store)  # refuses a folder that cannot be written
     record.report["model"] = loaded.describe()
     record.detail = f"{loaded.parameters / 1e6:.0f} M parameters from {loaded.source}"
-    return loaded, device
+    return loaded, device, cache
 
 
-def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device) -> str:
+def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: CacheShape | None) -> str:
     """export → … → build, or the same engines out of the store; then verify → benchmark; returns the status."""
     from passes.stack import load_stack
     from pipeline import building, machine, reuse
 
     config, report, stack = record.config, record.report, load_stack()
-    cache = building.cache_of(config, loaded)
     with reuse.engine_of(record, loaded, device, stack) as place:
         programs = None if place.restored else building.build(record, stack, loaded, cache, place.timing_cache)
         assert record.folder is not None
@@ -261,10 +264,3 @@ def _benchmark(record: Record, loaded: LoadedModel, what: Machine) -> None:
         record.keep_json("samples.json", result.samples)
         assert record.folder is not None
         latency_plot(result.samples, record.folder / "latency.png")
-
-
-_ENGINE_OR_RIVAL: dict[str, Callable[[Record, LoadedModel, torch.device], str]] = {
-    "tensorrt": _tensorrt,
-    "eager": _rival,
-    "torch_compile": _rival,
-}

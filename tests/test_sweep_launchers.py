@@ -102,7 +102,7 @@ def test_ray_on_a_machine_without_a_gpu_is_refused_rather_than_left_to_wait_for_
     from pipeline import gpu
 
     if gpu.card().name is not None:
-        pytest.skip("there is a GPU")
+        pytest.skip("is about machines without a GPU, where the launcher would wait for one")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     sweep = make(tmp_path / "cwd", model, "seed=0,1", "hydra/launcher=ray")
 

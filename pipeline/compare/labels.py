@@ -77,17 +77,9 @@ def label(rows: list[Row]) -> None:
     for row in rows:
         row.label = " · ".join([row.how, *(named[name](row) for name in kept)])
     told = (
-        "precision",
-        "shape.kind",
-        "shape.batch",
-        "shape.min",
-        "shape.max",
-        "cache.name",
-        "model.inputs",
-        "strategy.name",
-        "backend.name",
-        "model.name",
-    )
+        "precision", "shape.kind", "shape.batch", "shape.min", "shape.max", "cache.name", "model.inputs",
+        "strategy.name", "backend.name", "model.name",
+    )  # fmt: skip
     for alike in _alike(rows):
         settings = {key for row in alike for key in row.axes if not key.startswith(told)}
         _append(alike, {key: [row.axes.get(key, "unset") for row in alike] for key in sorted(settings)})

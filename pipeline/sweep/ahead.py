@@ -7,14 +7,10 @@ meets it again, and has the typed row.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,10 +39,7 @@ def build(jobs: Sequence[Job], at_once: int, folder: Path) -> None:
                 )
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                if process.pid is not None:
-                    with suppress(ProcessLookupError):
-                        os.kill(process.pid, signal.SIGINT)
+            isolation.end_all()
             raise
 
 

@@ -93,12 +93,26 @@ def _context() -> multiprocessing.context.ForkServerContext:
     return context
 
 
+def end_all() -> None:
+    """Hand Ctrl-C on to the processes of all calls that other threads wait for; they have ``GRACE_S`` to end."""
+    running = [process for process in multiprocessing.active_children() if isinstance(process, ForkServerProcess)]
+    deadline = time.monotonic() + GRACE_S
+    for process in running:
+        _tell(process, signal.SIGINT)
+    for process in running:
+        process.join(max(0.0, deadline - time.monotonic()))
+        _kill_group(process)
+
+
 def _end(process: ForkServerProcess, number: signal.Signals) -> None:
-    if process.pid is None:
-        return
-    with suppress(ProcessLookupError):
-        os.kill(process.pid, number)
+    _tell(process, number)
     process.join(GRACE_S)
+
+
+def _tell(process: ForkServerProcess, number: signal.Signals) -> None:
+    if process.pid is not None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def _kill_group(process: ForkServerProcess) -> None:

@@ -80,11 +80,8 @@ class Task:
 
     def _chosen(self) -> str:
         """What Hydra's sweeper chose for the job that it is calling."""
-        given = HydraConfig.get().overrides.task
-        keys = [override.partition("=")[0].lstrip("+") for override in given]
-        return " ".join(
-            override.lstrip("+") for key, override in zip(keys, given, strict=True) if key not in self.fixed
-        )
+        given = (override.lstrip("+") for override in HydraConfig.get().overrides.task)
+        return " ".join(override for override in given if override.partition("=")[0] not in self.fixed)
 
 
 def sweep(
@@ -97,7 +94,7 @@ def sweep(
     """
     here = surroundings()
     if config.sweep.builders > 1 and launch is not None:
-        raise UserError(f"sweep.builders={config.sweep.builders}: where Hydra's plugins place the jobs, they build")
+        raise UserError(f"sweep.builders={config.sweep.builders}: leave it out where Hydra's plugins place the jobs")
     if config.sweep.baseline is not None and jobs is not None:
         table.check_baseline(config.sweep.baseline, jobs)
     key = sweep_key([identity, here] if jobs is None else [content_key(job.config, here) for job in jobs])
