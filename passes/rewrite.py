@@ -3,7 +3,8 @@
 Why the rewrites are legal: a mask is dropped only where it was proved equal to the predicate that replaces it for
 every index, every length of the profile and every content of the inputs (:mod:`passes.masks`), or every content
 that keeps a condition which the user asserted, and ``repeat_kv`` only where it was proved to be the repetition that
-grouped-query attention means (:func:`passes.attention.unrepeated`).
+grouped-query attention means (:func:`passes.attention.unrepeated`).  Rows that nothing reads are left out by
+:mod:`passes.unread`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from passes.errors import RunError
 from passes.masks import ASSUMED, MaskProof, prover_of
 from passes.scale import fold_scale
 from passes.strategies import KEEPS_MASK, Action, Decision, strategy
+from passes.unread import narrow
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out}
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -65,6 +67,8 @@ class Rewritten:
 
     program: ExportedProgram
     calls: list[CallRecord]
+    narrowed: int = 0
+    """Operations that run over fewer rows, since the others' are not read (:mod:`passes.unread`)."""
 
     @property
     def assumed(self) -> list[str]:
@@ -81,6 +85,7 @@ class Rewritten:
                 "by_action": dict(Counter(call.action for call in self.calls)),
                 "assumed": self.assumed,
                 "proof_seconds": round(sum(call.seconds for call in self.calls), 4),
+                "narrowed": self.narrowed,
             },
         }
 
@@ -146,10 +151,12 @@ def apply_strategy(
         if proof.proof == ASSUMED and decision.action not in KEEPS_MASK:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
         _REWRITES[decision.action](program, call, key, value)
+    left_alone = all(Action(record.action) is Action.UNTOUCHED for record in records)
+    narrowed = 0 if left_alone else narrow(program.graph_module)
     program.graph_module.graph.eliminate_dead_code(_keeps_alive)
     program.graph_module.graph.lint()
     program.graph_module.recompile()
-    return Rewritten(program, records)
+    return Rewritten(program, records, narrowed)
 
 
 def _keeps_alive(node: Node) -> bool:

@@ -1,10 +1,13 @@
 """Builds the products of one row with weights: what a decode step of a batch of one consists of.
 
-Measured (``python -m benchmarks.kernels step`` on an H200 with TensorRT-RTX 1.4, fp16, Llama 3.2 1B): as matrix
-products of one row the gate and up projections read their weights at 2.6 TB/s, and the norm before them is a kernel.
-As one product element by element and its sums, which TensorRT fuses into one kernel together with what made the row,
-they are read at 3.1 TB/s.  Products that share a row must be put together for that:
-apart, the fused kernel makes the row anew for each, and is slower than the matrix products.
+Measured on an H200 with TensorRT-RTX 1.4, fp16 (``python -m benchmarks.kernels step linear``; docs/generation.md):
+
+* As matrix products of one row the gate and up projections of Llama 3.2 1B read their weights at 2.6 TB/s, and the norm
+  before them is a kernel.  As one product element by element and its sums, which TensorRT fuses into one kernel
+  together with what made the row, they are read at 3.1 TB/s.  Products that share a row must be put together for that:
+  apart, the fused kernel makes the row anew for each, and is slower than the matrix products.
+* A square written as a power keeps the norm out of that kernel: 2 us more a norm.
+* The product with the vocabulary is large enough for tensor cores, if its row is one of eight.
 """
 
 from __future__ import annotations
@@ -20,7 +23,13 @@ from torch.fx import GraphModule, Node
 from passes.converters import as_tensor, reshaped
 from passes.stack import Stack
 
-LINEAR = torch.ops.aten.linear.default
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+
+VOCABULARY = 65536
+"""Outputs from which a product is faster as a matrix product of ``ROWS`` rows, all but one of them zero: a layer's
+products, of at most 16384 outputs, are not."""
+ROWS = 8
 
 
 def applies(node: Node) -> bool:
@@ -38,13 +47,22 @@ def _row(node: Node) -> Node | None:
     return row if all(isinstance(size, int) for size in sizes) and prod(sizes) == 1 else None
 
 
-def merge_siblings(graph: GraphModule) -> None:
+def prepare(graph: GraphModule) -> None:
+    """Bring ``graph`` into the form in which TensorRT fuses what becomes of a row, in place."""
+    for node in graph.graph.nodes:
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
+            node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
+    _merge_siblings(graph)
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _merge_siblings(graph: GraphModule) -> None:
     """Put the weights [out, in] of all products that share one row together, in place, where nothing else reads it."""
     for row in list(graph.graph.nodes):
         products = list(row.users)
         if len(products) > 1 and all(_row(p) is row and _constants(graph, p) for p in products):
             _merge(graph, row, products)
-    graph.graph.lint()
 
 
 def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:
@@ -91,11 +109,17 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
     net, trt = ctx.net, stack.trt
     row, weight, *bias = args
     out, inner = node.args[1].meta["val"].shape  # type: ignore[union-attr]
-    row = reshaped(net, row, (1, inner))
-    products = net.add_elementwise(
-        as_tensor(ctx, weight, f"{node.name} [weight]"), row, trt.ElementWiseOperation.PROD
-    ).get_output(0)
-    result = net.add_reduce(products, trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
+    row, weight = reshaped(net, row, (1, inner)), as_tensor(ctx, weight, f"{node.name} [weight]")
+    if out >= VOCABULARY:
+        zeros = torch.zeros(ROWS - 1, inner, dtype=node.meta["val"].dtype)
+        rows = net.add_concatenation([row, as_tensor(ctx, zeros, f"{node.name} [zeros]")])
+        rows.axis = 0
+        turned = trt.MatrixOperation.TRANSPOSE
+        every = net.add_matrix_multiply(rows.get_output(0), trt.MatrixOperation.NONE, weight, turned).get_output(0)
+        result = reshaped(net, net.add_slice(every, (0, 0), (1, out), (1, 1)).get_output(0), (out,))
+    else:
+        products = net.add_elementwise(weight, row, trt.ElementWiseOperation.PROD).get_output(0)
+        result = net.add_reduce(products, trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
     if bias and bias[0] is not None:
         bias_tensor = as_tensor(ctx, bias[0], f"{node.name} [bias]")
         result = net.add_elementwise(result, bias_tensor, trt.ElementWiseOperation.SUM).get_output(0)

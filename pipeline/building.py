@@ -89,11 +89,11 @@ def build(
         }
 
     with record.stage("interpret"):
-        networks = {}
+        networks, untouched = {}, config.strategy.name == "upstream"
         for name, low in lowered.items():
             in_place = cache is not None and cache.mode == "in_engine"
-            fused_rows = name == "decode" and config.backend.fused_rows is not False
-            networks[name] = compile.interpret(stack, low, config.strategy.name == "upstream", in_place, fused_rows)
+            fused_rows = config.backend.fused_rows is not False and not untouched
+            networks[name] = compile.interpret(stack, low, untouched, in_place, fused_rows)
             _put(report, "engine", name, networks[name].contents)
 
     with record.stage("build"):

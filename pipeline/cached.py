@@ -214,15 +214,17 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
     specs = [InputSpec.lengths("input_ids", shape)]
     tokens = torch.zeros(cache.batch, example_length(shape), dtype=torch.int64, device=device)
     inputs: dict[str, Any] = {"input_ids": tokens}
-    dynamic: dict[str, Any] = {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
+    dynamic: dict[str, Any] | None = None
     if cache.batch > 1:
         specs.append(InputSpec("last", cache.batch, 1, 1, 1, sizes=(cache.batch,)))
         inputs["last"] = torch.zeros(cache.batch, dtype=torch.int64, device=device)
-        dynamic["last"] = None
     if cache.mode == "in_engine":
         specs += cache.specs()
-        _add_caches(inputs, dynamic, cache, device)
-    return Traced(exported(form, inputs, None if shape.kind == "static" else dynamic), tuple(specs))
+        inputs |= _caches(cache, device)
+    if shape.kind == "dynamic":
+        fixed = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
+        dynamic = fixed | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
+    return Traced(exported(form, inputs, dynamic), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
@@ -236,11 +238,9 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    _add_caches(inputs, {}, cache, device)
-    return Traced(exported(form, inputs, None), specs)
+    return Traced(exported(form, inputs | _caches(cache, device), None), specs)
 
 
-def _add_caches(inputs: dict[str, Any], dynamic: dict[str, Any], cache: CacheShape, device: torch.device) -> None:
+def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:
     tensors, count = cache.tensors(device), len(cache.layers)
-    inputs |= {"keys": tensors[:count], "values": tensors[count:]}
-    dynamic |= {"keys": [None] * count, "values": [None] * count}
+    return {"keys": tensors[:count], "values": tensors[count:]}

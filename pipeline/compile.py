@@ -96,7 +96,7 @@ def interpret(
     ``in_place``: its KV cache is updated where it is; ``fused_rows``: see :mod:`passes.row_converters`.
     """
     if fused_rows:
-        row_converters.merge_siblings(lowered.graph)
+        row_converters.prepare(lowered.graph)
     made: list[converters.NativeLayer] = []
     interpreter_type = _interpreter_type(stack, made, use_upstream, in_place, fused_rows)
     specs = [_trt_input(stack, spec) for spec in lowered.inputs]

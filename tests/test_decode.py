@@ -206,7 +206,7 @@ def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
     inputs |= {"keys": caches[:count], "values": caches[count:]}
     before = lowered.graph(**inputs)
 
-    row_converters.merge_siblings(lowered.graph)
+    row_converters.prepare(lowered.graph)
 
     lone = [node for node in lowered.graph.graph.nodes if row_converters.applies(node)]
     shapes = [tuple(node.args[1].meta["val"].shape) for node in lone]
@@ -215,6 +215,21 @@ def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
     assert sum(len(node.args) > 2 and node.args[2] is not None for node in lone) == biases * count
     for one, other in zip(lowered.graph(**inputs), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows_and_a_square_a_product() -> None:
+    cache, traced, rewritten = programs("llama", "in_engine", 1, vocab_size=row_converters.VOCABULARY)
+    stack = load_stack()
+    lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
+    assert any(node.target is torch.ops.aten.pow.Tensor_Scalar for node in lowered.graph.graph.nodes)
+
+    network = compile.interpret(stack, lowered, use_upstream=False, in_place=True, fused_rows=True)
+
+    assert not any(node.target is torch.ops.aten.pow.Tensor_Scalar for node in lowered.graph.graph.nodes)
+    net = network.interpreter.ctx.net
+    products = [layer for layer in map(net.get_layer, range(net.num_layers)) if str(layer.type).endswith("MULTIPLY")]
+    assert [tuple(layer.get_output(0).shape) for layer in products] == [(8, row_converters.VOCABULARY)]
+    assert compile.build(stack, network, lambda *_: True).data is not None
 
 
 def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:
@@ -230,7 +245,7 @@ def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:
     graph = torch.export.export(Both(), (torch.randn(1, 8),)).run_decompositions({}).module()
     targets = [node.target for node in graph.graph.nodes]
 
-    row_converters.merge_siblings(graph)
+    row_converters.prepare(graph)
 
     assert [node.target for node in graph.graph.nodes] == targets
 

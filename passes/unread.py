@@ -1,0 +1,199 @@
+"""Computes no rows that nothing reads.
+
+Of a prompt, generation reads the logits behind its last token alone, and Hugging Face's models choose that row after
+the last norm: the output projection and the whole MLP of the last layer have then run over every token.  Here the
+choice moves up, through what works on each token by itself, to the last attention call.
+
+Legal because each of these operations gives row ``i`` of its result from row ``i`` of what it reads: choosing rows
+before it and after it is the same.  A node is narrowed only where everything that reads it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+
+POINTWISE = frozenset(
+    [
+        aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
+        aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.exp.default, aten.sigmoid.default,
+        aten.tanh.default, aten.relu.default, aten.silu.default, aten.gelu.default, aten.alias.default,
+        aten.clone.default, aten.detach.default, aten._to_copy.default,
+    ]
+)  # fmt: skip
+PIECES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
+SIZED = (aten.view.default, aten.reshape.default)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Which rows are read: ``size`` of them; ``of`` inserts the node that takes them along an axis of another node."""
+
+    node: Node
+    axis: int
+    size: int
+    of: Callable[[Node, int], Node]
+
+
+def narrow(graph: GraphModule) -> int:
+    """Move every choice of rows as far up as it can go, in place; returns how many nodes work on fewer rows for it."""
+    return sum(_move_up(graph, node) for node in list(graph.graph.nodes))
+
+
+def _choice(graph: GraphModule, node: Node) -> _Choice | None:
+    """``node`` as a choice of rows, if it is one: the last row, or those that a tensor names."""
+    if node.target is aten.slice.Tensor:
+        axis, start = _axis(node), node.args[2] if len(node.args) > 2 else None
+        if start != -1 or node.meta["val"].shape[axis] != 1:
+            return None
+
+        def last(source: Node, along: int) -> Node:
+            return graph.graph.call_function(aten.slice.Tensor, (source, along, -1, torch.iinfo(torch.int64).max))
+
+        return _Choice(node, axis, 1, last)
+    if node.target is aten.index.Tensor:
+        places: Any = node.args[1]
+        named = [axis for axis, each in enumerate(places) if each is not None]
+        if len(named) != 1 or places[named[0]].meta["val"].dim() != 1:
+            return None
+        rows = places[named[0]]
+        if rows.op != "placeholder":  # it might not be there yet further up
+            return None
+
+        def chosen(source: Node, along: int) -> Node:
+            return graph.graph.call_function(aten.index_select.default, (source, along, rows))
+
+        return _Choice(node, named[0], rows.meta["val"].shape[0], chosen)
+    return None
+
+
+def _move_up(graph: GraphModule, node: Node) -> int:
+    choice = _choice(graph, node)
+    if choice is None or not isinstance(choice.size, int) or any(user.op == "output" for user in node.users):
+        return 0
+    source: Any = node.args[0]
+    narrowed: dict[Node, int] = {}  # the axis of the rows
+    wanted = {source: choice.axis}
+    order = {each: place for place, each in enumerate(graph.graph.nodes)}
+    while wanted:
+        latest = max(wanted, key=order.__getitem__)
+        axis = wanted.pop(latest)
+        read = _rows_read(latest, axis)
+        readers = {user for user in latest.users if user is not node and not _holds_for_fewer(user)}
+        if read is None or not readers <= narrowed.keys():
+            continue
+        narrowed[latest] = axis
+        for argument, along in read.items():
+            if wanted.setdefault(argument, along) != along:
+                return 0
+    if not any(each.target is aten.linear.default for each in narrowed):
+        return 0  # nothing to be won
+    taken: dict[tuple[Node, int], Node] = {}
+    for each in sorted(narrowed, key=order.__getitem__):
+        axis = narrowed[each]
+        for argument, along in _rows_read(each, axis).items():  # type: ignore[union-attr]
+            if argument in narrowed:
+                continue
+            if (argument, along) not in taken:
+                with graph.graph.inserting_before(each):  # the first that reads it
+                    taken[argument, along] = choice.of(argument, along)
+                taken[argument, along].meta["val"] = _fewer(argument.meta["val"], along, choice.size)
+            each.replace_input_with(argument, taken[argument, along])
+        if each.target in SIZED:
+            sizes: Any = list(each.args[1])  # type: ignore[arg-type]
+            sizes[axis] = choice.size
+            each.target, each.args = aten.reshape.default, (each.args[0], sizes)
+    for each, axis in narrowed.items():
+        each.meta["val"] = _fewer(each.meta["val"], axis, choice.size)
+    node.replace_all_uses_with(source)
+    graph.graph.erase_node(node)
+    return len(narrowed)
+
+
+def _holds_for_fewer(node: Node) -> bool:
+    """Whether ``node`` is an assertion about a tensor that says nothing of its sizes or strides."""
+    sized = (*node.args[1:3], node.kwargs.get("size"), node.kwargs.get("stride"))
+    return node.target is aten._assert_tensor_metadata.default and all(each is None for each in sized)
+
+
+def _fewer(value: Any, axis: int, size: int) -> Any:
+    if isinstance(value, list | tuple):  # pieces
+        return [_fewer(each, axis, size) for each in value]
+    return value.new_empty((*value.shape[:axis], size, *value.shape[axis + 1 :]))
+
+
+def _rows_read(node: Node, axis: int) -> dict[Node, int] | None:
+    """What ``node`` reads row by row, and along which axis its rows lie there, where those of ``node`` lie along
+    ``axis``; None where its rows are not made each from its own."""
+    target, args = node.target, node.args
+    source = args[0] if node.op == "call_function" and args else None
+    if not isinstance(source, Node) or "val" not in source.meta:
+        return None
+    if target is operator.getitem:
+        return {source: axis}  # one of the pieces below
+    if not isinstance(source.meta["val"], torch.Tensor):
+        return None
+    before = source.meta["val"].shape
+    if target in PIECES:
+        return {source: axis} if _axis(node) != axis else None
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    shape = node.meta["val"].shape
+    rank = len(shape)
+    if target in POINTWISE:
+        return _aligned(node.all_input_nodes, axis, shape)
+    if target is aten.dropout.default:
+        return {source: axis} if not args[2] else None  # of inference: nothing
+    if target is aten.linear.default:
+        return {source: axis} if axis != rank - 1 else None
+    if target is aten.layer_norm.default:
+        return {source: axis} if axis < rank - len(args[1]) else None  # type: ignore[arg-type]
+    if target is aten.mean.dim:
+        dims = [dim % len(before) for dim in args[1]]  # type: ignore[union-attr,operator]
+        keeps = len(args) > 2 and args[2]
+        return {source: axis} if axis not in dims and (keeps or min(dims) > axis) else None
+    if target in SIZED:
+        same = len(before) > axis and all(_equal(before[i], shape[i]) for i in range(axis + 1))
+        return {source: axis} if same else None
+    if target is aten.transpose.int:
+        order = list(range(rank))
+        first, second = (int(dim) for dim in args[1:3])  # type: ignore[arg-type]
+        order[first], order[second] = order[second], order[first]
+        return {source: order[axis]}
+    if target is aten.permute.default:
+        return {source: range(rank)[args[1][axis]]}  # type: ignore[index]
+    return None
+
+
+def _axis(node: Node) -> int:
+    """Along which axis one of ``PIECES`` takes its piece or pieces."""
+    place = 1 if node.target is aten.slice.Tensor else 2
+    axis: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
+    return range(node.args[0].meta["val"].dim())[axis]  # type: ignore[union-attr]
+
+
+def _aligned(arguments: list[Node], axis: int, shape: torch.Size) -> dict[Node, int] | None:
+    """Of a pointwise operation, whose arguments are broadcast from the right."""
+    read = {}
+    for argument in arguments:
+        value = argument.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return None
+        along = axis - (len(shape) - value.dim())
+        if along >= 0 and not _equal(value.shape[along], 1):
+            read[argument] = along
+    return read
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Whether two sizes, integers or symbols, are known to be the same."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(first == second))
