@@ -13,6 +13,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline import gpu
+from pipeline.ceilings import Ceilings
 from pipeline.clock import Clock, CudaClock
 from pipeline.config import BenchmarkConfig
 from pipeline.memory import collector_paused
@@ -54,14 +55,14 @@ def measure(
     runner: Runner,
     config: BenchmarkConfig,
     cost: DecoderCost | None = None,
-    ceilings: gpu.Ceilings | None = None,
+    ceilings: Ceilings | None = None,
     precision: str = "fp16",
     clock: Clock | None = None,
     read_state: Callable[[], gpu.GpuState] = gpu.read_state,
 ) -> BenchmarkResult:
     """Measure every shape of ``config``; the first is the headline.
 
-    ``cost`` and ``ceilings`` (:func:`pipeline.gpu.measure_ceilings` at ``precision``) give the roofline
+    ``cost`` and ``ceilings`` (:func:`pipeline.ceilings.measure` at ``precision``) give the roofline
     fraction, which is None without them.  Raises :class:`RunError`: ``out_of_memory``, or ``unsteady`` when
     something was compiled, captured, bound or allocated while passes were timed.
     """
@@ -98,7 +99,7 @@ def _measure_shape(
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     import torch
 
-    held = gpu.memory()
+    free = gpu.free_bytes()
     try:
         gc.collect()
         with clock.on_stream(), collector_paused():
@@ -110,7 +111,7 @@ def _measure_shape(
                 host_ms, enqueue_ms = _host_loop(runner, config, clock)
             after = read_state()
     except torch.OutOfMemoryError as error:
-        raise gpu.out_of_memory(error, None if held is None else held[1] - held[0]) from error
+        raise gpu.out_of_memory(error, free) from error
     times = {"device_ms": device_ms, "host_ms": host_ms, "enqueue_ms": enqueue_ms}
     summaries = {name: summarise(values) for name, values in times.items()}
     drifting = [name for name in ("device_ms", "host_ms") if drifts(times[name])]

@@ -17,6 +17,7 @@ import numpy as np
 
 from passes.errors import RunError
 from pipeline import gpu
+from pipeline.ceilings import Ceilings
 from pipeline.clock import Clock, CudaClock
 from pipeline.config import BenchmarkConfig
 from pipeline.kernels import attention_kernels
@@ -55,7 +56,7 @@ def measure_generation(
     tokens: Tensor,
     cached: bool,
     cost: DecoderCost | None = None,
-    ceilings: gpu.Ceilings | None = None,
+    ceilings: Ceilings | None = None,
     precision: str = "fp16",
     clock: Clock | None = None,
     read_state: Callable[[], gpu.GpuState] = gpu.read_state,
@@ -76,7 +77,7 @@ def measure_generation(
         assert generator.stream is not None  # only on a GPU is anything timed
         clock = CudaClock(generator.stream)
     wanted = (shape.batch, shape.output_length)
-    held = gpu.memory()
+    memory_before, free = gpu.memory(), gpu.free_bytes()
     try:
         gc.collect()
         with clock.on_stream(), collector_paused():
@@ -100,7 +101,7 @@ def measure_generation(
                 "decode": attention_kernels(generator.decode),
             }
     except torch.OutOfMemoryError as error:
-        raise gpu.out_of_memory(error, None if held is None else held[1] - held[0]) from error
+        raise gpu.out_of_memory(error, free) from error
     if chosen != wanted:
         raise RunError("tokens", f"a generation of {wanted} tokens (batch, new) left {chosen}; the numbers are void")
     floors_s = None
@@ -112,7 +113,7 @@ def measure_generation(
         entry["cuda_graph"] = generator.cuda_graph
     report["kernels"] = kernels
     report["ceilings"] = None if ceilings is None else ceilings.to_dict()
-    report["memory"] = memory_section(held)
+    report["memory"] = memory_section(memory_before)
     return BenchmarkResult(report, samples)
 
 

@@ -59,10 +59,6 @@ def check(config: Config) -> None:
         raise UserError(f"sweep.timeout_minutes={config.sweep.timeout_minutes}: must be above 0")
     if config.sweep.builders < 1:
         raise UserError(f"sweep.builders={config.sweep.builders}: must be at least 1")
-    if config.sweep.builders > 1 and not config.store.enabled:
-        raise UserError(
-            f"sweep.builders={config.sweep.builders}: needs store.enabled=true, where the jobs find engines"
-        )
 
 
 def _check_model(model: ModelConfig) -> None:

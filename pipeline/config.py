@@ -188,8 +188,7 @@ class SweepConfig:
     timeout_minutes: float = 120.0
     """How long one job may take."""
     builders: int = 1
-    """How many engines are built and verified at once, before the jobs that time them run one by one; 1: each by its
-    job."""
+    """How many jobs load, build and verify at once, before they are timed one by one: :mod:`pipeline.sweep.waves`."""
     baseline: str | None = None
     """What speed-ups are over: ``strategy:upstream``, a setting that the jobs differ in and one of its values."""
     objective: str | None = None

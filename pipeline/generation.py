@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from pipeline.roofline import DecoderCost
 from pipeline.text import token_batch
 
 if TYPE_CHECKING:
+    from pipeline.ceilings import Ceilings
     from pipeline.generate import Generator
     from pipeline.steady import BenchmarkResult
 
@@ -40,11 +42,11 @@ def verify(
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None
     prompt = prompts(record, loaded)
-    held = gpu.memory()
+    free = gpu.free_bytes()
     try:
         generator.prepare(prompt, shape.output_length)
     except torch.OutOfMemoryError as error:
-        raise gpu.out_of_memory(error, None if held is None else held[1] - held[0]) from error
+        raise gpu.out_of_memory(error, free) from error
     reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
     own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
 
@@ -69,9 +71,12 @@ def measure(
     loaded: LoadedModel,
     generator: Generator,
     cost: DecoderCost | None,
-    ceilings: gpu.Ceilings | None,
+    ceilings: Ceilings | None,
+    read_state: Callable[[], gpu.GpuState],
 ) -> BenchmarkResult:
     """Time it; see :func:`pipeline.benchmark_generate.measure_generation`."""
     config = record.config
     prompt, cached = prompts(record, loaded), config.cache.name != "none"
-    return measure_generation(generator, config.benchmark, prompt, cached, cost, ceilings, config.precision)
+    return measure_generation(
+        generator, config.benchmark, prompt, cached, cost, ceilings, config.precision, read_state=read_state
+    )

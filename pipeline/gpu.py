@@ -1,4 +1,4 @@
-"""The state of the GPU, read and never set, and the two rates that bound what it can do.
+"""The state of the GPU, read and never set.
 
 NVML is asked before and after a measurement; :func:`taints` says what speaks against the numbers.
 """
@@ -8,17 +8,16 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import RunError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 LIMITS = {
     "SwPowerCap": "software power cap",
@@ -31,9 +30,6 @@ LIMITS = {
 
 VIOLATION_SHARE = 0.01
 """Clocks held back for more than this share of a measurement taint it."""
-
-MATMUL_SIZE = 8192
-"""Rows, columns and depth of the product that stands for the card's matrix rate: it fills every card of today."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,9 @@ class GpuState:
     utilisation_percent: int | None = None
     memory_used_bytes: int | None = None
     foreign_processes: int | None = None
-    """Processes on the card besides this one."""
+    """Processes on the card besides this one and those that are known to wait."""
+    waiting_processes: int | None = None
+    """Processes on the card that launch nothing, since they wait for their turn."""
     throttle_reasons: tuple[str, ...] | None = None
     """What holds the clocks back at this instant; values of ``LIMITS``."""
     power_limited_s: float | None = None
@@ -84,10 +82,11 @@ def card() -> Card:
         return Card(nvml.nvmlDeviceGetName(handle), f"{major}.{minor}", driver)
 
 
-def read_state() -> GpuState:
+def read_state(waiting: Collection[int] = ()) -> GpuState:
     """One reading of the card that PyTorch computes on; takes a few milliseconds.
 
-    ``foreign_processes`` supposes that this process has a CUDA context.
+    ``waiting``: ids of processes that are known to launch nothing.  ``foreign_processes`` supposes that this process
+    has a CUDA context.
     """
     now = time.perf_counter()
     with _nvml() as (nvml, why):
@@ -103,7 +102,8 @@ def read_state() -> GpuState:
             "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
             "utilisation_percent": lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu,
             "memory_used_bytes": lambda: nvml.nvmlDeviceGetMemoryInfo(handle).used,
-            "foreign_processes": lambda: foreign(_processes(nvml, handle), os.getpid()),
+            "foreign_processes": lambda: foreign(set(_processes(nvml, handle)) - set(waiting), os.getpid()),
+            "waiting_processes": lambda: len(_processes(nvml, handle).keys() & set(waiting)),
             "throttle_reasons": lambda: _throttle_reasons(nvml, handle),
             "power_limited_s": lambda: _violation_s(nvml, handle, nvml.NVML_PERF_POLICY_POWER),
             "thermally_limited_s": lambda: _violation_s(nvml, handle, nvml.NVML_PERF_POLICY_THERMAL),
@@ -153,9 +153,10 @@ def foreign(processes: set[int], own: int) -> int:
     return len(processes - {own}) if own in processes else max(len(processes) - 1, 0)
 
 
-def _processes(nvml: ModuleType, handle: object) -> set[int]:
+def _processes(nvml: ModuleType, handle: object) -> dict[int, int | None]:
+    """Ids of the processes on the card, and the bytes that each holds there, where NVML knows."""
     lists = nvml.nvmlDeviceGetComputeRunningProcesses(handle), nvml.nvmlDeviceGetGraphicsRunningProcesses(handle)
-    return {process.pid for processes in lists for process in processes}
+    return {process.pid: process.usedGpuMemory for processes in lists for process in processes}
 
 
 def _throttle_reasons(nvml: ModuleType, handle: object) -> tuple[str, ...]:
@@ -216,72 +217,6 @@ def _named(nvml: ModuleType) -> object | None:
     return None
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """What the card itself reaches: the roof over every measurement."""
-
-    copy_gb_per_s: float
-    """Device-to-device copy, bytes read plus bytes written, in 1e9 bytes per second."""
-    matmul_tflops: dict[str, float]
-    """Precision -> 1e12 operations per second of a square product on random data."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def measure_ceilings(precision: str) -> Ceilings:
-    """Copy bandwidth and matrix rate at ``precision`` (fp16, bf16, fp32) on the current device, in under a second.
-
-    fp32 runs as ``torch.backends.cuda.matmul`` says: without TF32 unless the caller allowed it.  Data are
-    random because products of zeros draw less power and clock higher.  Raises :class:`RunError`.
-    """
-    import torch
-
-    free_bytes, _ = torch.cuda.mem_get_info()
-    try:
-        ceilings = Ceilings(_copy_gb_per_s(free_bytes), {precision: _matmul_tflops(precision)})
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, free_bytes) from error
-    torch.cuda.empty_cache()  # the memory is the engine's
-    return ceilings
-
-
-def _copy_gb_per_s(free_bytes: int) -> float:
-    import torch
-
-    l2_bytes = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    size = min(max(16 * l2_bytes, 2**30), free_bytes // 4)  # well above the cache, else the cache is measured
-    source = torch.empty(size, dtype=torch.uint8, device="cuda").fill_(1)
-    target = torch.empty_like(source)
-    return 2 * size / _median_ms(lambda: target.copy_(source)) / 1e6
-
-
-def _matmul_tflops(precision: str) -> float:
-    import torch
-
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    random = torch.Generator("cuda").manual_seed(0)
-    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device="cuda", generator=random) for _ in range(2))
-    product = torch.empty_like(a)
-    return 2 * MATMUL_SIZE**3 / _median_ms(lambda: torch.mm(a, b, out=product)) / 1e9
-
-
-def _median_ms(work: Callable[[], torch.Tensor], warmup: int = 3, iterations: int = 10) -> float:
-    """Median device time of ``work`` in milliseconds; back to back, so that launching is hidden."""
-    import numpy as np
-    import torch
-
-    for _ in range(warmup):
-        work()
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(iterations + 1)]
-    events[0].record()
-    for event in events[1:]:
-        work()
-        event.record()
-    torch.cuda.synchronize()
-    return float(np.median([a.elapsed_time(b) for a, b in pairwise(events)]))
-
-
 def out_of_memory(error: BaseException, free_bytes: int | None) -> RunError:
     """``RunError("out_of_memory")`` that says what was needed and what was free."""
     needed = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
@@ -293,11 +228,27 @@ def out_of_memory(error: BaseException, free_bytes: int | None) -> RunError:
     )
 
 
+def free_bytes() -> int | None:
+    """Free memory of the current device; None without one."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+
+
 def memory() -> tuple[int, int] | None:
-    """(used, total) bytes of the current device, of all processes and libraries; None without one."""
+    """(used, total) bytes of the current device: used by all libraries of this process, or of all processes where NVML
+    does not tell them apart; None without a device."""
     import torch
 
     if not torch.cuda.is_available():
         return None
     free, total = torch.cuda.mem_get_info()
-    return total - free, total
+    with _nvml() as (nvml, _):
+        handle = None if nvml is None else _handle(nvml)[0]
+        if nvml is None or handle is None:
+            return total - free, total
+        try:
+            own = _processes(nvml, handle).get(os.getpid())
+        except nvml.NVMLError:
+            own = None
+    return own or total - free, total

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,11 +36,26 @@ class Outcome:
     folder: Path
 
 
-def run(config: Config, display: StageDisplay | None = None, track: Callable[..., Tracked] | None = None) -> Outcome:
+Turn = Callable[[], AbstractContextManager[Collection[int]]]
+"""Entered to have the GPU to itself; gives the ids of the processes that lie on it and launch nothing meanwhile."""
+
+
+def alone() -> AbstractContextManager[Collection[int]]:
+    """The turn of a run that shares the GPU with nobody."""
+    return nullcontext(())
+
+
+def run(
+    config: Config,
+    display: StageDisplay | None = None,
+    track: Callable[..., Tracked] | None = None,
+    turn: Turn = alone,
+) -> Outcome:
     """Do what ``config`` says.  Raises :class:`passes.errors.UserError`, and then nothing was created; whatever
     goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written.
 
     ``track`` stands in for :func:`pipeline.tracking.start`, and the store is then not asked whether it is there.
+    ``turn`` is taken before anything is timed.
     """
     from pipeline import plugin, tracking
     from pipeline.tracking_names import folder_name
@@ -76,9 +92,9 @@ def run(config: Config, display: StageDisplay | None = None, track: Callable[...
         try:
             if loaded is not None:
                 if config.backend.name == "tensorrt":
-                    status = _tensorrt(record, loaded, device, cache)
+                    status = _tensorrt(record, loaded, device, cache, turn)
                 else:
-                    status = _rival(record, loaded, device)
+                    status = _rival(record, loaded, device, turn)
         except StopHere:
             pass
         except Exception as error:
@@ -130,7 +146,7 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
     return loaded, device, cache
 
 
-def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: CacheShape | None) -> str:
+def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: CacheShape | None, turn: Turn) -> str:
     """export → … → build, or the same engines out of the store; then verify → benchmark; returns the status."""
     from passes.stack import load_stack
     from pipeline import building, machine, reuse
@@ -154,12 +170,12 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: 
     if device.type != "cuda":
         return "not_executed"
     what.finished()
-    _benchmark(record, loaded, what)
+    _benchmark(record, loaded, what, turn)
     what.finished()
     return "ok"
 
 
-def _rival(record: Record, loaded: LoadedModel, device: torch.device) -> str:
+def _rival(record: Record, loaded: LoadedModel, device: torch.device, turn: Turn) -> str:
     """verify → benchmark of eager PyTorch or torch.compile; without a GPU nothing is timed."""
     from pipeline.export import CallForm
     from pipeline.machine import Machine
@@ -179,7 +195,7 @@ def _rival(record: Record, loaded: LoadedModel, device: torch.device) -> str:
     what = Machine(name, runner, runner, generator)
     with record.stage("verify"):
         _verify(record, loaded, what)
-    _benchmark(record, loaded, what)
+    _benchmark(record, loaded, what, turn)
     return "ok"
 
 
@@ -244,9 +260,11 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
         record.report["verify"]["outside"] = verify.cost(judge(outside)["cases"], assumed)
 
 
-def _benchmark(record: Record, loaded: LoadedModel, what: Machine) -> None:
+def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -> None:
     """Time what was verified; nothing else ever reaches this."""
-    from pipeline import benchmark, generation, gpu
+    import torch
+
+    from pipeline import benchmark, ceilings, generation, gpu
     from pipeline.plots import latency_plot
     from pipeline.roofline import decoder_cost
 
@@ -254,12 +272,14 @@ def _benchmark(record: Record, loaded: LoadedModel, what: Machine) -> None:
     if not config.benchmark.shapes and what.generator is None:
         return
     assert what.runner is not None
-    with record.stage("benchmark"):
+    gc.collect()
+    torch.cuda.empty_cache()  # what the verification took
+    with turn() as waiting, record.stage("benchmark"):
         cost = decoder_cost(loaded.model, config.model.logits)
-        ceilings = gpu.measure_ceilings(config.precision)
-        result = benchmark.measure(what.runner, config.benchmark, cost, ceilings, config.precision)
+        roof, read_state = ceilings.measure(config.precision), partial(gpu.read_state, waiting)
+        result = benchmark.measure(what.runner, config.benchmark, cost, roof, config.precision, read_state=read_state)
         if what.generator is not None:
-            result = result.joined(generation.measure(record, loaded, what.generator, cost, ceilings))
+            result = result.joined(generation.measure(record, loaded, what.generator, cost, roof, read_state))
         record.report["benchmark"] = result.report
         record.keep_json("samples.json", result.samples)
         assert record.folder is not None

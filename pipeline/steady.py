@@ -134,7 +134,7 @@ def conditions(
 
 
 def memory_section(before: tuple[int, int] | None) -> dict[str, int] | None:
-    """Device memory in bytes, of every library and process.
+    """Device memory in bytes, see :func:`pipeline.gpu.memory`.
 
     Neither TensorRT nor PyTorch's allocator gives back memory between passes, so what is held after the
     last one is the peak.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +19,11 @@ from hypothesis import strategies as st
 from simulated import MS, QUIET, SimulatedClock
 
 from passes.errors import RunError
-from pipeline import gpu
+from pipeline import ceilings, gpu
 from pipeline.benchmark import BenchmarkResult, CudaClock, measure
+from pipeline.ceilings import Ceilings
 from pipeline.config import BenchmarkConfig, BenchmarkShape
-from pipeline.gpu import Ceilings, GpuState
+from pipeline.gpu import GpuState
 from pipeline.roofline import DecoderCost, decoder_cost, prefill_bytes, prefill_floor_s, prefill_flops
 from pipeline.statistics import bootstrap_medians, drifts, median_interval, quantile, summarise
 
@@ -266,6 +270,38 @@ def test_this_process_is_not_foreign_even_under_the_hosts_number() -> None:
     assert gpu.foreign({11, 12, 13}, own=12) == 2
     assert gpu.foreign({4711}, own=12) == 0
     assert gpu.foreign(set(), own=12) == 0
+
+
+def test_processes_that_wait_for_their_turn_are_counted_and_are_not_foreign(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Nvml:
+        NVMLError = OSError
+
+        def __getattr__(self, name: str) -> Callable[..., object]:
+            return lambda *_: []
+
+        @staticmethod
+        def nvmlDeviceGetComputeRunningProcesses(_: object) -> list[object]:
+            return [SimpleNamespace(pid=pid, usedGpuMemory=pid * 1000) for pid in (os.getpid(), 11, 12, 13)]
+
+    for name, value in {"_nvml": nullcontext((Nvml(), "")), "_handle": (object(), "")}.items():
+        monkeypatch.setattr(gpu, name, lambda *_, value=value: value)
+    monkeypatch.setattr(gpu, "_throttle_reasons", lambda *_: ())
+    monkeypatch.setattr(gpu, "_violation_s", lambda *_: 0.0)
+    monkeypatch.setattr(Nvml, "nvmlDeviceGetPowerUsage", lambda *_: 1e3, raising=False)
+    for part in ("nvmlDeviceGetUtilizationRates", "nvmlDeviceGetMemoryInfo"):
+        monkeypatch.setattr(Nvml, part, lambda *_: SimpleNamespace(gpu=0, used=0), raising=False)
+
+    state = gpu.read_state({12, 13, 14})
+    assert (state.foreign_processes, state.waiting_processes) == (1, 2)
+    assert gpu.taints(state, state) == ["1 other process on the GPU"]
+    alone = gpu.read_state({11, 12, 13})
+    assert (alone.foreign_processes, gpu.taints(alone, alone)) == (0, [])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (60, 100))
+    assert gpu.memory() == (os.getpid() * 1000, 100)  # of this process alone
+    monkeypatch.setattr(Nvml, "nvmlDeviceGetComputeRunningProcesses", lambda *_: [], raising=False)
+    assert gpu.memory() == (40, 100)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
@@ -524,10 +560,10 @@ def test_more_memory_than_the_device_has_is_a_failed_run_that_names_both_sizes()
 def test_the_ceilings_of_a_real_card_are_plausible_and_quick() -> None:
     torch.cuda.init()
     start = time.perf_counter()
-    ceilings = gpu.measure_ceilings("fp16")
+    found = ceilings.measure("fp16")
     assert time.perf_counter() - start < 5.0  # the first matrix product of a process loads its library
-    assert 50 < ceilings.copy_gb_per_s < 20_000
-    assert 1 < ceilings.matmul_tflops["fp16"] < 5_000
+    assert 50 < found.copy_gb_per_s < 20_000
+    assert 1 < found.matmul_tflops["fp16"] < 5_000
 
 
 @pytest.mark.gpu

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from passes.errors import RunError
 from pipeline.benchmark_generate import STEPPED_GENERATIONS, measure_generation
+from pipeline.ceilings import Ceilings
 from pipeline.config import BenchmarkConfig, GenerateShape
-from pipeline.gpu import Ceilings
 from pipeline.plots import latency_plot
 from pipeline.roofline import DecoderCost, decode_floor_s, prefill_floor_s, step_floors_s
 from pipeline.steady import BenchmarkResult

@@ -261,7 +261,6 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["-m", "seed=1,2", "tracking=server", "tracking.uri=http://127.0.0.1:9"], ["127.0.0.1:9", "no MLflow server"]),
     (["sweep.timeout_minutes=0"], ["sweep.timeout_minutes=0", "above 0"]),
     (["sweep.builders=0"], ["sweep.builders=0", "at least 1"]),
-    (["sweep.builders=2", "store.enabled=false"], ["sweep.builders=2", "store.enabled=true"]),
     (["-m", "sweep.builders=2", "hydra/launcher=submitit_local"], ["sweep.builders=2", "plugins"]),
     (["tracking.register=true"], ["tracking.register=true", "-m"]),
     (["--cfg", "job", "precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),

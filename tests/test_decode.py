@@ -218,7 +218,7 @@ def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
 
 
 def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows_and_a_square_a_product() -> None:
-    cache, traced, rewritten = programs("llama", "in_engine", 1, vocab_size=row_converters.VOCABULARY)
+    _, traced, rewritten = programs("llama", "in_engine", 1, vocab_size=row_converters.VOCABULARY)
     stack = load_stack()
     lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
     assert any(node.target is torch.ops.aten.pow.Tensor_Scalar for node in lowered.graph.graph.nodes)

@@ -132,37 +132,43 @@ def test_a_process_of_its_own_costs_a_job_less_than_six_seconds(twenty: Twenty) 
     assert max(entry["process_seconds"] - entry["seconds"] for entry in well) < 6
 
 
-def ahead(cwd: Path, model: Path) -> Sweep:
-    """Four jobs, the last two of which fail; engines are built two at a time."""
+def at_once(cwd: Path, model: Path) -> Sweep:
+    """Four jobs, the last two of which fail, in waves of three."""
     jobs = ("model.inputs=[input_ids],[input_ids,attention_mask]", "precision=fp16,bf16")
-    settings = ("strategy.unproven=error", "sweep.builders=2", f"store.folder={cwd}/engines")
-    return make(cwd, model, "until=null", *jobs, *settings)
+    settings = ("strategy.unproven=error", "sweep.builders=3", f"store.folder={cwd}/engines")
+    return make(cwd, model, "until=null", "benchmark=prefill", "benchmark.min_seconds=0.1", *jobs, *settings)
 
 
-def test_engines_that_were_built_ahead_are_found_by_their_jobs_and_a_failure_is_the_jobs(
-    model: Path, tmp_path: Path
-) -> None:
-    sweep = ahead(tmp_path / "sweep", model)
+def test_jobs_that_go_in_waves_have_each_its_own_row_and_are_skipped_the_next_time(model: Path, tmp_path: Path) -> None:
+    sweep = at_once(tmp_path / "sweep", model)
     code, shown = sweep.finish()
 
-    assert code == 1 and "built ahead, 4 of 4" in shown, shown
+    assert code == 1, shown
     entries = list(sweep.entries().values())
     assert [entry["status"] for entry in entries] == ["ok" if GPU else "not_executed"] * 2 + ["failed"] * 2
-    reports = [json.loads((sweep.cwd / entry["folder"] / "report.json").read_text()) for entry in entries]
-    assert [report["store"]["hit"] for report in reports[:2]] == [True, True]
     assert entries[2]["failure"]["stage"] == "strategy"
-    assert len(list(sweep.cwd.glob("outputs/*/*/report.json"))) == 4  # those built ahead leave no run of their own
+    reports = [json.loads((sweep.cwd / entry["folder"] / "report.json").read_text()) for entry in entries[:2]]
+    if GPU:  # each had the GPU to itself, the other one beside it
+        states = [report["benchmark"]["prefill"]["gpu"]["before"] for report in reports]
+        assert [state["foreign_processes"] for state in states] == [0, 0]
+        assert {state["waiting_processes"] for state in states} == {0, 1}
+
+    code, shown = sweep.finish()
+    assert code == 1 and shown.count("finished before") == 2, shown
 
 
-def test_ctrl_c_ends_all_that_is_built_ahead(model: Path, tmp_path: Path) -> None:
-    sweep = ahead(tmp_path / "sweep", model)
+def test_ctrl_c_ends_a_whole_wave_and_keeps_its_rows(model: Path, tmp_path: Path) -> None:
+    sweep = at_once(tmp_path / "sweep", model)
     process = sweep.start()
-    wait_for(lambda: len(sweep.children()) == 2)
+    wait_for(lambda: len(sweep.children()) == 3)
     process.send_signal(signal.SIGINT)
     shown, _ = process.communicate(timeout=120)
 
     assert process.returncode == 130 and "the same command goes on" in shown, shown
     wait_for(lambda: not sweep.processes())
+    entries = list(sweep.entries().values())
+    assert [entry["status"] for entry in entries] == ["failed"] * 3 + ["not_done"]
+    assert {entry["failure"]["kind"] for entry in entries[:3]} == {"interrupted"}
 
 
 @pytest.mark.gpu

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,64 @@ def test_a_call_in_a_process_of_its_own_ends_as_it_may_and_leaves_nothing_behind
     assert isolation.call(end, ("children",), log, 60).exit_code == 0
     sleepers = [p for p in psutil.Process().children(recursive=True) if "time.sleep(300)" in " ".join(p.cmdline())]
     assert sleepers == []
+
+
+def take_turn(name: str, book: str, before_s: float, turn: isolation.Asking) -> int:
+    """Prepare for ``before_s``, then write down when the turn began, with whom waiting, and when it ended."""
+    time.sleep(before_s)
+    if name == "never":
+        return 0
+    with turn() as waiting:
+        begin = time.monotonic()
+        time.sleep(0.2)
+        if name == "late":
+            time.sleep(300)
+        Path(book, name).write_text(json.dumps([begin, time.monotonic(), sorted(waiting), os.getpid()]))
+    return 0
+
+
+def test_calls_at_the_same_time_take_turns_once_all_are_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "GRACE_S", 0.5)
+    names = {"quick": 0.0, "second": 0.0, "slow": 2.0, "never": 1.0, "late": 0.0}
+    turns, began = isolation.Turns(len(names)), time.monotonic()
+    (tmp_path / "book").mkdir()
+
+    def call(name: str) -> Ended:
+        arguments = (name, str(tmp_path / "book"), names[name])
+        return isolation.call(take_turn, arguments, tmp_path / name, 30 if name != "late" else 1.0, turns)
+
+    with ThreadPoolExecutor(len(names)) as pool:
+        ended = dict(zip(names, pool.map(call, names), strict=True))
+
+    assert [name for name, each in ended.items() if each.timed_out] == ["late"]
+    assert ended["late"].seconds < 6 and ended["quick"].seconds < 6  # waiting counts neither as time taken nor as late
+    entries = sorted(json.loads(file.read_text()) for file in (tmp_path / "book").iterdir())
+    assert len(entries) == 3
+    assert entries[0][0] - began > 2.0  # not before the slowest was ready
+    assert all(one[1] <= other[0] for one, other in pairwise(entries))
+    for place, (*_, waiting, own) in enumerate(entries):
+        behind = {entry[3] for entry in entries[place + 1 :]}
+        assert behind <= set(waiting) and own not in waiting
+
+
+def test_a_call_that_is_killed_while_it_waits_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isolation, "GRACE_S", 0.5)
+    turns = isolation.Turns(3)  # the third never comes
+    (tmp_path / "book").mkdir()
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(isolation.call, take_turn, (name, str(tmp_path / "book"), 0.0), tmp_path / name, 30, turns)
+            for name in ("one", "other")
+        ]
+        while len(turns._waiting) < 2:
+            time.sleep(0.05)
+        os.kill(min(turns._waiting), signal.SIGKILL)
+        time.sleep(0.3)
+        turns.leave(asked=False)
+        ended = [call.result() for call in calls]
+
+    assert sorted(each.exit_code for each in ended) == [-signal.SIGKILL, 0]
+    assert len(list((tmp_path / "book").iterdir())) == 1
 
 
 def test_a_process_that_the_kernel_killed_for_memory_is_told_from_one_that_somebody_killed(

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
@@ -25,15 +25,19 @@ from pipeline.sweep.ledger import Entry, Ledger
 from pipeline.tracking import Tracked
 from pipeline.tracking_names import folder_name
 
+if TYPE_CHECKING:
+    from pipeline.run import Turn
+
 LOG_FILE = "run.log"
 
 
-def attempt(config: Config, key: str, name: str) -> int:
+def attempt(config: Config, key: str, name: str, turn: Turn | None = None) -> int:
     """Do the job with content key ``key`` and leave its report; 0 where that is not one of failure.
 
-    ``name`` is this attempt's.  A job that somebody else finishes meanwhile is not done again.
+    ``name`` is this attempt's; ``turn`` is taken before anything is timed.  A job that somebody else finishes meanwhile
+    is not done again.
     """
-    from pipeline.run import run
+    from pipeline.run import alone, run
 
     ledger = Ledger(Path(config.output))
     before = ledger.read(key)
@@ -43,7 +47,7 @@ def attempt(config: Config, key: str, name: str) -> int:
             return 0
         progress = _Progress(ledger, key, Entry(name, time.time()))
         try:
-            outcome = run(config, progress, progress.track)
+            outcome = run(config, progress, progress.track, turn or alone)
         except UserError as error:
             _failed(progress, config, error)
             return 1

@@ -1,4 +1,5 @@
-"""One call in a process of its own, with a time limit: whatever it does to itself, the caller goes on.
+"""One call in a process of its own, with a time limit: whatever it does to itself, the caller goes on.  Calls that run
+at the same time can take turns at what only one may do.
 
 The process is forked from a server that has imported the libraries and nothing else (:mod:`pipeline.sweep.preload`),
 so it starts in no time and with a CUDA of its own.  Three things end it: its time limit, the caller's death, and,
@@ -14,8 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
@@ -53,6 +54,59 @@ class Ended:
             return f"signal {-self.exit_code}"
 
 
+class Turns:
+    """Among ``calls`` that run at the same time: none has its turn before every one has asked for it or ended, and
+    then one has it at a time, until its process ends."""
+
+    def __init__(self, calls: int) -> None:
+        self._changed = threading.Condition()
+        self._not_ready, self._taken, self.cancelled = calls, False, False
+        self._waiting: set[int] = set()
+
+    def take(self, process: int) -> frozenset[int]:
+        """Wait for the turn of ``process``; returns the ids of the processes that wait for theirs meanwhile."""
+        with self._changed:
+            self._not_ready -= 1
+            self._waiting.add(process)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.cancelled or not (self._not_ready or self._taken))
+            self._taken = True
+            self._waiting.discard(process)
+            return frozenset(self._waiting)
+
+    def leave(self, asked: bool) -> None:
+        """A call has ended; ``asked``: it has had its turn."""
+        with self._changed:
+            if asked:
+                self._taken = False
+            else:
+                self._not_ready -= 1
+            self._changed.notify_all()
+
+    def cancel(self) -> None:
+        """Nobody waits any longer: the calls are being interrupted."""
+        with self._changed:
+            self.cancelled = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How a call asks for its turn, in its own process: a context that is entered once the turn has come, and gives
+    the ids of the processes that wait for theirs."""
+
+    caller: connection.Connection
+    limit_s: float
+
+    @contextmanager
+    def __call__(self) -> Iterator[frozenset[int]]:
+        faulthandler.cancel_dump_traceback_later()  # waiting takes as long as the others take
+        self.caller.send(None)
+        waiting = self.caller.recv()
+        faulthandler.dump_traceback_later(self.limit_s, exit=True)
+        yield waiting
+
+
 def warm_up() -> None:
     """Start the server ahead of the first call; it imports while the caller does something else."""
     _context()
@@ -61,18 +115,31 @@ def warm_up() -> None:
     forkserver.ensure_running()
 
 
-def call(target: Callable[..., int], arguments: tuple[Any, ...], log: Path, limit_s: float) -> Ended:
+def call(
+    target: Callable[..., int], arguments: tuple[Any, ...], log: Path, limit_s: float, turns: Turns | None = None
+) -> Ended:
     """``target(*arguments)`` in a process of its own, which writes what it prints to ``log``; its result is the exit
-    code.  ``target`` and ``arguments`` must be picklable.
+    code.  ``target`` and ``arguments`` must be picklable.  With ``turns`` there is one argument more, :class:`Asking`;
+    the time limit does not count the waiting.
 
     Ctrl-C and SIGTERM are handed on to the process, which then has ``GRACE_S`` to end.
     """
     killed_before, began = _killed_for_memory(), time.monotonic()
+    ours = theirs = None
+    if turns is not None:
+        ours, theirs = _context().Pipe()
+        arguments = (*arguments, Asking(theirs, limit_s + 2 * GRACE_S))
     process = _context().Process(target=_inside, args=(target, arguments, log, limit_s + 2 * GRACE_S))
-    timed_out, interruption = False, None
+    timed_out, interruption, asked, waited = False, None, False, 0.0
     try:
         process.start()
-        process.join(limit_s)
+        if turns is not None and ours is not None and connection.wait([process.sentinel, ours], limit_s) == [ours]:
+            ready, asked = time.monotonic(), True
+            waiting = turns.take(process.pid or 0)
+            waited = time.monotonic() - ready
+            with suppress(OSError):  # it has been killed while it waited
+                ours.send(waiting)
+        process.join(max(0.0, limit_s - (time.monotonic() - began - waited)))
         if process.is_alive():
             timed_out = True
             _end(process, signal.SIGTERM)
@@ -81,10 +148,14 @@ def call(target: Callable[..., int], arguments: tuple[Any, ...], log: Path, limi
         _end(process, signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
     finally:
         _kill_group(process)  # and what it had started
+        if turns is not None:
+            turns.leave(asked)
     exit_code = -signal.SIGKILL if process.exitcode is None else process.exitcode  # None: it never started
+    if turns is not None and turns.cancelled and exit_code != 0:
+        interruption = interruption or KeyboardInterrupt()
     by_someone = exit_code == -signal.SIGKILL and not timed_out and interruption is None
     out_of_memory = by_someone and _killed_for_memory() > killed_before
-    return Ended(exit_code, timed_out, out_of_memory, time.monotonic() - began, interruption)
+    return Ended(exit_code, timed_out, out_of_memory, time.monotonic() - began - waited, interruption)
 
 
 def _context() -> multiprocessing.context.ForkServerContext:

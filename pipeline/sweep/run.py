@@ -18,13 +18,24 @@ from omegaconf import DictConfig
 from passes.errors import UserError
 from pipeline.config import Config, from_hydra
 from pipeline.report import write_json
-from pipeline.sweep import ahead, isolation, registry, table, tracking
+from pipeline.sweep import isolation, registry, table, tracking, waves
 from pipeline.sweep.attempt import attempt, settle
 from pipeline.sweep.display import line, live
 from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
 from pipeline.sweep.keys import content_key, settings_key, surroundings, sweep_key
 from pipeline.sweep.ledger import Entry, Ledger
 from pipeline.tracking_store import check_store
+
+
+@dataclass(frozen=True)
+class Done:
+    """A job that is over; ``ended``: its process, None where the job had been finished before."""
+
+    config: Config
+    job: str
+    entry: Entry
+    report: dict[str, Any]
+    ended: isolation.Ended | None
 
 
 @dataclass(frozen=True)
@@ -55,28 +66,35 @@ class Task:
 
     def do(self, config: Config) -> dict[str, Any]:
         """Do the job, unless it is finished; keep its row, and return its report."""
+        return self.finish(self.attempt(config))
+
+    def attempt(self, config: Config, turns: isolation.Turns | None = None) -> Done:
+        """Do the job, unless it is finished."""
         job, ledger = settings_key(config), Ledger(Path(config.output))
         key = content_key(config, self.surroundings or surroundings())
-        label = self.labels.get(job) or self._chosen()
-        done, ended = None if config.rerun else ledger.finished(key), None
-        if done is None:
-            done, ended = self._attempt(config, key, job)
-        entry, report = done
+        finished = None if config.rerun else ledger.finished(key)
+        if finished is not None:
+            if turns is not None:
+                turns.leave(asked=False)
+            return Done(config, job, *finished, None)
+        name, log = uuid.uuid4().hex, self.folder / "logs" / f"{job[:32]}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        ended = isolation.call(attempt, (config, key, name), log, 60 * config.sweep.timeout_minutes, turns)
+        return Done(config, job, *settle(config, key, name, ended, log), ended)
+
+    def finish(self, done: Done) -> dict[str, Any]:
+        """Send the job's report, keep its row and say how it went; returns the report."""
+        entry, report, ended = done.entry, done.report, done.ended
         assert entry.folder is not None
-        folder, seconds = ledger.output / entry.folder, 0.0 if ended is None else ended.seconds
-        run_id = tracking.send(self.parent, config, job, folder, report, entry.started)
-        write_row(self.folder / "rows", Row(job, label, str(folder), ended is None, seconds, run_id))
+        label = self.labels.get(done.job) or self._chosen()
+        folder, seconds = Path(done.config.output) / entry.folder, 0.0 if ended is None else ended.seconds
+        run_id = tracking.send(self.parent, done.config, done.job, folder, report, entry.started)
+        write_row(self.folder / "rows", Row(done.job, label, str(folder), ended is None, seconds, run_id))
         print(line(label, report, folder, seconds, ended is None), file=sys.stderr)
         if ended is not None and ended.interruption is not None:
             raise ended.interruption
         return report
-
-    def _attempt(self, config: Config, key: str, job: str) -> tuple[tuple[Entry, dict[str, Any]], isolation.Ended]:
-        name, log = uuid.uuid4().hex, self.folder / "logs" / f"{job[:32]}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
-        ended = isolation.call(attempt, (config, key, name), log, 60 * config.sweep.timeout_minutes)
-        return settle(config, key, name, ended, log), ended
 
     def _chosen(self) -> str:
         """What Hydra's sweeper chose for the job that it is calling."""
@@ -113,14 +131,15 @@ def sweep(
         task = Task(parent, folder, labels, surroundings=here if launch is None else None)
         status = "KILLED"
         try:
-            if config.sweep.builders > 1:
-                ahead.build(left, config.sweep.builders, folder / "ahead")
             with live(folder / "rows", None if jobs is None else len(jobs)):
-                if launch is None:
-                    for job in jobs or ():
-                        task.do(job.config)
-                else:
+                if launch is not None:
                     launch(task, folder)
+                else:
+                    together = left if config.sweep.builders > 1 else []
+                    for job in jobs or ():
+                        if job not in together:
+                            task.do(job.config)
+                    waves.do(task, together, config.sweep.builders)
             status = "FINISHED"
         except KeyboardInterrupt:
             print("\ninterrupted; the same command goes on with the jobs that are left", file=sys.stderr)
