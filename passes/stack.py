@@ -38,6 +38,11 @@ class Stack:
         """``add_attention_v2`` with ``CausalMaskKind``: from TensorRT 11 and TensorRT-RTX 1.6."""
         return hasattr(self.trt.INetworkDefinition, "add_attention_v2")
 
+    @property
+    def replays_itself(self) -> bool:
+        """An execution context can capture and replay a CUDA graph of its own: TensorRT-RTX."""
+        return hasattr(self.trt, "CudaGraphStrategy")
+
     def versions(self) -> dict[str, str]:
         return {
             "torch": torch.__version__,

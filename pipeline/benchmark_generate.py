@@ -38,7 +38,7 @@ WARMUP_WINDOW = 2
 """Generations whose median is compared with that of as many before; a generation averages over its tokens itself."""
 
 STEPPED_GENERATIONS = 3
-"""Generations in which the device is waited for after every pass, to time its launch."""
+"""Generations in which the device is waited for after every pass, to time its launch; fewer where one takes long."""
 
 
 @dataclass
@@ -93,7 +93,7 @@ def measure_generation(
             with steady(generator):
                 times = _Times()
                 _free_loop(generator, config, clock, times)
-                _stepped_loop(generator, shape.output_length, clock, times)
+                _stepped_loop(generator, config, clock, times)
             after = read_state()
             chosen = tuple(generator.tokens().shape)
             kernels = {
@@ -148,19 +148,24 @@ def _free_loop(generator: Generator, config: BenchmarkConfig, clock: Clock, time
         times.step_ms += [[a.elapsed_time(b) for a, b in pairwise(row)] for row in events]
 
 
-def _stepped_loop(generator: Generator, output_length: int, clock: Clock, times: _Times) -> None:
+def _stepped_loop(generator: Generator, config: BenchmarkConfig, clock: Clock, times: _Times) -> None:
     """The launch of every pass, with the device idle before it."""
-    for _ in range(STEPPED_GENERATIONS):
-        launches = [0] * output_length
-        step = generator.prefill
-        for i in range(output_length):
+    assert config.generate is not None
+    passes = config.generate.output_length
+    for count, spend in blocks(1, config.min_seconds, STEPPED_GENERATIONS):
+        start = clock.now_ns()
+        for _ in range(count):
+            launches = [0] * passes
+            step = generator.prefill
+            for i in range(passes):
+                clock.synchronize()
+                begin = clock.now_ns()
+                step()
+                launches[i] = clock.now_ns() - begin
+                step = generator.decode
             clock.synchronize()
-            begin = clock.now_ns()
-            step()
-            launches[i] = clock.now_ns() - begin
-            step = generator.decode
-        clock.synchronize()
-        times.launch_ms.append([launch / 1e6 for launch in launches])
+            times.launch_ms.append([launch / 1e6 for launch in launches])
+        spend(clock.now_ns() - start)
 
 
 def _entries(

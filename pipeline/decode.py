@@ -1,7 +1,8 @@
 """Generates with a KV cache of fixed capacity: one program runs the prompts, another each token after them.
 
 Everything stays on the device: the caches and every other tensor are allocated once and bound once, the next token is
-chosen there and fed back, and a decode step is one CUDA graph, choice of the token included.
+chosen there and fed back, and a decode step is one CUDA graph, choice of the token included; where the engine cannot be
+captured, TensorRT-RTX replays a graph of its own and the choice is launched behind it.
 
 Rows of a batch begin at place 0 of the cache.  Padding on the left is moved to the right before the prompts run: a
 causal mask hides it there, and the row's first new token takes the place of its first padding.
@@ -48,11 +49,12 @@ class CachedGenerator:
         self._use_graph = cuda_graph and device.type == "cuda"
         self._caches = [cache.tensors(device) for _ in decode]
         self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._replays_itself = False
         self._prepared: tuple[Any, ...] | None = None
 
     @property
     def cuda_graph(self) -> bool:
-        return bool(self._graphs)
+        return bool(self._graphs) or self._replays_itself
 
     def prepare(
         self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None, sampling: Sampling | None = None
@@ -76,8 +78,11 @@ class CachedGenerator:
             self.prefill()
             for turn in range(min(len(self._decode), new_tokens - 1)):
                 self._step(turn)  # the first pass compiles kernels
-            if self._use_graph:
-                self._graphs = [self._captured(turn) for turn in range(len(self._decode))]
+            if self._use_graph and self.stream is not None:
+                if all(session.capturable(self.stream) for session in self._decode):
+                    self._graphs = [self._captured(turn) for turn in range(len(self._decode))]
+                else:
+                    self._replays_itself = all(session.replay_itself() for session in self._decode)
             self.prefill()
             for _ in range(new_tokens - 1):
                 self.decode()

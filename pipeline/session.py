@@ -23,6 +23,12 @@ class Runs(Protocol):
     def run(self, stream: torch.cuda.Stream | None) -> None:
         """Launch it once; waits for nothing."""
 
+    def capturable(self, stream: torch.cuda.Stream) -> bool:
+        """Whether :meth:`run` can be captured in a CUDA graph as it is bound now."""
+
+    def replay_itself(self) -> bool:
+        """Let :meth:`run` capture and replay a CUDA graph of its own from now on; False where it cannot."""
+
     def keep_kernels(self) -> None:
         """Write what was compiled for it to where it is kept, if it is."""
 
@@ -37,7 +43,7 @@ class Session:
     def __init__(
         self, stack: Stack, data: Any, runtime_cache: Path | None = None, engine: Any = None, specialise: bool = True
     ) -> None:
-        self._stack, self._specialise = stack, specialise
+        self._stack, self._specialise, self._replays = stack, specialise, False
         self._runtime_cache_file, self._runtime_cache = runtime_cache, None
         self._runtime = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
         self._engine = engine or self._runtime.deserialize_cuda_engine(data)
@@ -56,6 +62,7 @@ class Session:
             name for name in self.names if name not in self.outputs and -1 in tuple(self._engine.get_tensor_shape(name))
         ]
         self._exact = profiles.exact(self._engine, self._dynamic)
+        self._bound: dict[str, Tensor] = {}
         self._addresses: dict[str, int] = {}
 
     def _context_of(self, profile: int) -> Any:
@@ -77,10 +84,23 @@ class Session:
         strategies = self._stack.trt.DynamicShapesKernelSpecializationStrategy
         chosen = strategies.EAGER if self._specialise else strategies.NONE
         config.dynamic_shapes_kernel_specialization_strategy = chosen
+        if self._replays:
+            config.cuda_graph_strategy = self._stack.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if self._runtime_cache_file is not None:
             self._runtime_cache = kernel_cache.use_runtime_cache(config, self._runtime_cache_file, self._runtime_cache)
         self._configs.append(config)  # TensorRT-RTX 1.4 reads it when a profile is chosen, and does not keep it alive
         return self._engine.create_execution_context(config)
+
+    def capturable(self, stream: torch.cuda.Stream) -> bool:
+        return not self._stack.replays_itself or bool(self._context.is_stream_capturable(stream.cuda_stream))
+
+    def replay_itself(self) -> bool:
+        if not self._stack.replays_itself:
+            return False
+        self._replays, self._contexts = True, {}
+        self._context = self._context_of(0)
+        self.bind(self._bound)
+        return True
 
     def twin(self, specialise: bool = True) -> Session:
         """Another context of the same engine: to run it over other tensors without binding anew."""
@@ -113,6 +133,7 @@ class Session:
         shapes = {name: tuple(tensors[name].shape) for name in self.names if name not in self.outputs}
         if not self.fit(shapes):
             raise UserError(f"{', '.join(f'{n} {shapes[n]}' for n in self._dynamic)}: outside the engine's profile")
+        self._bound = tensors
         self._addresses = {name: tensors[name].data_ptr() for name in self.names}
         self._set_addresses()
 
@@ -137,6 +158,12 @@ class GraphSession:
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
+
+    def capturable(self, stream: torch.cuda.Stream) -> bool:
+        return False
+
+    def replay_itself(self) -> bool:
+        return False
 
     def keep_kernels(self) -> None:
         return None  # PyTorch compiles none

@@ -12,9 +12,11 @@ from runs import DONE, GPU, do
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from passes.errors import UserError
+from passes.stack import load_stack
 from pipeline.engine import open_engine
 from pipeline.machine import open_generator
 from pipeline.run import Outcome
+from pipeline.session import Session
 
 GENERATE = [
     "benchmark=generate", "shape.max=64", "benchmark.generate.input_length=40", "benchmark.generate.output_length=20",
@@ -85,6 +87,24 @@ def test_generation_is_timed_with_its_step_as_a_cuda_graph(
     assert (report["status"], report["failure"]) == ("ok", None)
     assert report["benchmark"]["generate"]["cuda_graph"] is True
     assert report["benchmark"]["generate"]["tpot_ms"]["median"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
+def test_an_engine_that_cannot_be_captured_replays_a_graph_of_its_own(
+    mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = generated(store, tmp_path, tiny_llama_dir, f"cache={mode}").folder
+    prompt = tiny.tokens(1, 12)
+    captured = open_generator(folder)
+    expected = captured.generate(prompt, 20)
+    monkeypatch.setattr(Session, "capturable", lambda *_: False)
+
+    generator = open_generator(folder)
+
+    assert [generator.generate(prompt, 20) for _ in range(2)] == [expected] * 2
+    assert generator.cuda_graph is load_stack().replays_itself and captured.cuda_graph
 
 
 @pytest.mark.parametrize("row", [pytest.param("none", marks=needs_gpu)])
