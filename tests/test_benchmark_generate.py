@@ -66,7 +66,7 @@ class SimulatedGenerator:
 
 
 def config(**changes: object) -> BenchmarkConfig:
-    settings = {"min_generations": 6, "min_seconds": 0.0, "warmup_seconds": 1.0} | changes
+    settings = {"min_generations": 6, "min_seconds": 0.1, "warmup_seconds": 1.0} | changes
     return BenchmarkConfig("generate", generate=GenerateShape(1, PROMPT, NEW), **settings)  # type: ignore[arg-type]
 
 
