@@ -10,8 +10,8 @@ causal mask hides it there, and the row's first new token takes the place of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -265,8 +265,15 @@ class CachedGenerator:
         self._prefill.keep_kernels()
         self._decode[0].keep_kernels()
 
-    def _on_stream(self) -> Any:
-        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+    @contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        """What is launched inside runs behind everything that the caller has launched: prompts that were copied, say."""
+        if self.stream is None:
+            yield
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        with torch.cuda.stream(self.stream):
+            yield
 
     def _wait(self) -> None:
         if self.stream is not None:

@@ -18,6 +18,8 @@ from typing import Any
 import psutil
 
 ROOT = Path(__file__).parent.parent
+BEFORE = os.environ.get("PYTHONPATH", "")
+"""A GPU host may have the libraries there."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Sweep:
     def environment(self) -> dict[str, str]:
         return {
             **os.environ,
-            "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "misbehaviour"), str(ROOT)]),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "tests" / "misbehaviour"), str(ROOT), BEFORE])),
             "BEHAVE": str(self.cwd / "behave"),
         }
 

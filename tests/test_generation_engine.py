@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from runs import DONE, GPU, do
 from transformers import AutoModelForCausalLM, Lfm2Config
 
@@ -87,6 +88,31 @@ def test_generation_is_timed_with_its_step_as_a_cuda_graph(
     assert (report["status"], report["failure"]) == ("ok", None)
     assert report["benchmark"]["generate"]["cuda_graph"] is True
     assert report["benchmark"]["generate"]["tpot_ms"]["median"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
+def test_a_prompt_that_is_still_on_its_way_is_waited_for(
+    mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    """What the caller's stream has yet to write was not waited for, and an engine read the prompt of before."""
+    generator = open_generator(generated(store, tmp_path, tiny_llama_dir, f"cache={mode}").folder)
+    first, second = (tiny.tokens(1, 12, seed).cuda() for seed in (1, 2))
+    expected = [generator.generate(prompt, 8) for prompt in (first, second)]
+    logits = [generator.forced_logits(prompt, None, 4) for prompt in (first, second)]
+    assert expected[0] != expected[1]
+
+    for prompt, tokens, wanted in zip((first, second) * 2, expected * 2, logits * 2, strict=True):
+        late = torch.zeros_like(prompt)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)  # a tenth of a second of the caller's stream
+        late.copy_(prompt)
+        assert generator.generate(late, 8) == tokens
+        late.zero_()
+        torch.cuda._sleep(200_000_000)
+        late.copy_(prompt)
+        torch.testing.assert_close(generator.forced_logits(late, None, 4), wanted)
 
 
 @pytest.mark.gpu

@@ -38,7 +38,7 @@ def run_causal_layer(form: str, head_size: int, length: int) -> float:
     query: Any = tensors[0]
     node: Any = SimpleNamespace(name="call")
     if form == "vector":
-        query = converters._scaled(stack, ctx, query, scale, node)
+        query = converters.scaled(stack, ctx, query, scale, node)
     elif form == "scalar":
         factor = converters.as_tensor(ctx, torch.full((1, 1, 1, 1), scale).half(), "factor")
         query = network.add_elementwise(query, factor, trt.ElementWiseOperation.PROD).get_output(0)
