@@ -267,7 +267,7 @@ class CachedGenerator:
 
     @contextmanager
     def _on_stream(self) -> Iterator[None]:
-        """What is launched inside runs behind everything that the caller has launched: prompts that were copied, say."""
+        """What is launched inside runs behind all that the caller has launched, such as the copy of a prompt."""
         if self.stream is None:
             yield
             return
