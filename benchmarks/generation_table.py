@@ -30,9 +30,9 @@ REPORT_MS: dict[str, dict[tuple[str, str, str], int]] = {
 EAGER = ("eager", "none", "")
 CACHES = {"none": "no cache", "dynamic": "DynamicCache", "static": "static cache", "in_engine": "cache in the engine"}
 COLUMNS = (
-    "row", "whole generation, ms (95 %)", "first token, ms", "per token, ms", "of the roofline",
-    "times as fast as eager without cache", "the report's, A100", "device memory at its peak, GB", "engine, MB",
-    "build, s", "",
+    "row", "whole generation, ms (95 %)", "first token, ms", "prompts back to back, ms", "per token, ms",
+    "of the roofline", "times as fast as eager without cache", "the report's, A100", "device memory at its peak, GB",
+    "engine, MB", "build, s", "",
 )  # fmt: skip
 
 
@@ -73,10 +73,10 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
     then = published.get(_key(report))
     ratio_then = f"{published[EAGER] / then:.1f}" if then else "–"
     if own_ms is None:
-        return [_label(report), *["–"] * 5, ratio_then, *["–"] * 3, _reason(report)]
+        return [_label(report), *["–"] * 6, ratio_then, *["–"] * 3, _reason(report)]
     generate, memory = report["benchmark"]["generate"], report["benchmark"]["memory"]
     low, high = generate["device_ms"]["ci95"]
-    engine = report["engine"] or {}
+    engine, prompt = report["engine"] or {}, report["benchmark"].get("prefill")
     fraction = generate["roofline_fraction"]
     stages = {**report["stages_s"], **(report.get("store") or {}).get("stages_s", {})}  # of a stored engine: when built
     build_s = stages.get("build")
@@ -86,6 +86,7 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
         _label(report),
         f"{own_ms:.1f} ({low:.1f}–{high:.1f})",
         f"{generate['ttft_ms']['median']:.2f}",
+        "–" if prompt is None else f"{prompt['device_ms']['median']:.2f}",
         f"{generate['tpot_ms']['median']:.3f}",
         "–" if fraction is None else f"{fraction:.0%}",
         "–" if eager_ms is None else f"{eager_ms / own_ms:.1f}",

@@ -1,8 +1,9 @@
-"""Where the time of a decode step goes, kernel by kernel: ``python -m benchmarks.profile_step RUN_FOLDER``.
+"""Where the time of an engine goes, kernel by kernel: ``python -m benchmarks.profile_step RUN_FOLDER``.
 
-Opens ``decode.trt`` of a run with a KV cache, runs one step over caches of zeros (what they hold changes no kernel) and
-writes ``profile.json`` beside it: name, launches and microseconds of every kernel, the sum, the time of a step as a
-CUDA graph, and so what the launches cost between the kernels.
+Opens ``decode.trt`` and ``engine.trt`` of a run with a KV cache, runs each once over zeros (what they hold changes no
+kernel), ``engine.trt`` over a prompt of ``shape.opt`` tokens, and writes ``decode-profile.json`` and
+``engine-profile.json`` beside them: name, launches and microseconds of every kernel, the sum, the time as a CUDA graph
+(null where the engine cannot be captured), and so what the launches cost between the kernels.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from pipeline.engine import read_engine
 from pipeline.session import Session
 
 
-def profile(folder: Path) -> dict[str, Any]:
-    manifest, data = read_engine(folder / "decode.trt")
+def profile(path: Path) -> dict[str, Any]:
+    manifest, data = read_engine(path)
     session, stream = Session(load_stack(), data), torch.cuda.Stream()
     tensors = {
         spec["name"]: torch.zeros(
-            spec["sizes"] or (spec["batch"], 1), dtype=getattr(torch, spec["dtype"]), device="cuda"
+            spec["sizes"] or (spec["batch"], spec["opt"]), dtype=getattr(torch, spec["dtype"]), device="cuda"
         )
         for spec in manifest["inputs"]
     }
@@ -48,6 +49,16 @@ def profile(folder: Path) -> dict[str, Any]:
         {"name": e.key[:120], "launches": e.count, "us": e.self_device_time_total}
         for e in sorted(events, key=lambda e: -e.self_device_time_total)
     ]
+    return {
+        "step_us": graph_us(session, stream) if session.capturable(stream) else None,
+        "kernels_us": sum(kernel["us"] for kernel in kernels),
+        "launches": sum(kernel["launches"] for kernel in kernels),
+        "kernels": kernels,
+    }
+
+
+def graph_us(session: Session, stream: torch.cuda.Stream) -> float:
+    """Median time of ``session`` as a CUDA graph, in microseconds."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         session.run(stream)
@@ -60,23 +71,20 @@ def profile(folder: Path) -> dict[str, Any]:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3)
-    return {
-        "step_us": float(np.median(times)),
-        "kernels_us": sum(kernel["us"] for kernel in kernels),
-        "launches": sum(kernel["launches"] for kernel in kernels),
-        "kernels": kernels,
-    }
+    return float(np.median(times))
 
 
 def main() -> int:
     for folder in map(Path, sys.argv[1:]):
-        found = profile(folder)
-        (folder / "profile.json").write_text(json.dumps(found, indent=1) + "\n")
-        print(
-            f"{folder.name}: step {found['step_us']:.0f} us, {found['launches']} kernels {found['kernels_us']:.0f} us"
-        )
-        for kernel in found["kernels"][:12]:
-            print(f"  {kernel['us']:8.1f} us {kernel['launches']:4d} x {kernel['name'][:90]}")
+        for part in ("decode", "engine"):
+            found = profile(folder / f"{part}.trt")
+            (folder / f"{part}-profile.json").write_text(json.dumps(found, indent=1) + "\n")
+            print(
+                f"{folder.name}, {part}: {found['step_us']} us as a CUDA graph, {found['launches']} kernels "
+                f"{found['kernels_us']:.0f} us"
+            )
+            for kernel in found["kernels"][:12]:
+                print(f"  {kernel['us']:8.1f} us {kernel['launches']:4d} x {kernel['name'][:90]}")
     return 0
 
 

@@ -34,6 +34,7 @@ def rows(report: dict[str, Any]) -> list[str]:
         length += f", and {', '.join(map(str, exact))} with a profile of its own"
     return [
         (config["strategy"]["name"] if backend == "tensorrt" else f"`backend={backend}`")
+        + (", cuDNN attention off" if config["backend"].get("cudnn_attention") is False else "")
         + ("" if config["precision"] == "fp16" else f", {config['precision']}"),
         length,
         f"{device['median']:.2f} ({device['ci95'][0]:.2f}–{device['ci95'][1]:.2f})",

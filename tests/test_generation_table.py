@@ -35,10 +35,18 @@ def test_a_ratio_stands_beside_the_one_of_the_report() -> None:
     ]
     text = generation_tables(rows)
 
-    assert cells(text, "PyTorch eager, no cache")[1:7] == ["200.0 (200.0–200.0)", "20.00", "45.000", "–", "1.0", "1.0"]
+    assert cells(text, "PyTorch eager, no cache")[1:8] == [
+        "200.0 (200.0–200.0)",
+        "20.00",
+        "–",
+        "45.000",
+        "–",
+        "1.0",
+        "1.0",
+    ]
     upstream = cells(text, "`upstream`, no cache")
-    assert upstream[5:7] == ["2.0", f"{7053 / 5466:.1f}"] and upstream[8:10] == ["1000", "12"]
-    assert cells(text, "`detect_causal`, cache in the engine")[5:7] == ["5.0", "–"]
+    assert upstream[6:8] == ["2.0", f"{7053 / 5466:.1f}"] and upstream[9:11] == ["1000", "12"]
+    assert cells(text, "`detect_causal`, cache in the engine")[6:8] == ["5.0", "–"]
     order = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("|")][2:]
     assert order[0].endswith("in the engine") and order[-1].startswith("PyTorch"), "fastest first"
     assert "not supported by the vendor" in text.splitlines()[0]
@@ -55,7 +63,7 @@ def test_rows_without_a_time_stay_with_their_reason() -> None:
     text = generation_tables(rows)
 
     assert cells(text, "attention plugin")[-1] == "unavailable: no add_plugin here"
-    assert cells(text, "attention plugin")[6] == f"{7053 / 465:.1f}"
+    assert cells(text, "attention plugin")[7] == f"{7053 / 465:.1f}"
     assert "build: no \\| engine" in text
     assert cells(text, "PyTorch eager, DynamicCache")[1] == "–", "the time of a failed run is not shown"
     assert text.splitlines()[4].startswith("| PyTorch eager, no cache")
