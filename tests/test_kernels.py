@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernel_forms, kernels, step_forms
+from benchmarks import kernel_forms, kernels, prompt_attention, step_forms
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "benchmarks" / "profiles" / "h200_rtx_1_4"
@@ -32,6 +32,14 @@ def test_every_form_of_a_layer_builds_and_on_a_gpu_is_right(form: str) -> None:
     if GPU:
         kernels.run_case(row, data, nullcontext())
         assert row["relative_error"] < kernels.WRONG
+
+
+@pytest.mark.parametrize("form", prompt_attention.FORMS)
+def test_every_form_of_a_prompts_attention_builds(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_attention, "LENGTH", 64)
+    assert len(prompt_attention.build("qwen3_tiny", form)) > 10_000
+    if GPU:
+        assert prompt_attention.row_of("qwen3_tiny", form)["relative_error"] < kernels.WRONG
 
 
 @pytest.mark.parametrize("raw", ["kernels.jsonl", "steps.jsonl"])
