@@ -96,7 +96,8 @@ class BackendConfig:
     cuda_graph: bool | None = None
     """tensorrt only: run through a captured CUDA graph; null: the decode steps only, whose shape never changes."""
     fused_rows: bool | None = None
-    """tensorrt only: products of a single row, in decode steps, as one fused kernel; null: yes."""
+    """tensorrt only: products of a single row, in decode steps and behind a prompt's last attention, as one fused
+    kernel; null: yes."""
     cudnn_attention: bool | None = None
     """eager and torch_compile: let torch choose cuDNN's attention kernels."""
     plugin_library: str | None = None
