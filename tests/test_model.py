@@ -151,9 +151,9 @@ def test_rotary_frequencies_stay_float32(tiny_llama_dir: Path, weights: str, pre
 
 def test_random_weights_stay_float32_where_transformers_wants_them_to() -> None:
     config = ModelConfig(name="moe", weights="random", architecture=TINY_MOE)
-    router = load(config, "fp16", CPU, 0, nothing).model.model.layers[0].mlp.gate
-    assert router.e_score_correction_bias.dtype == torch.float32
-    assert router.weight.dtype == torch.float16
+    layer = load(config, "fp16", CPU, 0, nothing).model.model.layers[0]
+    assert layer.mlp.gate.e_score_correction_bias.dtype == torch.float32
+    assert layer.self_attn.o_proj.weight.dtype == torch.float16
 
 
 def test_seed_decides_the_random_weights_and_the_global_generator_is_left_alone() -> None:
