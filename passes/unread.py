@@ -36,7 +36,6 @@ SIZED = (aten.view.default, aten.reshape.default)
 class _Choice:
     """Which rows are read: ``size`` of them; ``of`` inserts the node that takes them along an axis of another node."""
 
-    node: Node
     axis: int
     size: int
     of: Callable[[Node, int], Node]
@@ -57,7 +56,7 @@ def _choice(graph: GraphModule, node: Node) -> _Choice | None:
         def last(source: Node, along: int) -> Node:
             return graph.graph.call_function(aten.slice.Tensor, (source, along, -1, torch.iinfo(torch.int64).max))
 
-        return _Choice(node, axis, 1, last)
+        return _Choice(axis, 1, last)
     if node.target is aten.index.Tensor:
         places: Any = node.args[1]
         named = [axis for axis, each in enumerate(places) if each is not None]
@@ -70,7 +69,7 @@ def _choice(graph: GraphModule, node: Node) -> _Choice | None:
         def chosen(source: Node, along: int) -> Node:
             return graph.graph.call_function(aten.index_select.default, (source, along, rows))
 
-        return _Choice(node, named[0], rows.meta["val"].shape[0], chosen)
+        return _Choice(named[0], rows.meta["val"].shape[0], chosen)
     return None
 
 
@@ -80,6 +79,7 @@ def _move_up(graph: GraphModule, node: Node) -> int:
         return 0
     source: Any = node.args[0]
     narrowed: dict[Node, int] = {}  # the axis of the rows
+    reads: dict[Node, dict[Node, int]] = {}
     wanted = {source: choice.axis}
     order = {each: place for place, each in enumerate(graph.graph.nodes)}
     while wanted:
@@ -89,7 +89,7 @@ def _move_up(graph: GraphModule, node: Node) -> int:
         readers = {user for user in latest.users if user is not node and not _holds_for_fewer(user)}
         if read is None or not readers <= narrowed.keys():
             continue
-        narrowed[latest] = axis
+        narrowed[latest], reads[latest] = axis, read
         for argument, along in read.items():
             if wanted.setdefault(argument, along) != along:
                 return 0
@@ -97,8 +97,7 @@ def _move_up(graph: GraphModule, node: Node) -> int:
         return 0  # nothing to be won
     taken: dict[tuple[Node, int], Node] = {}
     for each in sorted(narrowed, key=order.__getitem__):
-        axis = narrowed[each]
-        for argument, along in _rows_read(each, axis).items():  # type: ignore[union-attr]
+        for argument, along in reads[each].items():
             if argument in narrowed:
                 continue
             if (argument, along) not in taken:
@@ -107,9 +106,10 @@ def _move_up(graph: GraphModule, node: Node) -> int:
                 taken[argument, along].meta["val"] = _fewer(argument.meta["val"], along, choice.size)
             each.replace_input_with(argument, taken[argument, along])
         if each.target in SIZED:
-            sizes: Any = list(each.args[1])  # type: ignore[arg-type]
-            sizes[axis] = choice.size
-            each.target, each.args = aten.reshape.default, (each.args[0], sizes)
+            args: Any = each.args
+            sizes = [*args[1]]
+            sizes[narrowed[each]] = choice.size
+            each.target, each.args = aten.reshape.default, (args[0], sizes)
     for each, axis in narrowed.items():
         each.meta["val"] = _fewer(each.meta["val"], axis, choice.size)
     node.replace_all_uses_with(source)
@@ -132,7 +132,8 @@ def _fewer(value: Any, axis: int, size: int) -> Any:
 def _rows_read(node: Node, axis: int) -> dict[Node, int] | None:
     """What ``node`` reads row by row, and along which axis its rows lie there, where those of ``node`` lie along
     ``axis``; None where its rows are not made each from its own."""
-    target, args = node.target, node.args
+    target = node.target
+    args: Any = node.args
     source = args[0] if node.op == "call_function" and args else None
     if not isinstance(source, Node) or "val" not in source.meta:
         return None
@@ -154,9 +155,9 @@ def _rows_read(node: Node, axis: int) -> dict[Node, int] | None:
     if target is aten.linear.default:
         return {source: axis} if axis != rank - 1 else None
     if target is aten.layer_norm.default:
-        return {source: axis} if axis < rank - len(args[1]) else None  # type: ignore[arg-type]
+        return {source: axis} if axis < rank - len(args[1]) else None
     if target is aten.mean.dim:
-        dims = [dim % len(before) for dim in args[1]]  # type: ignore[union-attr,operator]
+        dims = [dim % len(before) for dim in args[1]]
         keeps = len(args) > 2 and args[2]
         return {source: axis} if axis not in dims and (keeps or min(dims) > axis) else None
     if target in SIZED:
@@ -164,19 +165,20 @@ def _rows_read(node: Node, axis: int) -> dict[Node, int] | None:
         return {source: axis} if same else None
     if target is aten.transpose.int:
         order = list(range(rank))
-        first, second = (int(dim) for dim in args[1:3])  # type: ignore[arg-type]
+        first, second = args[1:3]
         order[first], order[second] = order[second], order[first]
         return {source: order[axis]}
     if target is aten.permute.default:
-        return {source: range(rank)[args[1][axis]]}  # type: ignore[index]
+        return {source: range(rank)[args[1][axis]]}
     return None
 
 
 def _axis(node: Node) -> int:
     """Along which axis one of ``PIECES`` takes its piece or pieces."""
+    args: Any = node.args
     place = 1 if node.target is aten.slice.Tensor else 2
-    axis: Any = node.args[place] if len(node.args) > place else node.kwargs.get("dim", 0)
-    return range(node.args[0].meta["val"].dim())[axis]  # type: ignore[union-attr]
+    axis: Any = args[place] if len(args) > place else node.kwargs.get("dim", 0)
+    return range(args[0].meta["val"].dim())[axis]
 
 
 def _aligned(arguments: list[Node], axis: int, shape: torch.Size) -> dict[Node, int] | None:

@@ -12,12 +12,9 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from passes.errors import RunError
-
-if TYPE_CHECKING:
-    pass
 
 LIMITS = {
     "SwPowerCap": "software power cap",
