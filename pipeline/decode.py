@@ -10,8 +10,7 @@ causal mask hides it there, and the row's first new token takes the place of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from pipeline.cached import CacheShape
+from pipeline.generate import behind_caller
 from pipeline.sampling import Sampling
 from pipeline.session import Runs
 
@@ -74,7 +74,7 @@ class CachedGenerator:
         if shape == self._prepared:
             return
         self._prepared = shape
-        with self._on_stream():
+        with behind_caller(self.stream):
             self.prefill()
             for turn in range(min(len(self._decode), new_tokens - 1)):
                 self._step(turn)  # the first pass compiles kernels
@@ -149,7 +149,7 @@ class CachedGenerator:
         self._bind((batch, length), 1)
         self._lengths.fill_(length)
         self._last.fill_(length - 1)
-        with self._on_stream():
+        with behind_caller(self.stream):
             self.run_prompts()
         self._wait()
 
@@ -205,7 +205,7 @@ class CachedGenerator:
         for step in range(new_tokens + 1):
             arrived = pending
             if step < new_tokens:
-                with self._on_stream():
+                with behind_caller(self.stream):
                     self.decode() if step else self.prefill()
                     pending = self._fetched(step)
             if arrived is None:
@@ -248,7 +248,7 @@ class CachedGenerator:
         self._lengths.copy_(lengths - decoded)
         self._last.copy_(self._lengths - 1)
         collected = []
-        with self._on_stream():
+        with behind_caller(self.stream):
             self.run_prompts()
             collected.append(self._logits.clone())
             for _ in range(decoded):
@@ -264,16 +264,6 @@ class CachedGenerator:
         """See :meth:`pipeline.session.Session.keep_kernels`."""
         self._prefill.keep_kernels()
         self._decode[0].keep_kernels()
-
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        """What is launched inside runs behind all that the caller has launched, such as the copy of a prompt."""
-        if self.stream is None:
-            yield
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
-            yield
 
     def _wait(self) -> None:
         if self.stream is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -44,6 +45,16 @@ class Generator(Protocol):
 
     def tokens(self) -> Tensor:
         """[batch, chosen so far] int64: what the last generation chose; waits for it."""
+
+
+@contextmanager
+def behind_caller(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """What is launched inside runs on ``stream``, behind all that the caller has launched (the copy of a prompt):
+    one stream of torch does not wait for another.  Without a GPU ``stream`` is None, and nothing is done."""
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 def greedy(

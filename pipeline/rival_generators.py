@@ -8,8 +8,7 @@ cache looks whether the cache is empty.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from passes.errors import UserError
 from pipeline.config import BackendConfig, CacheConfig
 from pipeline.export import make_inputs
+from pipeline.generate import behind_caller
 from pipeline.rivals import cudnn_attention, torch_compile_errors
 
 if TYPE_CHECKING:
@@ -86,9 +86,7 @@ class _TorchGenerator:
         self._sequence[:, :length] = tokens
         self._real[:, :length] = placed["attention_mask"]
         self._positions.copy_(make_inputs(["position_ids"], self._real, self._real == 0)["position_ids"])
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        with self._on_stream(), torch_compile_errors():
+        with behind_caller(self.stream), torch_compile_errors():
             for _ in range(1 if bound else self._first_runs):
                 self.prefill()
                 for _ in range(new_tokens - 1):
@@ -122,7 +120,7 @@ class _TorchGenerator:
         from transformers import StaticCache
 
         cache = StaticCache(config=self.model.config, max_cache_len=self._capacity)
-        with torch.no_grad(), self._on_stream():
+        with torch.no_grad(), behind_caller(self.stream):
             self.model(input_ids=self._sequence[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cache
 
@@ -147,11 +145,6 @@ class _TorchGenerator:
             torch._foreach_zero_([layer.cumulative_length for layer in self._cache.layers])
         else:  # a window keeps its tokens in other ways
             self._cache.reset()
-
-    @contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        with torch.cuda.stream(self.stream):  # of None it does nothing
-            yield
 
     def _keeping(self) -> dict[str, Any]:
         return {"past_key_values": self._cache, "use_cache": self._cache is not None}

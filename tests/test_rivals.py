@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -141,3 +142,24 @@ def test_the_settings_choose_the_generator() -> None:
     )
 
     assert isinstance(eager, EagerGenerator) and isinstance(compiled, CompiledGenerator)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
+@pytest.mark.parametrize("backend", ["eager", "torch_compile"])
+def test_tokens_that_are_still_on_their_way_are_waited_for(backend: str) -> None:
+    """The buffer of the tokens was read before its zeros were written: an embedding at whatever stood there."""
+    model = copy.deepcopy(tiny.model("llama")).cuda()
+    prompt = tiny.tokens(1, LENGTH)
+    mode = "reduce-overhead" if backend == "torch_compile" else None
+
+    def chosen(milliseconds: int) -> list[int]:
+        made = rival_generator(model, BackendConfig(backend, mode=mode, cudnn_attention=False), CacheConfig("static"))
+        what_was_there_before = [torch.full((1, size), 2**40, device="cuda") for size in (LENGTH + NEW, 64)]
+        torch.cuda.synchronize()
+        del what_was_there_before
+        torch.cuda._sleep(milliseconds * 2_000_000)  # cycles of the caller's stream
+        made.prepare(prompt, NEW)
+        return made.tokens()[0].tolist()
+
+    assert chosen(milliseconds=200) == chosen(milliseconds=0)
