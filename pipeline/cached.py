@@ -20,7 +20,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 from passes.cache_ops import cache_update
 from passes.errors import UserError
 from pipeline.config import CacheConfig, ShapeConfig
-from pipeline.export import InputSpec, Traced, example_length, exported
+from pipeline.export import InputSpec, Traced, example_length, exported, own_rows
 
 GRANULE = 128
 """Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
@@ -176,9 +176,7 @@ class PrefillForm(nn.Module):
             logits_to_keep=1 if last is None else last,
         )
         logits = output.logits
-        if last is not None:  # row b at the place of every row's last token: of them the b-th is its own
-            logits = logits.diagonal(dim1=0, dim2=1).permute(1, 0).unsqueeze(1)
-        return _results(logits, cache)
+        return _results(logits if last is None else own_rows(logits), cache)
 
 
 class DecodeForm(nn.Module):
@@ -216,7 +214,7 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
     inputs: dict[str, Any] = {"input_ids": tokens}
     dynamic: dict[str, Any] | None = None
     if cache.batch > 1:
-        specs.append(InputSpec("last", cache.batch, 1, 1, 1, sizes=(cache.batch,)))
+        specs.append(InputSpec.places(cache.batch))
         inputs["last"] = torch.zeros(cache.batch, dtype=torch.int64, device=device)
     if cache.mode == "in_engine":
         specs += cache.specs()

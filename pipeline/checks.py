@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from passes.errors import UserError
@@ -68,6 +69,8 @@ def _check_model(model: ModelConfig) -> None:
         one_of("model.inputs", name, INPUTS)
     if "input_ids" not in model.inputs or len(set(model.inputs)) != len(model.inputs):
         raise UserError(f"model.inputs={model.inputs}: must name input_ids, and each input once")
+    if "last" in model.inputs and len(model.inputs) > 2:
+        raise UserError(f"model.inputs={listed(model.inputs)}: last goes with input_ids alone")
     if model.weights == "random" and not model.path and "model_type" not in model.architecture:
         raise UserError("model.weights=random: needs model.architecture with its model_type, as conf/model/*.yaml has")
     if model.weights == "pretrained" and not model.path and not model.source:
@@ -152,26 +155,31 @@ def _check_cache(config: Config) -> None:
         at_least("cache.capacity", cache.capacity, config.shape.max)
     if cache.name != "none" and config.backend.name == "tensorrt":
         one_of(f"strategy (with cache={cache.name})", config.strategy.name, ("detect_causal", "lowering", "decompose"))
-        if "position_ids" in config.model.inputs:
-            raise UserError(
-                f"model.inputs={listed(config.model.inputs)}: with cache={cache.name} positions are those of the "
-                f"cache; leave position_ids out"
-            )
+        for name in ("position_ids", "last"):
+            if name in config.model.inputs:
+                raise UserError(
+                    f"model.inputs={listed(config.model.inputs)}: with cache={cache.name} positions are those of the "
+                    f"cache; leave {name} out"
+                )
+    if "last" in config.model.inputs and config.model.logits != "last" and not config.generates:
+        raise UserError(f"model.logits={config.model.logits}: with last in model.inputs set model.logits=last")
     if generate is None:
         return
     at_least("benchmark.min_generations", config.benchmark.min_generations, 3)
     at_least("benchmark.generate.output_length", generate.output_length, 2)
-    within("benchmark.generate.input_length", generate.input_length, config.shape)
+    total, key = generate.input_length + generate.output_length, "benchmark.generate.output_length"
+    fits = config.shape.kind == "dynamic" or config.runs_at_one_length
+    if cache.name == "none" and (not fits or total - 1 > config.shape.max):
+        raise UserError(
+            f"{key}={generate.output_length}: without a cache every length up to {total - 1} runs as a prompt; "
+            f"set shape=dynamic shape.max={total - 1}, or model.inputs=[input_ids,last] with shape=static"
+        )
+    if not config.runs_at_one_length:
+        within("benchmark.generate.input_length", generate.input_length, config.shape)
     if generate.batch != config.shape.batch:
         raise UserError(
             f"benchmark.generate.batch={generate.batch}: the profile has shape.batch={config.shape.batch}; "
             f"make them equal"
-        )
-    total, key = generate.input_length + generate.output_length, "benchmark.generate.output_length"
-    if cache.name == "none" and (config.shape.kind == "static" or total - 1 > config.shape.max):
-        raise UserError(
-            f"{key}={generate.output_length}: without a cache every length up to {total - 1} runs as a prompt; "
-            f"set shape=dynamic shape.max={total - 1}"
         )
     if cache.capacity is not None and total > cache.capacity:
         raise UserError(f"{key}={generate.output_length}: {total} tokens in all, above cache.capacity={cache.capacity}")
@@ -207,7 +215,7 @@ def _check_shapes(config: Config) -> None:
                 f"benchmark.shapes.batch={item.batch}: the profile has shape.batch={shape.batch}; make them equal"
             )
     for length in config.verify.lengths or []:
-        within("verify.lengths", length, shape)
+        within("verify.lengths", length, replace(shape, min=1) if config.runs_at_one_length else shape)
     at_least("benchmark.min_iterations", config.benchmark.min_iterations, 10)
 
 

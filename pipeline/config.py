@@ -25,7 +25,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "decompose": (),
     "upstream": (),
 }
-INPUTS = ("input_ids", "attention_mask", "position_ids")
+INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
 ASSUMPTIONS = {  # what `strategy.assume` takes, the names of `passes.masks.CONDITIONS` -> the input that each is about
     "contiguous_positions": "position_ids",
     "no_padding": "attention_mask",
@@ -241,6 +241,12 @@ class Config:
     def generates(self) -> bool:
         """Whether this run is about new tokens, and not about a whole sequence's logits."""
         return self.benchmark.generate is not None or (self.cache.name != "none" and self.backend.name == "tensorrt")
+
+    @property
+    def runs_at_one_length(self) -> bool:
+        """Whether shorter sequences run in an engine of a single length too: it is told where each one ends, and what
+        stands behind that changes nothing."""
+        return self.backend.name == "tensorrt" and self.shape.kind == "static" and "last" in self.model.inputs
 
     def reaches(self, stage: str) -> bool:
         """Whether this run goes as far as ``stage``."""

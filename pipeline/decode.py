@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.errors import RunError, UserError
+from passes.errors import UserError
 from pipeline.cached import CacheShape
-from pipeline.generate import behind_caller
+from pipeline.generate import behind_caller, captured
 from pipeline.sampling import Sampling
 from pipeline.session import Runs
 
@@ -80,7 +80,9 @@ class CachedGenerator:
                 self._step(turn)  # the first pass compiles kernels
             if self._use_graph and self.stream is not None:
                 if all(session.capturable(self.stream) for session in self._decode):
-                    self._graphs = [self._captured(turn) for turn in range(len(self._decode))]
+                    self._graphs = [
+                        captured(self.stream, partial(self._step, turn)) for turn in range(len(self._decode))
+                    ]
                 else:
                     self._replays_itself = all(session.replay_itself() for session in self._decode)
             self.prefill()
@@ -128,15 +130,6 @@ class CachedGenerator:
             )
         self._turn = 0
         self._wait()
-
-    def _captured(self, turn: int) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self._step(turn)
-        except RuntimeError as error:
-            raise RunError("cuda_graph", f"the engine cannot be captured: {str(error).splitlines()[0]}") from error
-        return graph
 
     def prefill(self) -> None:
         self.run_prompts()

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from passes.errors import RunError, UserError
+from passes.errors import UserError
 from passes.stack import Stack, load_stack
 from pipeline import guard
 from pipeline.export import InputSpec, make_inputs
-from pipeline.generate import chat_tokens, greedy
+from pipeline.generate import captured, chat_tokens, greedy
 from pipeline.session import Session
 
 if TYPE_CHECKING:
@@ -82,16 +82,7 @@ class Engine:
         self._execute()  # the first pass at a shape compiles kernels
         self.stream.synchronize()
         if self.cuda_graph:
-            self._capture()
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self._execute()
-        except RuntimeError as error:
-            raise RunError("cuda_graph", f"the engine cannot be captured: {str(error).splitlines()[0]}") from error
-        self._graph = graph
+            self._graph = captured(self.stream, self._execute)
 
     def _execute(self) -> None:
         self.session.run(self.stream)

@@ -53,6 +53,11 @@ class InputSpec:
     def shape(self, length: int) -> tuple[int, ...]:
         return self.sizes or (self.batch, length)
 
+    @staticmethod
+    def places(batch: int) -> InputSpec:
+        """``last`` [batch]: the place of each row's last token."""
+        return InputSpec("last", batch, 1, 1, 1, sizes=(batch,))
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -71,17 +76,28 @@ class CallForm(nn.Module):
         self.logits_to_keep = 1 if logits == "last" else 0
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        last: Tensor | None = None,
     ) -> Tensor:
-        """All [batch, length] int64; returns logits [batch, 1 or length, vocabulary]."""
+        """All [batch, length] int64, except ``last`` [batch]: the place of the one token in each row whose logits are
+        asked for.  Returns logits [batch, 1 or length, vocabulary]."""
         given = {"attention_mask": attention_mask, "position_ids": position_ids}
         output = self.model(
             input_ids=input_ids,
             use_cache=False,
-            logits_to_keep=self.logits_to_keep,
+            logits_to_keep=self.logits_to_keep if last is None else last,
             **{name: value for name, value in given.items() if value is not None},
         )
-        return output.logits
+        return output.logits if last is None else own_rows(output.logits)
+
+
+def own_rows(logits: Tensor) -> Tensor:
+    """[batch, 1, vocabulary] of ``logits`` [batch, batch, vocabulary], which has each row at the places of all of them:
+    row b at the b-th."""
+    return logits if len(logits) == 1 else logits.diagonal(dim1=0, dim2=1).permute(1, 0).unsqueeze(1)
 
 
 def make_inputs(names: list[str], tokens: Tensor, padding: Tensor | None = None) -> dict[str, Tensor]:
@@ -94,19 +110,22 @@ def make_inputs(names: list[str], tokens: Tensor, padding: Tensor | None = None)
         "input_ids": tokens,
         "attention_mask": real,
         "position_ids": (real.cumsum(-1) - 1).clamp(min=0),
+        "last": tokens.new_full((len(tokens),), tokens.shape[1] - 1),
     }
     return {name: made[name] for name in names}
 
 
 def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.device) -> Traced:
     """Export ``form``; raises :class:`RunError` of kind ``export`` where torch.export cannot."""
-    specs = tuple(InputSpec.lengths(name, shape) for name in model.inputs)
+    specs = tuple(
+        InputSpec.places(shape.batch) if name == "last" else InputSpec.lengths(name, shape) for name in model.inputs
+    )
     tokens = torch.zeros(shape.batch, example_length(shape), dtype=torch.int64, device=device)
     inputs = make_inputs(model.inputs, tokens)
     dynamic = None
     if shape.kind == "dynamic":
         length = Dim("length", min=shape.min, max=shape.max)
-        dynamic = {name: {1: length} for name in model.inputs}
+        dynamic = {name: None if name == "last" else {1: length} for name in model.inputs}
     return Traced(exported(form, inputs, dynamic), specs)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from passes.errors import RunError
 from pipeline.export import make_inputs
 
 if TYPE_CHECKING:
@@ -55,6 +56,17 @@ def behind_caller(stream: torch.cuda.Stream | None) -> Iterator[None]:
         stream.wait_stream(torch.cuda.current_stream(stream.device))
     with torch.cuda.stream(stream):
         yield
+
+
+def captured(stream: torch.cuda.Stream | None, launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What ``launch`` launches as a CUDA graph; raises :class:`RunError` of kind ``cuda_graph`` where it cannot be."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            launch()
+    except RuntimeError as error:
+        raise RunError("cuda_graph", f"the engine cannot be captured: {str(error).splitlines()[0]}") from error
+    return graph
 
 
 def greedy(

@@ -15,9 +15,9 @@ from passes.stack import load_stack
 from pipeline.cached import CacheShape
 from pipeline.config import Config
 from pipeline.decode import CachedGenerator, PromptRunner
-from pipeline.engine import check_target, open_engine, read_engine
+from pipeline.engine import Engine, check_target, open_engine, read_engine
 from pipeline.model import LoadedModel
-from pipeline.prefix import PrefixGenerator
+from pipeline.prefix import OneLengthGenerator, PrefixGenerator, at_one_length
 from pipeline.session import GraphSession, Session
 from pipeline.verify import Forward, widened
 
@@ -55,11 +55,24 @@ def engines(
         engine = open_engine(folder / "engine.trt", bool(config.backend.cuda_graph), kernels)
         prefix = None
         if config.benchmark.generate is not None:
-            session = engine.session.twin(specialise=False)
-            prefix = PrefixGenerator(session, vocabulary, session.dtype(session.outputs[0]), device)
-        return Machine("engine", engine.unguarded, engine, prefix, exact=exact, finished=engine.keep_kernels)
+            prefix = _without_cache(config, engine, vocabulary, device)
+        forward: Forward = engine.unguarded
+        if config.runs_at_one_length:
+            forward = at_one_length(forward, config.shape.max)
+        return Machine("engine", forward, engine, prefix, exact=exact, finished=engine.keep_kernels)
     generator = open_generator(folder, config.backend.cuda_graph is not False, kernels)
     return _cached("engine", config, generator, exact, generator.keep_kernels)
+
+
+def _without_cache(config: Config, engine: Engine, vocabulary: int, device: torch.device) -> Generator:
+    """What generates by running the whole prefix again, in a context of its own."""
+    one_length = config.runs_at_one_length
+    session = engine.session.twin(specialise=one_length)
+    dtype = session.dtype(session.outputs[0])
+    if one_length:
+        graph = config.backend.cuda_graph is not False
+        return OneLengthGenerator(session, config.shape.max, vocabulary, dtype, device, graph)
+    return PrefixGenerator(session, vocabulary, dtype, device)
 
 
 def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None = None) -> CachedGenerator:
@@ -82,7 +95,11 @@ def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], ca
     modules = {name: widened(each.program.module()) for name, each in programs.items()}
     if cache is None:
         module = modules["engine"]
-        return Machine("graph", lambda inputs: module(**inputs))
+
+        def forward(inputs: dict[str, Tensor]) -> Tensor:
+            return module(**inputs)
+
+        return Machine("graph", at_one_length(forward, config.shape.max) if config.runs_at_one_length else forward)
     prefill, decode, twin = (
         GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs))
         for name in ("engine", "decode", "decode")

@@ -245,7 +245,8 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
         precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
         progress=judged,
     )
-    every = cases(config.verify, config.shape, names, config.model.logits, what.longest, what.exact)
+    lengths = replace(config.shape, min=1) if config.runs_at_one_length else config.shape
+    every = cases(config.verify, lengths, names, config.model.logits, what.longest, what.exact)
     inside, outside = split(every, assumed, names, config.shape.batch)
     record.report["verify"] = {"executed": what.executed, "factor": verify.FACTOR, **judge(inside)}
     if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
