@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from pipeline.generate import Generator
 
 CAPACITY_MULTIPLE = 64
-"""A static cache is rounded up to it: torch's memory-efficient attention reads masks in aligned rows only."""
+"""A static cache, or the one length without one, is rounded up to it: torch's memory-efficient attention reads masks in
+aligned rows only."""
 
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 """Modes of ``torch.compile`` that replay CUDA graphs."""
@@ -51,8 +52,8 @@ def rival_generator(model: PreTrainedModel, backend: BackendConfig, cache: Cache
 class _TorchGenerator:
     """What both have in common: the tokens, their positions and their padding, in buffers for the longest sequence.
 
-    ``_sequence`` [batch, length + new] holds the prompts and then what is chosen; ``_real`` [batch, capacity] is the
-    attention mask, all ones after the prompt, and ``_positions`` goes with it.
+    ``_sequence`` [batch, capacity] holds the prompts and then what is chosen; ``_real`` is the attention mask, all ones
+    after the prompt, and ``_positions`` goes with it.
     """
 
     _first_runs = 1
@@ -101,6 +102,9 @@ class _TorchGenerator:
     def _allocate(self, batch: int, length: int, new_tokens: int, padded: bool) -> None:
         total = length + new_tokens
         self._capacity = self._capacity_asked or -(-total // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if self._kind == "none" and positions is not None:
+            self._capacity = max(min(self._capacity, positions), total)
         if self._capacity < total:
             raise UserError(
                 f"cache.capacity={self._capacity}: {length} tokens of the prompt and {new_tokens} new ones are "
@@ -108,7 +112,7 @@ class _TorchGenerator:
             )
         self._length, self._padded = length, padded
         zeros = partial(torch.zeros, dtype=torch.int64, device=self.model.device)
-        self._sequence = zeros(batch, total)
+        self._sequence = zeros(batch, self._capacity)
         self._real = zeros(batch, self._capacity) + 1
         self._positions = zeros(batch, self._capacity)
         self._cache = None
@@ -187,7 +191,7 @@ class EagerGenerator(_TorchGenerator):
 class CompiledGenerator(_TorchGenerator):
     """Prefill and step compiled at exactly their shapes, the choice and the feeding back of the token with them.
 
-    Without a cache there is one pass, over the whole sequence at its final length: it is causal, so what stands after
+    Without a cache there is one pass, over a whole sequence that is long enough: it is causal, so what stands after
     the last token changes nothing, and one shape needs one compilation and can be a CUDA graph.
     """
 
@@ -232,9 +236,8 @@ class CompiledGenerator(_TorchGenerator):
             sequence.index_copy_(1, last, logits.argmax(-1))
 
         def whole() -> None:
-            ids = sequence[:, :-1]
-            where = placing(real[:, : ids.shape[1]], positions[:, : ids.shape[1]])
-            put(model(input_ids=ids, logits_to_keep=last, use_cache=False, **where).logits)
+            where = placing(real, positions)
+            put(model(input_ids=sequence, logits_to_keep=last, use_cache=False, **where).logits)
 
         def prompt() -> None:
             where = placing(real, positions[:, :length])

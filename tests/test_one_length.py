@@ -124,7 +124,7 @@ def test_its_step_is_one_graph_and_its_tokens_are_pytorchs(store: str, tmp_path:
         (["model.inputs=[input_ids,last]", "cache=in_engine"], "leave last out"),
         ([*GENERATE, "shape.max=19"], "shape.max=20"),
         ([*GENERATE, "model.inputs=[input_ids]"], r"model.inputs=\[input_ids,last\]"),
-        ([*SETTINGS, "benchmark=none", "verify.lengths=[25]"], "verify.lengths=25"),
+        ([*SETTINGS, "benchmark=none", "model.logits=last", "verify.lengths=[25]"], "verify.lengths=25"),
     ],
 )
 def test_what_contradicts_it_is_refused(settings: list[str], said: str) -> None:
