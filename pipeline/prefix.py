@@ -115,7 +115,7 @@ class OneLengthGenerator:
         held = {"input_ids": self._sequence[:, : self._whole], "last": self._last, "output0": self._logits}
         self._session.bind(held)
         self._step()  # the first pass compiles kernels
-        if self._use_graph and self.stream is not None and self._session.capturable(self.stream):
+        if self._use_graph and self.stream is not None:  # TensorRT-RTX 1.4 says that it cannot be, of what can
             self._graph = captured(self.stream, self._step)
 
     def prefill(self) -> None:
