@@ -1,4 +1,4 @@
-"""Folders of reports for the comparison: the real ones of benchmarks/results, and variations of them."""
+"""Folders of reports for the comparison: real ones, kept as they were when their figures were written here."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-REAL = ROOT / "benchmarks" / "results" / "h200_rtx_1_4"
+REAL = Path(__file__).parent / "kept_reports" / "h200_rtx_1_4"
 
 
 def real(name: str) -> dict[str, Any]:
