@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 from passes.stack import load_stack
 from pipeline.engine import read_engine
+from pipeline.generate import captured
 from pipeline.session import Session
 
 
@@ -59,9 +61,7 @@ def profile(path: Path) -> dict[str, Any]:
 
 def graph_us(session: Session, stream: torch.cuda.Stream) -> float:
     """Median time of ``session`` as a CUDA graph, in microseconds."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        session.run(stream)
+    graph = captured(stream, partial(session.run, stream))
     times = []
     with torch.cuda.stream(stream):
         for _ in range(50):

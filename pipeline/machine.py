@@ -56,12 +56,15 @@ def engines(
         prefix = None
         if config.benchmark.generate is not None:
             prefix = _without_cache(config, engine, vocabulary, device)
-        forward: Forward = engine.unguarded
-        if config.runs_at_one_length:
-            forward = at_one_length(forward, config.shape.max)
+        forward = _of_any_length(config, engine.unguarded)
         return Machine("engine", forward, engine, prefix, exact=exact, finished=engine.keep_kernels)
     generator = open_generator(folder, config.backend.cuda_graph is not False, kernels)
     return _cached("engine", config, generator, exact, generator.keep_kernels)
+
+
+def _of_any_length(config: Config, forward: Forward) -> Forward:
+    """``forward`` for every length that the run verifies."""
+    return at_one_length(forward, config.shape.max) if config.runs_at_one_length else forward
 
 
 def _without_cache(config: Config, engine: Engine, vocabulary: int, device: torch.device) -> Generator:
@@ -95,11 +98,7 @@ def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], ca
     modules = {name: widened(each.program.module()) for name, each in programs.items()}
     if cache is None:
         module = modules["engine"]
-
-        def forward(inputs: dict[str, Tensor]) -> Tensor:
-            return module(**inputs)
-
-        return Machine("graph", at_one_length(forward, config.shape.max) if config.runs_at_one_length else forward)
+        return Machine("graph", _of_any_length(config, lambda inputs: module(**inputs)))
     prefill, decode, twin = (
         GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs))
         for name in ("engine", "decode", "decode")

@@ -18,6 +18,11 @@ from pipeline.generate import behind_caller, captured
 from pipeline.session import Runs, Session
 
 
+def _check_one_prompt(tokens: Tensor, padding: Tensor | None) -> None:
+    if padding is not None or len(tokens) != 1:
+        raise UserError("cache=none: generates one prompt at a time; use cache=static or in_engine for a batch")
+
+
 class PrefixGenerator:
     """A :class:`pipeline.generate.Generator` without a cache: the engine runs the whole prefix again for each token.
 
@@ -33,8 +38,7 @@ class PrefixGenerator:
 
     def prepare(self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None) -> None:
         """See :meth:`pipeline.generate.Generator.prepare`."""
-        if padding is not None or len(tokens) != 1:
-            raise UserError("cache=none: generates one prompt at a time; use cache=static or in_engine for a batch")
+        _check_one_prompt(tokens, padding)
         self.generation += 1
         self._length = tokens.shape[1]
         self._buffer = torch.zeros(1, self._length + new_tokens, dtype=torch.int64, device=self._device)
@@ -95,9 +99,8 @@ class OneLengthGenerator:
 
     def prepare(self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None) -> None:
         """See :meth:`pipeline.generate.Generator.prepare`."""
-        batch, length = tokens.shape
-        if padding is not None or batch != 1:
-            raise UserError("cache=none: generates one prompt at a time; use cache=static or in_engine for a batch")
+        _check_one_prompt(tokens, padding)
+        length = tokens.shape[1]
         if length + new_tokens - 1 > self._whole:
             raise UserError(f"{length} tokens and {new_tokens} more: above shape.max={self._whole} of the engine")
         self._length = length

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONF, save_tiny_llama
+from conftest import save_tiny_llama
+from reports import real
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
@@ -25,9 +26,6 @@ from pipeline.sweep.estimate import device_bytes
 from pipeline.sweep.isolation import Ended
 from pipeline.sweep.jobs import Row, plan
 from pipeline.sweep.keys import content_key, settings_key, sweep_key
-
-RESULTS = CONF.parent / "benchmarks" / "results" / "h200_rtx_1_4"
-
 
 # Keys and the plan
 
@@ -182,10 +180,7 @@ def kill(counter: str, count: int) -> int:
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    return {
-        name: json.loads((RESULTS / f"llama3_1b-{name}-fp16-static.json").read_text())
-        for name in ("detect_causal", "upstream", "eager")
-    }
+    return {name: real(f"llama3_1b-{name}") for name in ("detect_causal", "upstream", "eager")}
 
 
 def folders(tmp_path: Path, reports: dict[str, dict[str, Any]]) -> dict[str, Path]:
