@@ -63,7 +63,10 @@ def cases(kinds: list[str], models: list[str]) -> Iterator[tuple[str, str, str, 
 
 
 def work(tasks: Any, rows: Any, turn: Any, build_only: bool) -> None:
-    """Build, check and time cases of the queue ``tasks`` until it is empty; a case that fails is a row too."""
+    """Build, check and time cases of the queue ``tasks`` until it is empty; a case that fails is a row too.
+
+    Cases are built side by side, and ``turn`` is held by the one that uses the GPU.
+    """
     while True:
         try:
             case = tasks.get(timeout=1)
@@ -76,14 +79,15 @@ def work(tasks: Any, rows: Any, turn: Any, build_only: bool) -> None:
             data = KINDS[kind][0](model, form, size).build()
             row["build_s"] = time.perf_counter() - start
             if not build_only:
-                run_case(row, data, turn)
+                with turn:
+                    run_case(row, data)
         except Exception as error:
             row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         rows.put(row)
 
 
-def run_case(row: dict[str, Any], data: bytes, turn: Any) -> None:
-    """Check and time a built case, in place; ``turn`` is held while the GPU is timed."""
+def run_case(row: dict[str, Any], data: bytes) -> None:
+    """Check and time a built case, in place, alone on the GPU."""
     stack = load_stack()
     engine = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER).deserialize_cuda_engine(data)
     context, stream = engine.create_execution_context(), torch.cuda.Stream()
@@ -101,20 +105,19 @@ def run_case(row: dict[str, Any], data: bytes, turn: Any) -> None:
     got = held["out"].float().cpu()
     row["relative_error"] = float((got - wanted).norm() / wanted.norm())
     graph = torch.cuda.CUDAGraph()
-    with turn:
-        with torch.cuda.graph(graph, stream=stream):
-            context.execute_async_v3(stream.cuda_stream)
-        times = []
-        with torch.cuda.stream(stream):
-            for _ in range(30):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                for _ in range(5):
-                    graph.replay()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) * 1e3 / 5)
-        row["kernels"] = kernel_times(lambda: context.execute_async_v3(stream.cuda_stream))
+    with torch.cuda.graph(graph, stream=stream):
+        context.execute_async_v3(stream.cuda_stream)
+    times = []
+    with torch.cuda.stream(stream):
+        for _ in range(30):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            for _ in range(5):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(begin.elapsed_time(end) * 1e3 / 5)
+    row["kernels"] = kernel_times(lambda: context.execute_async_v3(stream.cuda_stream))
     row["us"] = float(np.median(times[5:]))
     row["bytes"] = sum(held[name].nbytes for name in inputs)
     if row["kind"] == "linear":

@@ -11,7 +11,8 @@ element, the cache of the values with the keys' axis last; ``wide`` is the same 
 does not fuse into what follows: ``n`` normed rows, ``s`` the activated row of the gate, ``q`` rotated queries, ``a``
 the result of attention; ``-`` for none.  ``o``: the new token is left out of the cache, its attention is added, and its
 keys and values are outputs, to be put into the cache by somebody else.  ``d``: the reciprocal root of a norm is
-multiplied on behind the product.
+multiplied on behind the product.  ``j``: query and key are normed and rotated together.  ``g``: a norm's gain is part
+of the weights behind it.  ``u``: the softmax is divided before the values are weighted, not behind.
 """
 
 from __future__ import annotations
@@ -37,6 +38,10 @@ STEP = (
     "merged.wide.-",
     "merged.wide.q",
     "merged.wide.d",
+    "merged.wide.j",
+    "merged.wide.jg",
+    "merged.wide.ju",
+    "merged.wide.jgu",
 )
 EPSILON = 1e-5
 SCALED = 64.0
@@ -87,7 +92,9 @@ class StepNet(Net):
 
     def norm(self, x: Any, gain: np.ndarray) -> Any:
         wide = self.binary(self.cast(x, "float"), self.root(x), "PROD")
-        return self.binary(self.cast(wide, "half"), self.const(gain.reshape((1,) * (len(x.shape) - 1) + (-1,))), "PROD")
+        if gain.ndim == 1:
+            gain = gain.reshape((1,) * (len(x.shape) - 1) + (-1,))
+        return self.binary(self.cast(wide, "half"), self.const(gain), "PROD")
 
     def product(self, x: Any, weight: np.ndarray, summed: bool = True, kind: str = "half") -> Any:
         """x [1, in] times weight [out, in] transposed, added up in ``kind``: [1, out]."""
@@ -105,6 +112,10 @@ class StepNet(Net):
             scale = self.binary(self.root(x), self.const(np.full((1, 1), SCALED, np.float32)), "PROD")
             merged = self.binary(self.product(row, np.concatenate(weights), kind="float"), scale, "PROD")
             merged = self.cast(merged, "half")
+        elif "g" in self.flags:
+            row = self.cast(self.binary(self.cast(x, "float"), self.root(x), "PROD"), "half")
+            folded = np.concatenate(weights).astype(np.float32) * gain.astype(np.float32)
+            merged = self.product(row, folded.astype(np.float16))
         else:
             row = self.keep(self.norm(x, gain), "n")
             if self.products == "mix":
@@ -144,9 +155,12 @@ class StepNet(Net):
         scores = summed(self.reshape(key, (h, 1, keys, d)), self.reshape(q, (h, g, 1, d)))
         scores = self.binary(scores, self.bias((1, 1, keys), kind))
         weights = self.unary(self.binary(scores, self.reduce(scores, "MAX", 2), "SUB"), "EXP")
+        total, early = self.reduce(weights, "SUM", 2), "u" in self.flags
+        if early:
+            weights = self.binary(weights, total, "DIV")
         rows = self.reshape(self.cast(weights, "half"), (h, g, 1, keys))
         out = summed(self.reshape(value, (h, 1, d, keys)), rows)
-        return self.cast(self.binary(out, self.reduce(weights, "SUM", 2), "DIV"), "half")
+        return self.cast(out if early else self.binary(out, total, "DIV"), "half")
 
     def over_pieces(self, q: Any, key: Any, value: Any, new: list[Any]) -> Any:
         h, g, d, n = self.kv_heads, self.heads // self.kv_heads, self.size, int(self.attention[2:])
@@ -185,12 +199,19 @@ class StepNet(Net):
 
     def layer(self, i: int, x: Any, layer: dict[str, np.ndarray]) -> Any:
         d = self.size
-        parts = self.siblings(x, layer["norm1"], [layer["q"], layer["k"], layer["v"]])
-        q, k, v = (self.reshape(part, (1, part.shape[1] // d, 1, d)) for part in parts)
+        q, k, v = layer["q"], layer["k"], layer["v"]
+        parts = self.siblings(x, layer["norm1"], [np.concatenate([q, k]), v] if "j" in self.flags else [q, k, v])
+        *turned, v = (self.reshape(part, (1, part.shape[1] // d, 1, d)) for part in parts)
         if "q_norm" in layer:
-            q, k = self.norm(q, layer["q_norm"]), self.norm(k, layer["k_norm"])
-        new = [self.rotated(k), v]
-        out = self.attend(self.rotated(q), *self.caches(i, new), new)
+            gains = [np.tile(layer[n], (c, 1)) for n, c in (("q_norm", self.heads), ("k_norm", self.kv_heads))]
+            gains = [np.concatenate(gains)] if "j" in self.flags else gains
+            turned = [self.norm(x, g.reshape(1, -1, 1, d)) for x, g in zip(turned, gains, strict=True)]
+        turned = [self.rotated(x) for x in turned]
+        if "j" in self.flags:
+            places = (0, self.heads), (self.heads, self.kv_heads)
+            turned = [self.slice(turned[0], (0, at, 0, 0), (1, count, 1, d)) for at, count in places]
+        new = [turned[1], v]
+        out = self.attend(turned[0], *self.caches(i, new), new)
         x = self.binary(x, self.product(self.keep(out, "a"), layer["o"]))
         gate, up = self.siblings(x, layer["norm2"], [layer["gate"], layer["up"]])
         gate = self.binary(gate, self.net.add_activation(gate, self.trt.ActivationType.SIGMOID).get_output(0), "PROD")

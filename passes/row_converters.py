@@ -6,7 +6,9 @@ Measured on an H200 with TensorRT-RTX 1.4, fp16 (``python -m benchmarks.kernels 
   before them is a kernel.  As one product element by element and its sums, which TensorRT fuses into one kernel
   together with what made the row, they are read at 3.1 TB/s.  Products that share a row must be put together for that:
   apart, the fused kernel makes the row anew for each, and is slower than the matrix products.
-* A square written as a power keeps the norm out of that kernel: 2 us more a norm.
+* A square written as a power keeps the norm out of that kernel: 2 us more a norm.  The gain of the norm is read there
+  for every output: as part of the weights it costs nothing, and is rounded no more often than before.
+* Query and key, pieces of one product, are normed and rotated together (:mod:`passes.twins`).
 * The product with the vocabulary is large enough for tensor cores, if its row is one of eight.
 """
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from passes import twins
 from passes.converters import as_tensor, reshaped
 from passes.stack import Stack
 
@@ -53,6 +56,10 @@ def prepare(graph: GraphModule) -> None:
         if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
     _merge_siblings(graph)
+    products = [node for node in graph.graph.nodes if _row(node) is not None]
+    for product in products:
+        _take_gain(graph, product)
+    twins.join(graph, products)
     graph.graph.lint()
     graph.recompile()
 
@@ -63,6 +70,29 @@ def _merge_siblings(graph: GraphModule) -> None:
         products = list(row.users)
         if len(products) > 1 and all(_row(p) is row and _constants(graph, p) for p in products):
             _merge(graph, row, products)
+
+
+def _take_gain(graph: GraphModule, product: Node) -> None:
+    """Make the gain of the norm before ``product`` part of its weights, in place, where nothing else reads the row."""
+    row, constants = _row(product), _constants(graph, product)
+    if row is None or len(row.users) > 1 or row.target is not aten.mul.Tensor or not constants:
+        return
+    weight, factors = constants[0], [arg for arg in row.args if isinstance(arg, Node)]
+    factors.sort(key=lambda factor: factor.op != "get_attr")
+    if weight is None or len(weight) >= VOCABULARY or [factor.op == "get_attr" for factor in factors] != [True, False]:
+        return
+    gain, normed = attrgetter(str(factors[0].target))(graph), factors[1].meta["val"]
+    if gain.shape != weight.shape[1:] or normed.shape != row.meta["val"].shape or normed.dtype != weight.dtype:
+        return
+    with torch.no_grad(), graph.graph.inserting_before(product):
+        folded = _constant(graph, f"{product.name}_gained", (weight.float() * gain.float()).to(weight.dtype))
+    _, whole, *bias = product.args
+    product.args = (factors[1], folded, *bias)
+    graph.graph.erase_node(row)
+    if isinstance(whole, Node) and not whole.users:
+        graph.graph.erase_node(whole)
+        if whole.target in dict(graph.named_buffers()):  # put together by _merge, for this product alone
+            delattr(graph, str(whole.target))
 
 
 def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:
