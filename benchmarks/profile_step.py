@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from passes.errors import RunError
 from passes.stack import load_stack
 from pipeline.engine import read_engine
 from pipeline.generate import captured
@@ -52,16 +53,19 @@ def profile(path: Path) -> dict[str, Any]:
         for e in sorted(events, key=lambda e: -e.self_device_time_total)
     ]
     return {
-        "step_us": graph_us(session, stream) if session.capturable(stream) else None,
+        "step_us": graph_us(session, stream),
         "kernels_us": sum(kernel["us"] for kernel in kernels),
         "launches": sum(kernel["launches"] for kernel in kernels),
         "kernels": kernels,
     }
 
 
-def graph_us(session: Session, stream: torch.cuda.Stream) -> float:
-    """Median time of ``session`` as a CUDA graph, in microseconds."""
-    graph = captured(stream, partial(session.run, stream))
+def graph_us(session: Session, stream: torch.cuda.Stream) -> float | None:
+    """Median time of ``session`` as a CUDA graph, in microseconds; None where it cannot be one."""
+    try:  # TensorRT-RTX 1.4 says of engines that can be captured that they cannot
+        graph = captured(stream, partial(session.run, stream))
+    except RunError:
+        return None
     times = []
     with torch.cuda.stream(stream):
         for _ in range(50):

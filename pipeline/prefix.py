@@ -47,8 +47,7 @@ class PrefixGenerator:
         (output,) = self._session.outputs
         self._session.bind({"input_ids": self._buffer[:, : self._length], output: self._logits})
         self._at = self._length
-        torch.cuda.synchronize()
-        with torch.cuda.stream(self.stream):
+        with behind_caller(self.stream):
             self.prefill()
             for _ in range(new_tokens - 1):
                 self.decode()
