@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -34,18 +35,23 @@ def test_query_and_key_are_normed_and_rotated_together(name: str, layers: int, m
     """``means``: of a layer, its two norms and, once, that of query and key; and the last norm."""
     cache, traced, rewritten = programs(name, "in_engine", 1)
     lowered = compile.lower(load_stack(), rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
+    graph = copy.deepcopy(lowered.graph)
+    gains = [value for key, value in graph.state_dict().items() if "norm" in key]
+    for gain in gains:  # ones, in a new model
+        gain.uniform_(0.5, 2)
     count = len(cache.layers)
     caches = [torch.randn(x.shape) for x in cache.tensors(CPU)]
     inputs = {"input_ids": torch.tensor([[7]]), "position": torch.tensor([3])}
     inputs |= {"keys": caches[:count], "values": caches[count:]}
-    before = lowered.graph(**inputs)
+    before = graph(**inputs)
 
-    row_converters.prepare(lowered.graph)
+    row_converters.prepare(graph)
 
-    found = kinds(lowered.graph)
+    found = kinds(graph)
+    assert len(gains) > means * layers
     assert found[aten.neg.default] == layers  # each layer turns once
     assert found[aten.mean.dim] == means * layers + 1
-    for one, other in zip(lowered.graph(**inputs), before, strict=True):
+    for one, other in zip(graph(**inputs), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
