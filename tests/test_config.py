@@ -299,9 +299,8 @@ def test_help_lists_every_group_choice_and_setting(capsys: pytest.CaptureFixture
         assert key in shown
         for setting in set(schema_keys(key)) - {"name", "kind"}:  # those are what GROUP=CHOICE sets
             assert setting in shown, f"{key}.{setting}"
-    assert (
-        max(len(line) for line in shown.splitlines() if not line.startswith("row: ")) <= 120
-    )  # Hydra lists in one line
+    # Hydra lists a group's choices in one line.
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("row: ")) <= 120
     assert list(empty_cwd.iterdir()) == []
 
 

@@ -42,10 +42,10 @@ def test_every_form_of_a_prompts_attention_builds(form: str, monkeypatch: pytest
         assert prompt_attention.row_of("qwen3_tiny", form)["relative_error"] < kernels.WRONG
 
 
-@pytest.mark.parametrize("raw", ["kernels.jsonl", "steps.jsonl", "steps_together.jsonl"])
-def test_the_tables_of_the_documentation_are_those_of_the_raw_rows(raw: str) -> None:
+@pytest.mark.parametrize(("raw", "above"), [("kernels.jsonl", 10), ("steps.jsonl", 10), ("steps_together.jsonl", 6)])
+def test_the_tables_of_the_documentation_are_those_of_the_raw_rows(raw: str, above: int) -> None:
     page = (ROOT / "docs" / "generation.md").read_text()
     made = kernels.tables(PROFILES / raw)
-    assert made.count("|\n") > 6
+    assert made.count("|\n") > above
     for line in made.splitlines():
         assert line in page
