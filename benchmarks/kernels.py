@@ -20,6 +20,7 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from benchmarks.kernel_forms import (
 from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
 from passes.stack import load_stack
 from pipeline.environment import environment
+from pipeline.generate import captured
 
 KINDS: dict[str, tuple[Callable[..., Net], Callable[..., Any]]] = {
     "attention": (attention_net, attention_inputs),
@@ -100,13 +102,12 @@ def run_case(row: dict[str, Any], data: bytes) -> None:
             held[name] = torch.empty(tuple(engine.get_tensor_shape(name)), dtype=torch.float16, device="cuda")
         context.set_tensor_address(name, held[name.removesuffix("_out")].data_ptr())
     torch.cuda.synchronize()
-    context.execute_async_v3(stream.cuda_stream)
+    launch = partial(context.execute_async_v3, stream.cuda_stream)
+    launch()
     stream.synchronize()
     got = held["out"].float().cpu()
     row["relative_error"] = float((got - wanted).norm() / wanted.norm())
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        context.execute_async_v3(stream.cuda_stream)
+    graph = captured(stream, launch)
     times = []
     with torch.cuda.stream(stream):
         for _ in range(30):
@@ -117,7 +118,7 @@ def run_case(row: dict[str, Any], data: bytes) -> None:
             end.record()
             end.synchronize()
             times.append(begin.elapsed_time(end) * 1e3 / 5)
-    row["kernels"] = kernel_times(lambda: context.execute_async_v3(stream.cuda_stream))
+    row["kernels"] = kernel_times(launch)
     row["us"] = float(np.median(times[5:]))
     row["bytes"] = sum(held[name].nbytes for name in inputs)
     if row["kind"] == "linear":

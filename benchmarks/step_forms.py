@@ -203,10 +203,11 @@ class StepNet(Net):
         parts = self.siblings(x, layer["norm1"], [np.concatenate([q, k]), v] if "j" in self.flags else [q, k, v])
         *turned, v = (self.reshape(part, (1, part.shape[1] // d, 1, d)) for part in parts)
         if "q_norm" in layer:
-            gains = [np.tile(layer[n], (c, 1)) for n, c in (("q_norm", self.heads), ("k_norm", self.kv_heads))]
-            gains = [np.concatenate(gains)] if "j" in self.flags else gains
-            turned = [self.norm(x, g.reshape(1, -1, 1, d)) for x, g in zip(turned, gains, strict=True)]
-        turned = [self.rotated(x) for x in turned]
+            gains = [layer["q_norm"], layer["k_norm"]]
+            if "j" in self.flags:
+                gains = [np.repeat(gains, (self.heads, self.kv_heads), 0).reshape(1, -1, 1, d)]
+            turned = [self.norm(heads, gain) for heads, gain in zip(turned, gains, strict=True)]
+        turned = [self.rotated(heads) for heads in turned]
         if "j" in self.flags:
             places = (0, self.heads), (self.heads, self.kv_heads)
             turned = [self.slice(turned[0], (0, at, 0, 0), (1, count, 1, d)) for at, count in places]
