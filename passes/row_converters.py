@@ -15,7 +15,6 @@ Measured on an H200 with TensorRT-RTX 1.4, fp16 (``python -m benchmarks.kernels 
 from __future__ import annotations
 
 from math import prod
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch.fx import GraphModule, Node
 from passes import twins
 from passes.converters import as_tensor, reshaped
 from passes.stack import Stack
+from passes.weights import put, value_of
 
 aten = torch.ops.aten
 LINEAR = aten.linear.default
@@ -55,83 +55,62 @@ def prepare(graph: GraphModule) -> None:
     for node in graph.graph.nodes:
         if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
-    _merge_siblings(graph)
-    products = [node for node in graph.graph.nodes if _row(node) is not None]
-    for product in products:
-        _take_gain(graph, product)
-    twins.join(graph, products)
+    for row in list(graph.graph.nodes):
+        products = list(row.users)
+        if products and all(_row(product) is row and _constants(graph, product) for product in products):
+            _merge(graph, row, products)
+    twins.join(graph, [node for node in graph.graph.nodes if _row(node) is not None])
     graph.graph.lint()
     graph.recompile()
 
 
-def _merge_siblings(graph: GraphModule) -> None:
-    """Put the weights [out, in] of all products that share one row together, in place, where nothing else reads it."""
-    for row in list(graph.graph.nodes):
-        products = list(row.users)
-        if len(products) > 1 and all(_row(p) is row and _constants(graph, p) for p in products):
-            _merge(graph, row, products)
-
-
-def _take_gain(graph: GraphModule, product: Node) -> None:
-    """Make the gain of the norm before ``product`` part of its weights, in place, where nothing else reads the row."""
-    row, constants = _row(product), _constants(graph, product)
-    if row is None or len(row.users) > 1 or row.target is not aten.mul.Tensor or not constants:
-        return
-    weight, factors = constants[0], [arg for arg in row.args if isinstance(arg, Node)]
-    factors.sort(key=lambda factor: factor.op != "get_attr")
-    if weight is None or len(weight) >= VOCABULARY or [factor.op == "get_attr" for factor in factors] != [True, False]:
-        return
-    gain, normed = attrgetter(str(factors[0].target))(graph), factors[1].meta["val"]
-    if gain.shape != weight.shape[1:] or normed.shape != row.meta["val"].shape or normed.dtype != weight.dtype:
-        return
-    with torch.no_grad(), graph.graph.inserting_before(product):
-        folded = _constant(graph, f"{product.name}_gained", (weight.float() * gain.float()).to(weight.dtype))
-    _, whole, *bias = product.args
-    product.args = (factors[1], folded, *bias)
-    graph.graph.erase_node(row)
-    if isinstance(whole, Node) and not whole.users:
-        graph.graph.erase_node(whole)
-        if whole.target in dict(graph.named_buffers()):  # put together by _merge, for this product alone
-            delattr(graph, str(whole.target))
-
-
 def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:
     """Weight and bias of ``product``; none at all where one of them is computed."""
-    found: list[Tensor | None] = []
-    for arg in (*product.args[1:], None)[:2]:
-        if isinstance(arg, Node) and arg.op != "get_attr":
-            return []
-        found.append(attrgetter(str(arg.target))(graph) if isinstance(arg, Node) else None)
-    return found
+    args = (*product.args[1:], None)[:2]
+    found = [value_of(graph, arg) for arg in args]
+    return [] if any(arg is not None and value is None for arg, value in zip(args, found, strict=True)) else found
 
 
 def _merge(graph: GraphModule, row: Node, products: list[Node]) -> None:
+    """Put the weights [out, in] of all ``products``, which alone read ``row``, together, with the gain of its norm."""
     weights, biases = zip(*(_constants(graph, product) for product in products), strict=True)
     sizes = [len(weight) for weight in weights]
-    args: list[Node] = [row]
+    gain, normed = _gain(graph, row) if sum(sizes) < VOCABULARY else (None, row)
+    if gain is None and len(products) == 1:
+        return
     with torch.no_grad(), graph.graph.inserting_before(products[0]):
-        args.append(_constant(graph, f"{products[0].name}_weights", torch.cat(weights)))
+        whole = torch.cat(weights)
+        if gain is not None:
+            whole = (whole.float() * gain.float()).to(whole.dtype)
+        args = [normed, put(graph, f"{products[0].name}_weights", whole)]
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)
-            whole = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
-            args.append(_constant(graph, f"{products[0].name}_biases", whole))
+            together = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
+            args.append(put(graph, f"{products[0].name}_biases", together))
         merged = graph.graph.call_function(LINEAR, tuple(args))
         first = products[0].meta["val"]
         merged.meta["val"] = first.new_empty((*first.shape[:-1], sum(sizes)))
         for i, product in enumerate(products):
-            part = (merged, -1, sum(sizes[:i]), sum(sizes[: i + 1]))
-            piece = graph.graph.call_function(torch.ops.aten.slice.Tensor, part)
-            piece.meta["val"] = product.meta["val"]
+            piece = merged
+            if len(products) > 1:
+                part = (merged, -1, sum(sizes[:i]), sum(sizes[: i + 1]))
+                piece = graph.graph.call_function(torch.ops.aten.slice.Tensor, part)
+                piece.meta["val"] = product.meta["val"]
             product.replace_all_uses_with(piece)
-    for product in products:
-        graph.graph.erase_node(product)
+    for node in (*products, *([] if gain is None else [row])):
+        graph.graph.erase_node(node)
 
 
-def _constant(graph: GraphModule, name: str, value: Tensor) -> Node:
-    graph.register_buffer(name, value)
-    node = graph.graph.get_attr(name)
-    node.meta["val"] = value
-    return node
+def _gain(graph: GraphModule, row: Node) -> tuple[Tensor | None, Node]:
+    """The gain [in] by which ``row`` is another row, and that row; no gain, and ``row``, if it is not made so."""
+    like = row.meta["val"]
+    for one, other in (row.args, row.args[::-1]) if row.target is aten.mul.Tensor else ():
+        gain = value_of(graph, one)
+        if gain is None or gain.shape != like.shape[-1:] or not isinstance(other, Node) or other.op == "get_attr":
+            continue
+        if other.meta["val"].shape == like.shape and other.meta["val"].dtype == like.dtype:
+            return gain, other
+    return None, row
 
 
 def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.passes.tools_common import legalize_graph
+
+from passes.weights import put, value_of
 
 aten = torch.ops.aten
 SLICE, CAT, PERMUTE, MEAN = aten.slice.Tensor, aten.cat.default, aten.permute.default, aten.mean.dim
@@ -146,18 +147,12 @@ def _both(graph: GraphModule, node: Node, one: Any, other: Any, found: dict[Node
 def _tiled(graph: GraphModule, one: Node, other: Any, origin: Twins) -> Node | None:
     """A weight [D] of each, such as the gain of a norm, as one [H, ..., D] for all heads; None if it is not that."""
     between = len(_shape(origin.first)) - origin.axis - 2
-    if between < 0 or not isinstance(other, Node) or (one.op, other.op) != ("get_attr", "get_attr"):
-        return None
-    weights = [attrgetter(str(node.target))(graph).detach() for node in (one, other)]
-    if [weight.dim() for weight in weights] != [1, 1] or len(weights[0]) != len(weights[1]):
+    first, second = value_of(graph, one), value_of(graph, other)
+    if between < 0 or first is None or second is None or first.dim() != 1 or first.shape != second.shape:
         return None
     counts = [_shape(twin)[origin.axis] for twin in (origin.first, origin.second)]
-    tiles = [w.expand(count, *(1,) * between, len(w)) for w, count in zip(weights, counts, strict=True)]
-    name = f"{one.name}_and_{other.name}"
-    graph.register_buffer(name, torch.cat(tiles))
-    tiled = graph.graph.get_attr(name)
-    tiled.meta["val"] = attrgetter(name)(graph)
-    return tiled
+    tiles = [w.detach().expand(n, *(1,) * between, len(w)) for w, n in zip((first, second), counts, strict=True)]
+    return put(graph, f"{one.name}_and_{other.name}", torch.cat(tiles))
 
 
 def _part(graph: GraphModule, twins: Twins, members: set[Node]) -> None:

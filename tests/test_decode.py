@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from typing import Any
 
@@ -39,6 +40,15 @@ def programs(
         cached.trace_decode(cached.DecodeForm(model), cache, CPU),
     ]
     return cache, traced, [apply_strategy(each.program, "detect_causal", "mask") for each in traced]
+
+
+def lowered_step(name: str) -> tuple[GraphModule, dict[str, Any]]:
+    """The caller's own copy of the lowered decode graph, and inputs for it: token 7 at place 3 of random caches."""
+    cache, traced, rewritten = programs(name, "in_engine", 1)
+    lowered = compile.lower(load_stack(), rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
+    caches, count = [torch.randn(x.shape) for x in cache.tensors(CPU)], len(cache.layers)
+    inputs = {"input_ids": torch.tensor([[7]]), "position": torch.tensor([3])}
+    return copy.deepcopy(lowered.graph), inputs | {"keys": caches[:count], "values": caches[count:]}
 
 
 def generator(name: str, mode: str, batch: int = 1, **changes: Any) -> CachedGenerator:
@@ -198,22 +208,18 @@ def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_fo
 
 @pytest.mark.parametrize(("name", "biases"), [("llama", 0), ("qwen2", 1)])
 def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
-    cache, traced, rewritten = programs(name, "in_engine", 1)
-    stack = load_stack()
-    lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
-    caches, count = [torch.randn(x.shape) for x in cache.tensors(CPU)], len(cache.layers)
-    inputs = {"input_ids": torch.tensor([[7]]), "position": torch.tensor([3])}
-    inputs |= {"keys": caches[:count], "values": caches[count:]}
-    before = lowered.graph(**inputs)
+    graph, inputs = lowered_step(name)
+    count = len(inputs["keys"])
+    before = graph(**inputs)
 
-    row_converters.prepare(lowered.graph)
+    row_converters.prepare(graph)
 
-    lone = [node for node in lowered.graph.graph.nodes if row_converters.applies(node)]
+    lone = [node for node in graph.graph.nodes if row_converters.applies(node)]
     shapes = [tuple(node.args[1].meta["val"].shape) for node in lone]
     layer = [(128, 64), (64, 64), (192, 64), (64, 96)]  # query, key and value; output; gate and up; down
     assert shapes == [*(layer * count), (128, 64)]  # and the head
     assert sum(len(node.args) > 2 and node.args[2] is not None for node in lone) == biases * count
-    for one, other in zip(lowered.graph(**inputs), before, strict=True):
+    for one, other in zip(graph(**inputs), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from test_decode import CPU, programs
+from test_decode import lowered_step
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from passes import row_converters, twins
-from passes.stack import load_stack
-from pipeline import compile
-from pipeline.config import BackendConfig
 
 aten = torch.ops.aten
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
@@ -33,16 +29,10 @@ def kinds(graph: GraphModule) -> Counter[Any]:
 @pytest.mark.parametrize(("name", "layers", "means"), [("llama", 2, 2), ("qwen2", 1, 2), ("qwen3", 1, 3)])
 def test_query_and_key_are_normed_and_rotated_together(name: str, layers: int, means: int) -> None:
     """``means``: of a layer, its two norms and, once, that of query and key; and the last norm."""
-    cache, traced, rewritten = programs(name, "in_engine", 1)
-    lowered = compile.lower(load_stack(), rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
-    graph = copy.deepcopy(lowered.graph)
+    graph, inputs = lowered_step(name)
     gains = [value for key, value in graph.state_dict().items() if "norm" in key]
     for gain in gains:  # ones, in a new model
         gain.uniform_(0.5, 2)
-    count = len(cache.layers)
-    caches = [torch.randn(x.shape) for x in cache.tensors(CPU)]
-    inputs = {"input_ids": torch.tensor([[7]]), "position": torch.tensor([3])}
-    inputs |= {"keys": caches[:count], "values": caches[count:]}
     before = graph(**inputs)
 
     row_converters.prepare(graph)
