@@ -136,12 +136,14 @@ class CachedGenerator:
         self._count.zero_()
         self._choose()
 
-    def bind_prompts(self, batch: int, length: int) -> None:
-        """Allocate and bind everything for prompts of [batch, length], and run them once: kernels are compiled."""
-        self._check(torch.empty(batch, length, device="meta"), 0)
-        self._bind((batch, length), 1)
-        self._lengths.fill_(length)
-        self._last.fill_(length - 1)
+    def bind_prompts(self, tokens: Tensor) -> None:
+        """Allocate and bind everything for prompts ``tokens`` [batch, length] int64, and run them once: kernels are
+        compiled."""
+        self._check(tokens, 0)
+        self._bind(tokens.shape, 1)
+        self._prompts.copy_(tokens)
+        self._lengths.fill_(tokens.shape[1])
+        self._last.fill_(tokens.shape[1] - 1)
         with behind_caller(self.stream):
             self.run_prompts()
         self._wait()
@@ -299,8 +301,8 @@ class PromptRunner:
     def generation(self) -> int:
         return self._generator.generation
 
-    def prepare(self, batch: int, length: int) -> None:
-        self._generator.bind_prompts(batch, length)
+    def prepare(self, tokens: Tensor) -> None:
+        self._generator.bind_prompts(tokens)
 
     def enqueue(self) -> None:
         self._generator.run_prompts()

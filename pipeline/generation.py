@@ -15,7 +15,7 @@ from pipeline.benchmark_generate import measure_generation
 from pipeline.model import DTYPES, LoadedModel, load_reference
 from pipeline.record import Record
 from pipeline.roofline import DecoderCost
-from pipeline.text import token_batch
+from pipeline.text import tokens_for
 
 if TYPE_CHECKING:
     from pipeline.ceilings import Ceilings
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
 def prompts(record: Record, loaded: LoadedModel) -> Tensor:
     """The prompts of ``benchmark.generate``, [batch, length] int64, on the model's device."""
-    shape, vocabulary = record.config.benchmark.generate, loaded.model.config.get_text_config().vocab_size
+    shape = record.config.benchmark.generate
     assert shape is not None
-    tokens = token_batch(loaded.tokenizer, vocabulary, shape.batch, shape.input_length, record.config.seed)
-    return tokens.to(loaded.model.device)
+    return tokens_for(loaded, shape.batch, shape.input_length, record.config.seed)
 
 
 def verify(

@@ -208,10 +208,10 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
     from pipeline.cases import Case, case_inputs, cases, split
     from pipeline.export import CallForm
     from pipeline.model import DTYPES, load_reference
-    from pipeline.text import token_batch
+    from pipeline.text import tokens_for
 
     config, device = record.config, loaded.model.device
-    names, vocabulary = config.model.inputs, loaded.model.config.get_text_config().vocab_size
+    names = config.model.inputs
     form = CallForm(loaded.model, config.model.logits)
     reference = CallForm(load_reference(config.model, config.precision, device, config.seed), config.model.logits)
     if what.executed == "graph":
@@ -219,8 +219,7 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
 
     def inputs_of(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         seed = config.seed + case.sample
-        tokens = token_batch(loaded.tokenizer, vocabulary, config.shape.batch, case.length, seed).to(device)
-        return case_inputs(case, names, tokens)
+        return case_inputs(case, names, tokens_for(loaded, config.shape.batch, case.length, seed))
 
     def own(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return form(**inputs)
@@ -268,6 +267,7 @@ def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -
     from pipeline import benchmark, ceilings, generation, gpu
     from pipeline.plots import latency_plot
     from pipeline.roofline import decoder_cost
+    from pipeline.text import tokens_for
 
     config = record.config
     if not config.benchmark.shapes and what.generator is None:
@@ -278,9 +278,13 @@ def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -
     with turn() as waiting, record.stage("benchmark"):
         cost = decoder_cost(loaded.model, config.model.logits)
         roof, read_state = ceilings.measure(config.precision), partial(gpu.read_state, waiting)
-        result = benchmark.measure(what.runner, config.benchmark, cost, roof, config.precision, read_state=read_state)
+        tokens = partial(tokens_for, loaded, seed=config.seed)
+        result = benchmark.measure(
+            what.runner, config.benchmark, tokens, cost, roof, config.precision, read_state=read_state
+        )
         if what.generator is not None:
             result = result.joined(generation.measure(record, loaded, what.generator, cost, roof, read_state))
+        result.report["tokens"] = "real text" if loaded.tokenizer is not None else "random, seeded"
         record.report["benchmark"] = result.report
         record.keep_json("samples.json", result.samples)
         assert record.folder is not None
