@@ -96,6 +96,26 @@ def of_engine(precision: str, flavour: str) -> dict[str, Arithmetic]:
     return {"fp16": {"pytorch_fp16_accumulation": fp16_accumulation}, "fp32": {"pytorch_tf32": tf32}}.get(precision, {})
 
 
+def yardsticks(executed: str, precision: str, flavour: str | None) -> dict[str, Arithmetic]:
+    """The arithmetics of PyTorch that a candidate is judged beside, by their name in the report, the one that judges it
+    last.  ``executed``: ``engine``, ``graph``, or the name of a rival; ``flavour``: of TensorRT."""
+    if executed == "graph":
+        return {"pytorch": on_cpu(precision)}
+    return {"pytorch": nullcontext} | (of_engine(precision, flavour or "") if executed == "engine" else {})
+
+
+def described(executed: str, precision: str, flavour: str | None) -> str:
+    """What a verification computed in, and so what it has seen, in a line for people."""
+    added_up = "" if precision == "fp32" else ", products added up in fp32"
+    if executed == "graph":
+        return f"{precision} on the CPU{added_up}; the engine and the GPU's kernels did not run"
+    if executed != "engine":
+        return f"{precision} on the GPU, as PyTorch has it"
+    unlike = {"pytorch_fp16_accumulation": ", products added up in fp16", "pytorch_tf32": ", products of TF32"}
+    judge = unlike.get(list(yardsticks(executed, precision, flavour))[-1], added_up)
+    return f"{precision} on the GPU, in the engine's kernels; judged by PyTorch in {precision}{judge}"
+
+
 def in_arithmetic(forward: Forward, arithmetic: Arithmetic) -> Forward:
     """``forward`` as it computes in ``arithmetic``."""
 

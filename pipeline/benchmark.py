@@ -65,9 +65,10 @@ def measure(
 ) -> BenchmarkResult:
     """Measure every shape of ``config``; the first is the headline.
 
-    ``tokens`` gives the prompts [batch, length] int64 that a shape is timed on.  ``cost`` and ``ceilings`` (:func:`pipeline.ceilings.measure` at ``precision``) give the roofline
-    fraction, which is None without them.  Raises :class:`RunError`: ``out_of_memory``, or ``unsteady`` when
-    something was compiled, captured, bound or allocated while passes were timed.
+    ``tokens`` gives the prompts [batch, length] int64 that a shape is timed on.  ``cost`` and ``ceilings``
+    (:func:`pipeline.ceilings.measure` at ``precision``) give the roofline fraction, which is None without them.
+    Raises :class:`RunError`: ``out_of_memory``, or ``unsteady`` when something was compiled, captured, bound or
+    allocated while passes were timed.
     """
     clock = clock or CudaClock(runner.stream)
     memory_before = gpu.memory()

@@ -285,8 +285,8 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
     if cache.batch > 1 and _reads_first_row(program):
         raise RunError(
             "ragged_batch",
-            f"shape.batch={cache.batch}: {type(form.model).__name__} computes with one length of the cache for all rows, "
-            "and rows of a batch differ; set shape.batch=1",
+            f"shape.batch={cache.batch}: {type(form.model).__name__} computes with one length of the cache for all "
+            "rows, and rows of a batch differ; set shape.batch=1",
         )
     return Traced(program, specs)
 

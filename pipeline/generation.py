@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline import gpu, verify_generation
-from pipeline import verify as verifying
+from pipeline.arithmetic import Arithmetic, in_arithmetic
 from pipeline.benchmark_generate import measure_generation
 from pipeline.model import DTYPES, LoadedModel, load_reference
 from pipeline.record import Record
@@ -30,13 +30,11 @@ def prompts(record: Record, loaded: LoadedModel) -> Tensor:
     return tokens_for(loaded, shape.batch, shape.input_length, record.config.seed)
 
 
-def verify(
-    record: Record, loaded: LoadedModel, generator: Generator, arithmetic: verifying.Arithmetic = nullcontext
-) -> None:
+def verify(record: Record, loaded: LoadedModel, generator: Generator, arithmetic: Arithmetic = nullcontext) -> None:
     """Judge the very generation that will be timed and end the run if one token of it is wrong.
 
-    ``arithmetic``: in which PyTorch judges it, see :mod:`pipeline.verify`.  Adds ``verify.generation`` to the report,
-    in which ``verify`` must stand already.
+    ``arithmetic``: in which PyTorch judges it, see :mod:`pipeline.arithmetic`.  Adds ``verify.generation`` to the
+    report, in which ``verify`` must stand already.
     """
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None
@@ -53,7 +51,7 @@ def verify(
         prompt,
         generator.tokens(),
         None,
-        verifying.in_arithmetic(own, arithmetic),
+        in_arithmetic(own, arithmetic),
         wide,
         loaded.model.config.get_text_config().vocab_size,
         torch.finfo(DTYPES[config.precision]).eps / 2,

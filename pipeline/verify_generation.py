@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError
+from pipeline.arithmetic import Forward
 from pipeline.export import make_inputs
-from pipeline.verify import FACTOR, Forward
+from pipeline.verify import FACTOR
 
 
 @dataclass(frozen=True)
