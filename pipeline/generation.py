@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from pipeline import gpu, verify_generation
 from pipeline.arithmetic import Arithmetic, in_arithmetic
 from pipeline.benchmark_generate import measure_generation
+from pipeline.cases import ragged_padding
+from pipeline.decode import CachedGenerator
+from pipeline.generate import behind_caller
 from pipeline.model import DTYPES, LoadedModel, load_reference
 from pipeline.record import Record
 from pipeline.roofline import DecoderCost
@@ -47,20 +51,34 @@ def verify(record: Record, loaded: LoadedModel, generator: Generator, arithmetic
     reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
     own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
 
-    case = verify_generation.judge_generation(
+    judge = partial(
+        verify_generation.judge_generation,
         prompt,
-        generator.tokens(),
-        None,
-        in_arithmetic(own, arithmetic),
-        wide,
-        loaded.model.config.get_text_config().vocab_size,
-        torch.finfo(DTYPES[config.precision]).eps / 2,
-        f"generation_{shape.input_length}_{shape.output_length}",
+        forward=in_arithmetic(own, arithmetic),
+        reference=wide,
+        vocabulary=loaded.model.config.get_text_config().vocab_size,
+        precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
     )
-    section = record.report["verify"]["generation"] = verify_generation.section([case])
-    record.report["verify"]["passed"] &= section["passed"]
-    record.detail += f", {case.tokens} generated tokens"
-    verify_generation.gate(section)
+    verified, name = record.report["verify"], f"generation_{shape.input_length}_{shape.output_length}"
+    before, verified["passed"] = verified["passed"], False  # until it is judged
+    cases = [judge(generator.tokens(), None, name=name)]
+    if isinstance(generator, CachedGenerator) and shape.batch > 1:  # rows at places of their own
+        padding = ragged_padding(*prompt.shape).to(prompt.device)
+        cases.append(judge(_again(generator, prompt, shape.output_length, padding), padding, name=f"{name}_ragged"))
+    verified["generation"] = verify_generation.section(cases)
+    verified["passed"] = before and verified["generation"]["passed"]
+    record.detail += f", {sum(case.tokens for case in cases)} generated tokens"
+    verify_generation.gate(verified["generation"])
+
+
+def _again(generator: CachedGenerator, prompt: Tensor, new_tokens: int, padding: Tensor) -> Tensor:
+    """What it generates after other prompts of the shape that it is prepared for, whose ``padding`` is ignored."""
+    generator.prepare(prompt, new_tokens, padding)
+    with behind_caller(generator.stream):
+        generator.prefill()
+        for _ in range(new_tokens - 1):
+            generator.decode()
+    return generator.tokens()
 
 
 def measure(

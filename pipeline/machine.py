@@ -126,8 +126,6 @@ def _cached(
         if config.shape.kind == "static":
             decoded = tokens.shape[1] - most
         decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
-        if real is not None:
-            decoded = min(decoded, int(real.sum(1).min()) - 1)
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
 
     timed = generator if config.benchmark.generate is not None else None
