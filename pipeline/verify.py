@@ -163,7 +163,7 @@ def judged_by(own: Difference, got: Difference, precision_eps: float, first: int
         **asdict(whole),
         "tolerance": allowed.relative_error,
         "allowed_kl": allowed.kl,
-        "positions": len(failed),
+        "positions_judged": len(failed),
         "positions_failed": int(failed.sum()),
         "worst_position": _worst_position(got, allowed, shares, int(at_positions.argmax()), first),
         "worst_block": _worst_block(got, allowed, int(of_blocks.argmax())),
@@ -211,7 +211,7 @@ def gate(section: dict[str, Any]) -> None:
     where = ""
     if worst["positions_failed"]:
         where = (
-            f"; {worst['positions_failed']} of {worst['positions']} positions, the worst at row {position['row']}, "
+            f"; {worst['positions_failed']} of {worst['positions_judged']} positions, the worst at row {position['row']}, "
             f"position {position['position']}: {position['measure']} {position['found']:.3g} where "
             f"{position['allowed']:.3g} is allowed"
         )

@@ -176,7 +176,7 @@ def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_l
     assert (report["status"], report["failure"]) == (DONE, None)
     ragged = [case for case in report["verify"]["cases"] if case["padding"] == "ragged"]
     assert {7, 64, 65, 128} <= {case["length"] for case in ragged} and all(case["passed"] for case in ragged)
-    assert all(case["positions"] == 3 for case in ragged), "the last of each row"
+    assert all(case["positions_judged"] == 3 for case in ragged), "the last of each row"
     names = [case["name"] for case in report["verify"]["generation"]["cases"]]
     assert names == ["generation_40_20", "generation_40_20_ragged"]
 

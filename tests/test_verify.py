@@ -66,7 +66,7 @@ def test_rounding_of_another_seed_passes_at_every_position(seed: int) -> None:
     section = judged(rounded(seed))
 
     (case,) = section["cases"]
-    assert section["passed"] and case["positions"] == ROWS * LENGTH and case["positions_failed"] == 0
+    assert section["passed"] and case["positions_judged"] == ROWS * LENGTH and case["positions_failed"] == 0
     assert case["worst_position"]["found"] <= case["worst_position"]["allowed"]
     gate(section)
 
@@ -200,7 +200,7 @@ def test_padding_is_not_judged() -> None:
     truth, logits = logits_of(0.0, 0), rounded(2)
     truth[0, 4], logits[0, 6] = float("nan"), 0.0
     section = judged(logits, truth=truth, padding=padding)
-    assert section["passed"] and section["cases"][0]["positions"] == ROWS * LENGTH - 10
+    assert section["passed"] and section["cases"][0]["positions_judged"] == ROWS * LENGTH - 10
 
 
 # The arithmetics

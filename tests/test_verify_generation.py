@@ -116,3 +116,17 @@ def test_tokens_outside_of_the_vocabulary_and_numbers_that_are_none_fail() -> No
 
     case = judge_generation(tokens, got, None, broken, last_positions(tiny.model("qwen3"), NEW), 128, EPS)
     assert not case.passed and case.flips == NEW
+
+
+def test_a_reference_that_is_no_number_is_the_models_failure() -> None:
+    tokens = tiny.tokens(1, LENGTH)
+    forward = last_positions(tiny.model("qwen3"), NEW)
+
+    def broken(inputs: dict[str, Tensor]) -> Tensor:
+        logits = forward(inputs).clone()
+        logits[0, 3, 5] = float("nan")
+        return logits
+
+    with pytest.raises(RunError, match="not finite at new token 3") as caught:
+        judge_generation(tokens, generated("fp32", tokens), None, forward, broken, 128, EPS)
+    assert caught.value.kind == "model"
