@@ -51,6 +51,10 @@ class CallRecord:
     action: str
     reason: str
     unproved: bool
+    looks: int
+    """On how many inputs the mask's graph was run to check the proof."""
+    disagreement: str
+    """Where it was not what was proved; the mask is then kept."""
     native_gqa: bool
     scale: str
     """Where the softmax scale went."""
@@ -131,7 +135,7 @@ def apply_strategy(
 ) -> Rewritten:
     """Prove every mask of the prepared ``program`` and rewrite its attention calls by strategy ``name``.
 
-    ``assume`` names the :data:`passes.masks.CONDITIONS` that hold for every input, says the user.
+    ``assume`` names the :data:`passes.conditions.CONDITIONS` that hold for every input, says the user.
 
     ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.RunError` of kind
     ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
@@ -190,6 +194,8 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
         action=decision.action.value,
         reason=decision.reason,
         unproved=decision.unproved,
+        looks=proof.looks,
+        disagreement=proof.disagreement,
         native_gqa=native_gqa,
         scale=scale,
         profile=dict(proof.profile),

@@ -16,7 +16,7 @@ from runs import DONE, do, failure, mlflow_run, outcome_in
 from torch import Tensor
 
 from passes.errors import RunError, UserError
-from passes.masks import CONDITIONS, LARGEST_POSITION
+from passes.conditions import CONDITIONS, LARGEST_POSITION
 from pipeline import guard, tracking
 from pipeline.__main__ import _main, compose_config
 from pipeline.cases import Case, case_inputs, cases, split
