@@ -21,7 +21,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from passes import cache_converters, converters, row_converters
+from passes import cache_converters, converters, missing_converters, network_form, row_converters
 from passes.attention import FORMS
 from passes.errors import RunError
 from passes.rewrite import DECOMPOSITIONS
@@ -95,6 +95,8 @@ def interpret(
 
     ``in_place``: its KV cache is updated where it is; ``fused_rows``: see :mod:`passes.row_converters`.
     """
+    if not use_upstream:
+        network_form.prepare(lowered.graph)
     if fused_rows:
         row_converters.prepare(lowered.graph)
     made: list[converters.NativeLayer] = []
@@ -197,7 +199,8 @@ def _interpreter_type(
 
     class Interpreter(TRTInterpreter):
         def validate_conversion(self) -> set[str]:
-            ours = tuple(str(target) for target in (*converters.CONVERTED, *cache_converters.CONVERTED))
+            every = (converters, cache_converters, missing_converters)
+            ours = tuple(str(target) for module in every for target in module.CONVERTED)
             return {op for op in super().validate_conversion() if not op.endswith(ours)}
 
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -205,6 +208,8 @@ def _interpreter_type(
                 return row_converters.convert(stack, self.ctx, self._cur_node, args)
             if target in cache_converters.CONVERTED:
                 return cache_converters.convert(stack, self.ctx, self._cur_node, args, in_place)
+            if target in missing_converters.CONVERTED:
+                return missing_converters.convert(stack, self.ctx, self._cur_node, args)
             if target not in converters.CONVERTED:
                 return super().call_function(target, args, kwargs)
             output, layer = converters.convert(stack, self.ctx, self._cur_node, args, kwargs)

@@ -13,6 +13,7 @@ from passes.errors import RunError
 from passes.rewrite import prepare
 from passes.stack import quiet
 from pipeline.config import ModelConfig, ShapeConfig
+from pipeline.experts import plain_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,7 +139,7 @@ def exported(form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | 
     """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
     ``export`` where torch.export cannot."""
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), plain_experts(form.model):
             program = torch.export.export(
                 form,
                 (),
