@@ -2,10 +2,14 @@
 
 * A -1 in the sizes of a view hides from TensorRT what the trace knows: its attention layer and the update of its cache
   want the number of heads, and some views with -1 and a dynamic size are refused altogether.
+* What is written into a slice of a tensor is scattered element by element, which fails where a length is dynamic.
+  Along an axis of known size it stands between what the tensor has before and behind it.
 * What ``empty`` holds is undefined, so zeros will do; there is no layer for it.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -16,10 +20,12 @@ VIEWS = (aten._reshape_copy.default, aten.view.default, aten.reshape.default, at
 
 
 def prepare(graph: GraphModule) -> None:
-    """Write known sizes and defined contents into ``graph``, in place."""
-    for node in graph.graph.nodes:
+    """Write known sizes, slices and contents into ``graph``, in place."""
+    for node in list(graph.graph.nodes):
         if node.target in VIEWS and "val" in node.meta:
             _write_known_sizes(node)
+        elif node.target is aten.slice_scatter.default and "val" in node.meta:
+            _put_between(node)
         elif node.target is aten.empty.memory_format:
             node.target, node.args = aten.full.default, (node.args[0], 0)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
@@ -29,5 +35,26 @@ def prepare(graph: GraphModule) -> None:
 def _write_known_sizes(node: Node) -> None:
     source, asked, *rest = node.args
     known = node.meta["val"].shape
-    sizes = [size if isinstance(size, int) else wanted for wanted, size in zip(asked, known, strict=True)]  # type: ignore[arg-type, call-overload]
+    sizes = [size if isinstance(size, int) else wanted for wanted, size in zip(asked, known, strict=True)]  # type: ignore[arg-type]
     node.args = (source, sizes, *rest)
+
+
+def _put_between(node: Node) -> None:
+    whole, piece, places = node.args[0], node.args[1], node.args[2:]
+    made, graph = node.meta["val"], node.graph
+    dim, start, end, step = (*places, *(0, None, None, 1)[len(places) :])
+    size = made.shape[dim]
+    if step != 1 or not all(place is None or isinstance(place, int) for place in (size, start, end)):
+        return
+    first, last, _ = slice(start, end).indices(size)
+
+    def kept(begin: int, stop: int) -> list[Any]:
+        if begin == stop:
+            return []
+        part = graph.call_function(aten.slice.Tensor, (whole, dim, begin, stop))
+        part.meta["val"] = made.narrow(dim, begin, stop - begin)
+        return [part]
+
+    with graph.inserting_before(node):
+        pieces = [*kept(0, first), piece, *kept(last, size)]
+    node.target, node.args = aten.cat.default, (pieces, dim)
