@@ -40,9 +40,10 @@ def _write_known_sizes(node: Node) -> None:
 
 
 def _put_between(node: Node) -> None:
-    whole, piece, places = node.args[0], node.args[1], node.args[2:]
+    whole, piece = node.args[:2]
     made, graph = node.meta["val"], node.graph
-    dim, start, end, step = (*places, *(0, None, None, 1)[len(places) :])
+    default: tuple[Any, ...] = (0, None, None, 1)
+    dim, start, end, step = node.args[2:] + default[len(node.args) - 2 :]
     size = made.shape[dim]
     if step != 1 or not all(place is None or isinstance(place, int) for place in (size, start, end)):
         return

@@ -24,6 +24,7 @@ from pipeline.export import InputSpec, Traced, example_length, exported, own_row
 
 GRANULE = 128
 """Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
+WITHOUT = "with cache=none the model is called in another way, which may do"
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
     if shape.kind == "dynamic":
         fixed = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
         dynamic = fixed | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
-    return Traced(exported(form, inputs, dynamic), tuple(specs))
+    return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
@@ -236,7 +237,7 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    return Traced(exported(form, inputs | _caches(cache, device), None), specs)
+    return Traced(exported(form, inputs | _caches(cache, device), None, WITHOUT), specs)
 
 
 def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:
