@@ -126,7 +126,8 @@ def interpret(
 
 def _refuse_what_is_missing(graph: GraphModule, missing: set[str]) -> None:
     """``missing``: of operations in ``graph``, as Torch-TensorRT describes them."""
-    names = sorted(op.removeprefix("call_function torch.ops.") for op in missing)
+    names = sorted(op.removeprefix("call_function ").removeprefix("torch.ops.") for op in missing)
+    names = [name for name in names if name != "_operator.getitem"] or names  # of one that gives several tensors
     if names:
         first = next((node for node in graph.graph.nodes if names[0] == str(node.target)), None)
         raise RunError("unsupported_op", f"TensorRT has no layer for {', '.join(names)} ({_place(first)}); {AS_IT_IS}")
