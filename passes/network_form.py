@@ -4,6 +4,7 @@
   want the number of heads, and some views with -1 and a dynamic size are refused altogether.
 * What is written into a slice of a tensor is scattered element by element, which fails where a length is dynamic.
   Along an axis of known size it stands between what the tensor has before and behind it.
+* A number that is scattered is made a constant of double precision where the sizes are known, which TensorRT has not.
 * What ``empty`` holds is undefined, so zeros will do; there is no layer for it.
 """
 
@@ -26,6 +27,8 @@ def prepare(graph: GraphModule) -> None:
             _write_known_sizes(node)
         elif node.target is aten.slice_scatter.default and "val" in node.meta:
             _put_between(node)
+        elif node.target is aten.scatter.value and "val" in node.args[2].meta:
+            _spell_out_number(node)
         elif node.target is aten.empty.memory_format:
             node.target, node.args = aten.full.default, (node.args[0], 0)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
@@ -59,3 +62,14 @@ def _put_between(node: Node) -> None:
     with graph.inserting_before(node):
         pieces = [*kept(0, first), piece, *kept(last, size)]
     node.target, node.args = aten.cat.default, (pieces, dim)
+
+
+def _spell_out_number(node: Node) -> None:
+    whole, dim, index, number = node.args
+    sizes, dtype = index.meta["val"].shape, node.meta["val"].dtype  # type: ignore[union-attr]
+    if not all(isinstance(size, int) for size in sizes):
+        return
+    with node.graph.inserting_before(node):
+        numbers = node.graph.call_function(aten.full.default, (list(sizes), number), {"dtype": dtype})
+        numbers.meta["val"] = node.meta["val"].new_empty(sizes)
+    node.target, node.args = aten.scatter.src, (whole, dim, index, numbers)

@@ -18,13 +18,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.cache_ops import cache_update
-from passes.errors import UserError
+from passes.errors import AS_IT_IS, UserError
 from pipeline.config import CacheConfig, ShapeConfig
 from pipeline.export import InputSpec, Traced, example_length, exported, own_rows
 
 GRANULE = 128
 """Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
-WITHOUT = "with cache=none the model is called in another way, which may do"
+WITHOUT = f"try cache=none; {AS_IT_IS}"
 
 
 @dataclass(frozen=True)
