@@ -18,12 +18,13 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.cache_ops import cache_update
-from passes.errors import UserError
+from passes.errors import AS_IT_IS, UserError
 from pipeline.config import CacheConfig, ShapeConfig
 from pipeline.export import InputSpec, Traced, example_length, exported, own_rows
 
 GRANULE = 128
 """Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
+WITHOUT = f"try cache=none; {AS_IT_IS}"
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
     if shape.kind == "dynamic":
         fixed = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
         dynamic = fixed | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
-    return Traced(exported(form, inputs, dynamic), tuple(specs))
+    return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
@@ -236,7 +237,7 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    return Traced(exported(form, inputs | _caches(cache, device), None), specs)
+    return Traced(exported(form, inputs | _caches(cache, device), None, WITHOUT), specs)
 
 
 def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
     versions = load_stack().versions() if config.backend.name == "tensorrt" else None
     record.report["environment"] = environment(versions)
     loaded = model.load(config.model, config.precision, device, config.seed, record.display.update)
+    for note in loaded.notes:
+        record.note(note)
     described = loaded.model.config.get_text_config()
     limit = getattr(described, "max_position_embeddings", None)
     if limit is not None and config.shape.max > limit:
@@ -213,7 +215,8 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
     config, device = record.config, loaded.model.device
     names, vocabulary = config.model.inputs, loaded.model.config.get_text_config().vocab_size
     form = CallForm(loaded.model, config.model.logits)
-    reference = CallForm(load_reference(config.model, config.precision, device, config.seed), config.model.logits)
+    same = replace(config.model, revision=loaded.revision)  # a branch may have moved since
+    reference = CallForm(load_reference(same, config.precision, device, config.seed), config.model.logits)
     if what.executed == "graph":
         verify.widened_parameters(form)
 

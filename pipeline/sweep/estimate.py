@@ -15,7 +15,7 @@ from passes.errors import UserError
 from pipeline.config import Config, ModelConfig
 from pipeline.report import SCHEMA
 from pipeline.sweep.jobs import Job, at
-from pipeline.sweep.keys import content_key, surroundings
+from pipeline.sweep.keys import Commits, content_key, surroundings
 from pipeline.sweep.ledger import Ledger
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -24,7 +24,7 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 def show(jobs: Sequence[Job]) -> None:
     """Print the plan; creates nothing."""
     here, output = surroundings(), Path(jobs[0].config.output)
-    ledger, earlier = Ledger(output), _earlier(output)
+    ledger, earlier, commits = Ledger(output), _earlier(output), Commits()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("job", "", "time", "device memory"):
         table.add_column(column, overflow="fold")
@@ -32,7 +32,7 @@ def show(jobs: Sequence[Job]) -> None:
     times: list[float | None] = []
     most = 0.0
     for job in jobs:
-        if not job.config.rerun and ledger.finished(content_key(job.config, here)):
+        if not job.config.rerun and ledger.finished(content_key(job.config, here, commits)):
             table.add_row(job.label, "finished")
             continue
         times.append(_seconds(job.config, earlier))

@@ -7,7 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.sweep import isolation, registry, table, tracking, waves
 from pipeline.sweep.attempt import attempt, settle
 from pipeline.sweep.display import line, live
 from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
-from pipeline.sweep.keys import content_key, settings_key, surroundings, sweep_key
+from pipeline.sweep.keys import Commits, content_key, pinned, settings_key, surroundings, sweep_key
 from pipeline.sweep.ledger import Entry, Ledger
 from pipeline.tracking_store import check_store
 
@@ -51,6 +51,7 @@ class Task:
     """Settings that the command gives one value: they tell no job from another."""
     surroundings: str | None = None
     """Those of the machine that it runs on; None: another than the one that made the task."""
+    commits: Commits = field(default_factory=Commits)
 
     def __call__(self, composed: DictConfig) -> float | None:
         """What Hydra calls: the job's objective, None where it has none."""
@@ -71,7 +72,8 @@ class Task:
     def attempt(self, config: Config, turns: isolation.Turns | None = None) -> Done:
         """Do the job, unless it is finished."""
         job, ledger = settings_key(config), Ledger(Path(config.output))
-        key = content_key(config, self.surroundings or surroundings())
+        key = content_key(config, self.surroundings or surroundings(), self.commits)
+        config = pinned(config, self.commits)
         finished = None if config.rerun else ledger.finished(key)
         if finished is not None:
             if turns is not None:
@@ -110,25 +112,26 @@ def sweep(
     ``config`` is any of theirs: they agree on where everything goes.  ``jobs`` is None where only Hydra's sweeper
     knows them, as they come; ``identity`` then stands for them.  Raises :class:`UserError`, with nothing created.
     """
-    here = surroundings()
+    here, commits = surroundings(), Commits()
     if config.sweep.builders > 1 and launch is not None:
         raise UserError(f"sweep.builders={config.sweep.builders}: leave it out where Hydra's plugins place the jobs")
     if config.sweep.baseline is not None and jobs is not None:
         table.check_baseline(config.sweep.baseline, jobs)
-    key = sweep_key([identity, here] if jobs is None else [content_key(job.config, here) for job in jobs])
+    keys = {job.key: content_key(job.config, here, commits) for job in jobs or ()}
+    key = sweep_key([identity, here] if jobs is None else keys.values())
     output = Path(config.output)
     folder = output / "sweeps" / key[:12]
     check_store(config.tracking.uri)
     with _only_one(output):
         labels = {job.key: job.label for job in jobs or ()}
         ledger = Ledger(output)
-        left = [job for job in jobs or () if config.rerun or not ledger.finished(content_key(job.config, here))]
+        left = [job for job in jobs or () if config.rerun or not ledger.finished(keys[job.key])]
         if launch is None and left:
             isolation.warm_up()
         parent = tracking.open_parent(config, key, f"sweep of {len(jobs)} jobs" if jobs else "sweep")
         shutil.rmtree(folder / "rows", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        task = Task(parent, folder, labels, surroundings=here if launch is None else None)
+        task = Task(parent, folder, labels, surroundings=here if launch is None else None, commits=commits)
         status = "KILLED"
         try:
             with live(folder / "rows", None if jobs is None else len(jobs)):
