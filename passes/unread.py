@@ -107,7 +107,7 @@ def _move_up(graph: GraphModule, node: Node) -> int:
         for argument, along in read.items():
             if wanted.setdefault(argument, along) != along:
                 return 0
-    if not any(each.target is aten.linear.default for each in narrowed):
+    if not any(each.target in (aten.linear.default, aten.addmm.default) for each in narrowed):
         return 0  # nothing to be won
     taken: dict[tuple[Node, int], Node] = {}
     for each in sorted(narrowed, key=order.__getitem__):
