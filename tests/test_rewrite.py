@@ -13,7 +13,8 @@ from torch import Tensor
 from passes import ops
 from passes.attention import find_calls, unrepeated
 from passes.errors import RunError
-from passes.rewrite import DECOMPOSITIONS, SDPA, Rewritten, apply_strategy
+from passes.lowerings import SDPA
+from passes.rewrite import DECOMPOSITIONS, Rewritten, apply_strategy
 from passes.symbolic import symbol_ranges
 from pipeline.model import load_reference
 from pipeline.verify import FACTOR
