@@ -22,6 +22,8 @@ from passes.strategies import Action
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+LAYOUTS = (aten.reshape.default, aten.transpose.int, aten.permute.default, aten.squeeze.dim, ops.BLANKED)
+"""Whose result is laid out by what they read."""
 Rewrite = Callable[[ExportedProgram, AttentionCall, Node, Node], None]
 
 
@@ -117,7 +119,7 @@ def _allow_any_layout(node: Node) -> None:
     for user in node.users:
         if user.target is aten.view.default:
             user.target = aten.reshape.default
-        if user.target in (aten.reshape.default, aten.transpose.int, aten.permute.default, aten.squeeze.dim, ops.BLANKED):
+        if user.target in LAYOUTS:
             _allow_any_layout(user)
 
 
