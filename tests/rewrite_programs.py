@@ -217,18 +217,24 @@ IN_PLACE = [kind for kind in STEPS if "in place" in kind]  # exported another wa
 @st.composite
 def programs(draw: st.DrawFn, most: int = 7, attends: bool = True) -> Program:
     """Programs of up to ``most`` steps; ``attends``: one of them is attention, though nothing may read it."""
-    small = st.integers(0, 2)
+    small = st.sampled_from([0, 0, 0, 1, 2])
     kinds = st.sampled_from([kind for kind in STEPS if kind not in IN_PLACE])
     drawn = draw(st.lists(kinds, min_size=1, max_size=most))
     if attends and not set(drawn) & set(ATTENTION):
         drawn.insert(draw(st.integers(0, len(drawn))), draw(st.sampled_from(ATTENTION)))
     if draw(st.integers(0, 7)) == 7:
         drawn.insert(draw(st.integers(0, len(drawn))), draw(st.sampled_from(IN_PLACE)))
+    if draw(st.booleans()):  # as in a model, whose last rows alone are read
+        drawn += draw(st.lists(st.sampled_from(ROW_BY_ROW), min_size=1, max_size=3))
     steps = [Step(kind, draw(small), draw(st.integers(0, most)), draw(st.integers(0, POOL - 1))) for kind in drawn]
     kept = draw(st.lists(st.integers(0, most), max_size=2, unique=True))
     return Program(steps, kept, draw(st.sampled_from(sorted(CHOICES))))
 
 
+ROW_BY_ROW = [
+    "product", "with a bias", "two of one row", "tied", "of GPT-2's kind", "sum", "gate", "gain, then product", "norm",
+    "layer norm", "gain of each place", "as the type of another", "heads and back", "flat",
+]  # fmt: skip
 ATTENTION = [
     "causal", "causal by a mask", "causal, added", "window", "unmasked, in groups", "tiled heads", "padding",
     "keys before", "shared projection", "normed heads", "one head for all",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from passes import row_converters, twins
+from passes import counterexample, row_converters, twins
 from passes.attention import FORMS, find_calls, use_native_gqa
 from passes.rewrite import apply_strategy, prepare
 from passes.scale import fold_scale
@@ -144,6 +144,12 @@ def sweep(check: Callable[[Program, Counter[str]], None], how: settings, attends
 
     each()
     return done
+
+
+@pytest.fixture(autouse=True)
+def no_counterexamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They decide nothing, and take most of the time."""
+    monkeypatch.setattr(counterexample, "find", lambda *_, **__: None)
 
 
 def test_every_pass_over_a_program_leaves_its_values() -> None:
