@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
-from passes.lowerings import REWRITES as _REWRITES
+from passes.lowerings import REWRITES
 from passes.masks import ASSUMED, MaskProof, prover_of
 from passes.scale import fold_scale
 from passes.strategies import KEEPS_MASK, Action, Decision, every_row_sees_a_key, strategy
@@ -51,6 +51,10 @@ class CallRecord:
     action: str
     reason: str
     unproved: bool
+    looks: int
+    """On how many inputs the mask's graph was run to check the proof."""
+    disagreement: str
+    """Where it was not what was proved; the mask is then kept."""
     native_gqa: bool
     scale: str
     """Where the softmax scale went."""
@@ -138,7 +142,7 @@ def apply_strategy(
 ) -> Rewritten:
     """Prove every mask of the prepared ``program`` and rewrite its attention calls by strategy ``name``.
 
-    ``assume`` names the :data:`passes.masks.CONDITIONS` that hold for every input, says the user.
+    ``assume`` names the :data:`passes.conditions.CONDITIONS` that hold for every input, says the user.
 
     ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.RunError` of kind
     ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
@@ -158,7 +162,7 @@ def apply_strategy(
         if proof.proof == ASSUMED and decision.action not in KEEPS_MASK:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
         call = replace(call, sees_keys=every_row_sees_a_key(call, proof))
-        _REWRITES[decision.action](program, call, key, value)
+        REWRITES[decision.action](program, call, key, value)
     left_alone = all(Action(record.action) is Action.UNTOUCHED for record in records)
     narrowed = 0 if left_alone else narrow(program.graph_module)
     program.graph_module.graph.eliminate_dead_code(_keeps_alive)
@@ -198,6 +202,8 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
         action=decision.action.value,
         reason=decision.reason,
         unproved=decision.unproved,
+        looks=proof.looks,
+        disagreement=proof.disagreement,
         native_gqa=native_gqa,
         scale=scale,
         profile=dict(proof.profile),

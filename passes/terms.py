@@ -7,7 +7,7 @@ outside every type for each infinity; it is only ever a leaf of a tree of choice
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -49,20 +49,6 @@ def size_expression(size: Any) -> sympy.Expr:
 
 def same_size(a: Any, b: Any) -> bool:
     return bool(size_expression(a) == size_expression(b))
-
-
-def align(shape: Sequence[Any], target: Sequence[Any], index: Index) -> Index:
-    """The index into ``shape`` that meets ``index`` into ``target`` under broadcasting."""
-    tail = index[len(index) - len(shape) :]
-    result = []
-    for extent, wanted, position in zip(shape, target[len(target) - len(shape) :], tail, strict=True):
-        if same_size(extent, 1):
-            result.append(z3.IntVal(0))
-        elif same_size(extent, wanted):
-            result.append(position)
-        else:
-            raise Unmodelled("a size that may or may not broadcast")
-    return tuple(result)
 
 
 def in_range(ev: Evaluator, node: Node, index: Index) -> list[z3.BoolRef]:

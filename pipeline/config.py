@@ -26,7 +26,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
-ASSUMPTIONS = {  # what `strategy.assume` takes, the names of `passes.masks.CONDITIONS` -> the input that each is about
+ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.conditions.CONDITIONS`) -> the input that each is about
     "contiguous_positions": "position_ids",
     "no_padding": "attention_mask",
 }

@@ -22,8 +22,8 @@ from passes import counterexample, row_converters, twins
 from passes.attention import FORMS, find_calls, use_native_gqa
 from passes.rewrite import apply_strategy, prepare
 from passes.scale import fold_scale
+from passes.sizes import symbol_ranges
 from passes.stack import quiet
-from passes.symbolic import symbol_ranges
 from passes.unread import narrow
 
 ROUNDING = 1e-9

@@ -15,7 +15,7 @@ from passes.attention import find_calls, unrepeated
 from passes.errors import RunError
 from passes.lowerings import SDPA
 from passes.rewrite import DECOMPOSITIONS, Rewritten, apply_strategy
-from passes.symbolic import symbol_ranges
+from passes.sizes import symbol_ranges
 from pipeline.model import load_reference
 from pipeline.verify import FACTOR
 

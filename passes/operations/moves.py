@@ -15,7 +15,6 @@ from passes.terms import (
     Index,
     Term,
     Unmodelled,
-    align,
     dtype_of,
     integer,
     positive,
@@ -168,7 +167,7 @@ def _index(ev: Evaluator, node: Any, index: Index) -> Term:
             inner.append(next(rest))
             continue
         position = positions[dim]
-        where = integer(ev.at(position, align(position.meta["val"].shape, target, picked)))
+        where = integer(ev.at(position, ev.align(position.meta["val"].shape, target, picked)))
         inner.append(z3.simplify(z3.If(where < 0, where + shape[dim], where)))
     return ev.at(source, tuple(inner))
 

@@ -62,8 +62,7 @@ def over_cache(call: AttentionCall, proof: MaskProof, unproven: str | None) -> D
     update = update_behind(call.key)
     if update is None:
         return None
-    position = f"{update.args[2]}[0]"
-    if proof.proof == PROVED and proof.predicate == f"k <= q + {position}" and call.query.meta["val"].shape[2] == 1:
+    if proof.proof == PROVED and proof.offset == (str(update.args[2]), (0,)) and call.query.meta["val"].shape[2] == 1:
         return Decision(Action.CACHED, why(proof))
     return None if unproven == "error" else Decision(Action.DECOMPOSED, why(proof))
 
