@@ -42,6 +42,14 @@ def run(module: Callable[..., Outputs], length: int) -> Outputs:
         return module(*inputs(length, seed=1))
 
 
+def run_program(program: ExportedProgram) -> Outputs:
+    """As ``program.module()`` does, which takes a tenth of a second to make."""
+    state, given = program.state_dict | program.constants, iter(inputs(SIZE, seed=1))
+    values = [state[each.target] if each.target else next(given) for each in program.graph_signature.input_specs]
+    with torch.no_grad():
+        return program.graph_module(*values)
+
+
 def folded(program: ExportedProgram) -> int:
     count = 0
     for call in find_calls(program.graph_module):
@@ -95,14 +103,24 @@ def check_passes(program: Program, done: Counter[str]) -> None:
     before = run(program, SIZE)
     prepared = prepare(exported(program, SIZE))
     prepared.graph.lint()
-    assert_same(run(prepared.module(), SIZE), before, True, "prepare")
+    assert_same(run_program(prepared), before, True, "prepare")
     attends = any(node.target in FORMS for node in prepared.graph.nodes)
     for name, (change, exactly) in PASSES.items() if attends else ():
         changed = copy.deepcopy(prepared)
         done[name] += change(changed) > 0
         changed.graph_module.graph.lint()
         changed.graph_module.recompile()
-        assert_same(run(changed.module(), SIZE), before, exactly, name)
+        assert_same(run_program(changed), before, exactly, name)
+
+
+def check_narrow(program: Program, done: Counter[str]) -> None:
+    """The rows that nothing reads, over programs of any kind."""
+    before = run(program, SIZE)
+    prepared = prepare(exported(program, SIZE))
+    done["narrow"] += narrow(prepared.graph_module) > 0
+    prepared.graph_module.graph.lint()
+    prepared.graph_module.recompile()
+    assert_same(run_program(prepared), before, False, "narrow")
 
 
 def joined(graph: GraphModule) -> None:
@@ -123,17 +141,20 @@ def check_row_passes(program: Program, done: Counter[str]) -> None:
 
 
 QUICK = settings(
-    max_examples=24, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
+    max_examples=12, derandomize=True, deadline=None, database=None, phases=[Phase.generate],
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 LONG = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 
-def sweep(check: Callable[[Program, Counter[str]], None], how: settings, attends: bool) -> Counter[str]:
+CHECKS = {"program": check_passes, "narrow": check_narrow, "row": check_row_passes}
+
+
+def sweep(check: Callable[[Program, Counter[str]], None], how: settings) -> Counter[str]:
     done: Counter[str] = Counter()
 
     @how
-    @given(programs(attends=attends))
+    @given(programs(attends=check is check_passes))
     def each(program: Program) -> None:
         try:
             check(program, done)
@@ -153,16 +174,20 @@ def no_counterexamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_pass_over_a_program_leaves_its_values() -> None:
-    done = sweep(check_passes, QUICK, True)
-    assert all(done[name] >= 3 for name in PASSES if name != "upstream"), done
+    done = sweep(check_passes, QUICK)
+    assert all(done[name] >= 2 for name in PASSES if name not in ("narrow", "upstream")), done
+
+
+def test_rows_that_are_read_stay_what_they_were() -> None:
+    assert sweep(check_narrow, settings(QUICK, max_examples=25))["narrow"] >= 5
 
 
 def test_every_pass_over_a_row_leaves_its_values() -> None:
-    done = sweep(check_row_passes, QUICK, False)
-    assert done["twins"] >= 3 and done["row_converters"] >= 3, done
+    done = sweep(check_row_passes, QUICK)
+    assert done["twins"] >= 2 and done["row_converters"] >= 2, done
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [check_passes, check_row_passes], ids=["program", "row"])
-def test_every_pass_leaves_the_values_of_many_programs(check: Callable[[Program, Counter[str]], None]) -> None:
-    sweep(check, LONG, check is check_passes)
+@pytest.mark.parametrize("name", CHECKS)
+def test_every_pass_leaves_the_values_of_many_programs(name: str) -> None:
+    sweep(CHECKS[name], LONG)
