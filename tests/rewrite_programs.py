@@ -180,7 +180,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {
     "rows sorted": lambda p, x, y, i, keep: x.sort(1)[0],
     "largest": lambda p, x, y, i, keep: torch.cat([x.topk(4, -1).values] * 2, -1),
     "below the largest": lambda p, x, y, i, keep: x - x.max(1, keepdim=True)[0],
-    "standardised": lambda p, x, y, i, keep: x - torch.var_mean(x, 1, keepdim=True)[1],
+    "standardised": lambda p, x, y, i, keep: x - torch.var_mean(x, 1, correction=0, keepdim=True)[1],
     # attention
     "causal": attention(lambda q, k, keep: None, is_causal=True),
     "causal by a mask": attention(lambda q, k, keep: k <= q, turn=rotated),
@@ -228,7 +228,7 @@ def programs(draw: st.DrawFn, most: int = 7, attends: bool = True) -> Program:
         drawn += draw(st.lists(st.sampled_from(ROW_BY_ROW), min_size=1, max_size=3))
     steps = [Step(kind, draw(small), draw(st.integers(0, most)), draw(st.integers(0, POOL - 1))) for kind in drawn]
     kept = draw(st.lists(st.integers(0, most), max_size=2, unique=True))
-    return Program(steps, kept, draw(st.sampled_from(sorted(CHOICES))))
+    return Program(steps, kept, draw(st.sampled_from(["last", "named", *CHOICES])))
 
 
 ROW_BY_ROW = [
