@@ -18,13 +18,17 @@ EVERYWHERE = "holds for every index and length of the profile"
 _DROPPABLE = {"full": "true", "causal": "k <= q", "causal_lower_right": "k <= p"}
 
 
+Element = tuple[int | str, ...]
+"""An index into an input: numbers, and ``"b"`` where it is the row of the batch."""
+
+
 class Class(NamedTuple):
     """A class of masks, the predicate that a mask of it is (for p see :mod:`passes.masks`), and why in a clause."""
 
     name: str
     predicate: str
     reason: str
-    offset: tuple[str, tuple[int, ...]] | None = None
+    offset: tuple[str, Element] | None = None
     """Of ``causal_offset``: the input that t is an element of, and which."""
 
 
@@ -38,12 +42,12 @@ def _element(application: Term) -> str:
     return f"{_name(application)}[{places}]" if places else _name(application)
 
 
-def _fixed(application: Term) -> tuple[str, tuple[int, ...]] | None:
-    """The input and the element of it that ``application`` is, where that is one element."""
+def _which(application: Term, batch: Term) -> tuple[str, Element] | None:
+    """The input and the element of it that ``application`` is, where that is one, or one for each row."""
     places = [z3.simplify(place) for place in application.children()]
-    if not all(map(z3.is_int_value, places)):
+    if not all(z3.is_int_value(place) or place.eq(batch) for place in places):
         return None
-    return _name(application), tuple(place.as_long() for place in places)
+    return _name(application), tuple("b" if place.eq(batch) else place.as_long() for place in places)
 
 
 def ancestors(nodes: list[Node], through_sizes: bool = False) -> set[str]:
@@ -153,7 +157,7 @@ class Claims:
         for offset in self._applications():
             if self._is_free(offset) and self.holds(self.k <= self.q + offset):
                 reason = f"sees keys up to its own place behind {_name(offset)}"
-                return Class("causal_offset", f"k <= q + {_element(offset)}", reason, _fixed(offset))
+                return Class("causal_offset", f"k <= q + {_element(offset)}", reason, _which(offset, self.b))
         lemmas = self._segment_lemmas()
         for mine, theirs in self._pairs():
             if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):

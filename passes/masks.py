@@ -40,7 +40,7 @@ from torch.fx import Node
 
 from passes import counterexample
 from passes.attention import AttentionCall, find_calls
-from passes.claims import Claims, ancestors
+from passes.claims import Claims, Element, ancestors
 from passes.conditions import CONDITIONS, GIVEN, KEEPING, about
 from passes.counterexample import Counterexample
 from passes.second_look import CLAIMED, behind, look
@@ -70,7 +70,7 @@ class MaskProof:
     predicate: str = ""
     """The claim that was proved of every element, in the letters of this module; empty where none was."""
     reason: str = ""
-    offset: tuple[str, tuple[int, ...]] | None = None
+    offset: tuple[str, Element] | None = None
     """Of ``causal_offset``: the input that t is an element of, and which element, where that is one."""
     looks: int = 0
     """On how many inputs the mask's graph was run and found to be what was proved (:mod:`passes.second_look`)."""

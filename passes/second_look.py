@@ -44,10 +44,15 @@ CLAIMED: dict[str, Claimed] = {
 """The classes of :mod:`passes.masks` that need no more than the sizes, as tables."""
 
 
-def behind(name: str, element: tuple[int, ...]) -> Claimed:
-    """The class ``causal_offset``, where the offset is ``element`` of input ``name``."""
+def behind(name: str, element: tuple[int | str, ...]) -> Claimed:
+    """The class ``causal_offset``, where the offset is ``element`` of input ``name``, or one for each row (``"b"``)."""
+    place: Any = tuple(slice(None) if each == "b" else each for each in element)
 
-    return lambda queries, keys, inputs: _causal(queries, keys, inputs[name][element])
+    def table(queries: int, keys: int, inputs: Mapping[str, Tensor]) -> Tensor:
+        offset = inputs[name][place]
+        return _causal(queries, keys, offset[:, None, None, None] if "b" in element else offset)
+
+    return table
 
 
 Given = Mapping[str, Callable[[Tensor], Tensor]]

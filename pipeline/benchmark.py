@@ -23,6 +23,7 @@ from pipeline.steady import LAUNCH_BOUND, BenchmarkResult, blocks, conditions, m
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
 MAX_ITERATIONS = 20_000
 """Upper bound of a loop, unless ``min_iterations`` asks for more: events and samples are held in memory."""
@@ -44,8 +45,9 @@ class Runner(Protocol):
     def generation(self) -> int:
         """Goes up whenever anything is bound, built or captured.  It may not move while passes are timed."""
 
-    def prepare(self, batch: int, length: int) -> None:
-        """Allocate inputs and outputs for exactly [batch, length] tokens and bind them."""
+    def prepare(self, tokens: Tensor) -> None:
+        """Allocate inputs and outputs for prompts of exactly the shape of ``tokens`` [batch, length] int64, and bind
+        them; the inputs hold ``tokens``, without padding."""
 
     def enqueue(self) -> None:
         """Launch one forward pass on the current stream; wait for nothing and allocate nothing."""
@@ -54,6 +56,7 @@ class Runner(Protocol):
 def measure(
     runner: Runner,
     config: BenchmarkConfig,
+    tokens: Callable[[int, int], Tensor],
     cost: DecoderCost | None = None,
     ceilings: Ceilings | None = None,
     precision: str = "fp16",
@@ -62,16 +65,17 @@ def measure(
 ) -> BenchmarkResult:
     """Measure every shape of ``config``; the first is the headline.
 
-    ``cost`` and ``ceilings`` (:func:`pipeline.ceilings.measure` at ``precision``) give the roofline
-    fraction, which is None without them.  Raises :class:`RunError`: ``out_of_memory``, or ``unsteady`` when
-    something was compiled, captured, bound or allocated while passes were timed.
+    ``tokens`` gives the prompts [batch, length] int64 that a shape is timed on.  ``cost`` and ``ceilings``
+    (:func:`pipeline.ceilings.measure` at ``precision``) give the roofline fraction, which is None without them.
+    Raises :class:`RunError`: ``out_of_memory``, or ``unsteady`` when something was compiled, captured, bound or
+    allocated while passes were timed.
     """
     clock = clock or CudaClock(runner.stream)
     memory_before = gpu.memory()
     entries: list[dict[str, Any]] = []
     samples: dict[str, dict[str, list[float]]] = {}
     for shape in config.shapes:
-        entry, times = _measure_shape(runner, config, shape.batch, shape.input_length, clock, read_state)
+        entry, times = _measure_shape(runner, config, tokens(shape.batch, shape.input_length), clock, read_state)
         floor_s = None
         if cost is not None and ceilings is not None:
             floor_s = prefill_floor_s(
@@ -92,18 +96,18 @@ def measure(
 def _measure_shape(
     runner: Runner,
     config: BenchmarkConfig,
-    batch: int,
-    length: int,
+    tokens: Tensor,
     clock: Clock,
     read_state: Callable[[], gpu.GpuState],
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
     import torch
 
+    batch, length = tokens.shape
     free = gpu.free_bytes()
     try:
         gc.collect()
         with clock.on_stream(), collector_paused():
-            runner.prepare(batch, length)
+            runner.prepare(tokens)
             warmup = warm_up(runner.enqueue, clock, WARMUP_WINDOW, config.warmup_seconds)
             before = read_state()
             with steady(runner):

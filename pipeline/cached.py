@@ -2,23 +2,28 @@
 
 *prefill* runs the prompts and fills the cache, *decode* runs one token a row.  Rows may be of different lengths:
 they begin at place 0 of the cache, so a prompt is padded on the right (:mod:`pipeline.decode` moves padding there),
-where a causal mask hides it.  The model's own code makes the masks, from the cache it is handed: the strategies
-prove them like any other.
+where a causal mask hides it.  The model's own code makes the masks, from the cache it is handed, each row's for its own
+place in it (:func:`masks_of_rows`): the strategies prove them like any other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from passes.cache_ops import cache_update
-from passes.errors import AS_IT_IS, UserError
+from passes.claims import ancestors
+from passes.errors import AS_IT_IS, RunError, UserError
 from pipeline.config import CacheConfig, ShapeConfig
 from pipeline.export import InputSpec, Traced, example_length, exported, own_rows
 
@@ -107,9 +112,9 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, position: Tensor, past: Any, whole: bool) -> None:
+    def __init__(self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool) -> None:
         super().__init__()
-        self.keys, self.values, self.position, self.past, self.whole = keys, values, position, past, whole
+        self.keys, self.values, self.position, self.whole = keys, values, position, whole
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
@@ -132,7 +137,7 @@ class _Layer(CacheLayerMixin):
         return (self.keys.shape[2] if self.whole else query_length), 0  # type: ignore[union-attr]
 
     def get_seq_length(self) -> Any:
-        return self.past
+        return self.position[0] if self.whole else 0  # one for all rows, see trace_decode
 
     def get_max_length(self) -> int:
         return self.keys.shape[2] if self.whole else -1  # type: ignore[union-attr]
@@ -141,6 +146,47 @@ class _Layer(CacheLayerMixin):
 def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
     return (logits, *keys, *values)
+
+
+def _mask_of_rows(
+    position: Tensor,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    device: torch.device,
+    kv_offset: int = 0,
+    use_vmap: bool = False,
+    **more: Any,
+) -> Tensor | None:
+    """[batch, 1, q_length, kv_length] bool, as transformers' ``sdpa_mask``, but with the queries of row b at the places
+    ``position[b]`` and up.
+
+    A function that is not made of whole tensors (``use_vmap``) is left to ``sdpa_mask``, with its one place for all.
+    """
+    if use_vmap:
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "kv_offset": kv_offset}
+        return sdpa_mask(**sizes, mask_function=mask_function, device=device, use_vmap=True, **more)
+    rows, heads = torch.arange(batch_size, device=device), torch.arange(1, device=device)
+    queries = torch.arange(q_length, device=device) + position.unsqueeze(1)
+    keys = torch.arange(kv_length, device=device) + kv_offset
+    mask = mask_function(
+        rows[:, None, None, None], heads[None, :, None, None], queries[:, None, :, None], keys[None, None, None, :]
+    )
+    return mask.expand(batch_size, -1, q_length, kv_length)
+
+
+@contextmanager
+def masks_of_rows(position: Tensor) -> Iterator[None]:
+    """While the block runs, a model that lets transformers make its masks gets each row's for its own place,
+    ``position`` [batch]: a cache tells transformers one length, for all rows."""
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    masks["sdpa"] = partial(_mask_of_rows, position)
+    try:
+        yield
+    finally:
+        del masks["sdpa"]  # the local entry; the library's own stands behind it
 
 
 class PrefillForm(nn.Module):
@@ -167,7 +213,7 @@ class PrefillForm(nn.Module):
         start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
         none = [None] * self.count
         pairs = zip(keys or none, values or none, strict=True)
-        cache = Cache(layers=[_Layer(k, v, start, 0, whole=False) for k, v in pairs])
+        cache = Cache(layers=[_Layer(k, v, start, whole=False) for k, v in pairs])
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         output = self.model(
             input_ids=input_ids,
@@ -192,19 +238,17 @@ class DecodeForm(nn.Module):
     ) -> tuple[Tensor, ...]:
         """``input_ids`` [batch, 1]; ``position`` [batch], where each row writes; the caches.
 
-        The model is told the first row's position, and makes its mask from that; the mask is then proved to be a
-        function of it, which stands for every row's own.  Returns logits [batch, 1, vocabulary] and the caches.
+        Returns logits [batch, 1, vocabulary] and the caches.
         """
-        cache = Cache(
-            layers=[_Layer(k, v, position, position[0], whole=True) for k, v in zip(keys, values, strict=True)]
-        )
-        output = self.model(
-            input_ids=input_ids,
-            position_ids=position.unsqueeze(1),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        cache = Cache(layers=[_Layer(k, v, position, whole=True) for k, v in zip(keys, values, strict=True)])
+        with masks_of_rows(position):
+            output = self.model(
+                input_ids=input_ids,
+                position_ids=position.unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         return _results(output.logits, cache)
 
 
@@ -227,7 +271,8 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
-    """The decode program of ``form``."""
+    """The decode program of ``form``; raises :class:`RunError` of kind ``ragged_batch`` for a batch of a model that
+    computes something from the one length that it asks its cache for, such as a mask of its own making."""
     specs = (
         InputSpec("input_ids", cache.batch, 1, 1, 1),
         InputSpec("position", cache.batch, 1, 1, 1, sizes=(cache.batch,)),
@@ -237,7 +282,21 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    return Traced(exported(form, inputs | _caches(cache, device), None, WITHOUT), specs)
+    program = exported(form, inputs | _caches(cache, device), None, WITHOUT)
+    if cache.batch > 1 and _reads_first_row(program):
+        raise RunError(
+            "ragged_batch",
+            f"shape.batch={cache.batch}: {type(form.model).__name__} computes with one length of the cache for all "
+            "rows, and rows of a batch differ; set shape.batch=1",
+        )
+    return Traced(program, specs)
+
+
+def _reads_first_row(program: ExportedProgram) -> bool:
+    """Whether a result is computed from ``position[0]`` alone."""
+    (position,) = (node for node in program.graph.find_nodes(op="placeholder") if node.name == "position")
+    read = ancestors(list(program.graph.find_nodes(op="output")))
+    return any(user.target is torch.ops.aten.select.int and user.name in read for user in position.users)
 
 
 def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:

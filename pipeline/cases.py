@@ -1,4 +1,4 @@
-"""What an engine is compared on: lengths over every profile, padded rows, and rows of two packed documents."""
+"""What an engine is compared on: lengths over every profile, padded rows, ragged rows, and rows of two documents."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Case:
     name: str
     length: int
     padding: str
-    """``none``, ``left`` or ``right``: a third of the row."""
+    """``none``, ``left`` or ``right``: a third of the row.  ``ragged``: on the left, no two rows of one length."""
     sample: int
     positions: str = "counted"
     """``counted``: of the real tokens, as Hugging Face's ``generate`` counts them.  ``packed``: the row holds two
@@ -35,13 +35,14 @@ def cases(
     logits: str,
     capacity: int = 0,
     exact: Sequence[int] = (),
+    ragged: bool = False,
 ) -> list[Case]:
     """The lengths of :func:`lengths`, with padding and packed documents where ``attention_mask`` and ``position_ids``
-    are among the ``inputs`` to say so.
+    are among the ``inputs`` to say so, and ``ragged`` where a generator is told how long each row of a batch is.
 
     Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
     """
-    kinds = [("none", "counted")]
+    kinds = [("none", "counted")] + [("ragged", "counted")] * ragged
     if "attention_mask" in inputs:
         kinds += [("left", "counted")] + [("right", "counted")] * (logits == "all")
     if "position_ids" in inputs:
@@ -49,7 +50,7 @@ def cases(
     found = []
     for length in sorted(set(config.lengths or lengths(shape, capacity, exact))):
         for padding, positions in kinds if length > 2 else kinds[:1]:
-            suffix = "" if padding == "none" else f"_{padding}_padding"
+            suffix = {"none": "", "ragged": "_ragged"}.get(padding, f"_{padding}_padding")
             suffix += "" if positions == "counted" else f"_{positions}"
             for sample in range(config.samples):
                 name = f"length_{length}{suffix}" + (f"_{sample}" if sample else "")
@@ -73,8 +74,11 @@ def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int]) -> list[int
 
 
 def case_inputs(case: Case, names: list[str], tokens: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
-    """The inputs ``names`` of ``case`` for ``tokens`` [batch, length], and its :func:`padding_mask`."""
+    """The inputs ``names`` of ``case`` for ``tokens`` [batch, length], and its :func:`padding_mask`; for ragged rows
+    those that say where each begins as well."""
     padding = padding_mask(case, len(tokens))
+    if case.padding == "ragged":
+        names = list(dict.fromkeys((*names, "attention_mask", "position_ids")))
     inputs = make_inputs(names, tokens, None if padding is None else padding.to(tokens.device))
     if case.positions == "packed":
         restart = case.length // 2
@@ -86,6 +90,8 @@ def padding_mask(case: Case, batch: int) -> Tensor | None:
     """[batch, length] bool, True at padding; None without padding."""
     if case.padding == "none":
         return None
+    if case.padding == "ragged":
+        return ragged_padding(batch, case.length)
     mask = torch.zeros(batch, case.length, dtype=torch.bool)
     pad = case.length // 3
     if case.padding == "left":
@@ -93,6 +99,12 @@ def padding_mask(case: Case, batch: int) -> Tensor | None:
     else:
         mask[ROWS, case.length - pad :] = True
     return mask
+
+
+def ragged_padding(batch: int, length: int) -> Tensor:
+    """[batch, length] bool, True at padding, on the left: rows of ``length`` tokens down to a third of it."""
+    pads = torch.arange(batch) * (2 * length // 3) // max(batch - 1, 1)
+    return torch.arange(length) < pads.unsqueeze(1)
 
 
 def split(

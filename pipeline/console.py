@@ -103,6 +103,15 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             f"worst {worst['name']}: relative error {worst['relative_error']:.2g} (allowed {worst['tolerance']:.2g}), "
             f"top-1 {worst['top1_agreement']:.1%}",
         )
+        if position := worst.get("worst_position"):  # a report of before positions were judged has none
+            found = "no number" if position["found"] is None else f"{position['found']:.2g}"
+            yield (
+                "",
+                f"nearest to its limit: row {position['row']}, position {position['position']}, {position['measure']} "
+                f"{found} (allowed {position['allowed']:.2g})",
+            )
+        if arithmetic := verify.get("arithmetic"):
+            yield "judged in", escape(arithmetic)
         if outside := verify.get("outside"):
             worst = outside["worst"]
             yield (

@@ -136,12 +136,14 @@ class CachedGenerator:
         self._count.zero_()
         self._choose()
 
-    def bind_prompts(self, batch: int, length: int) -> None:
-        """Allocate and bind everything for prompts of [batch, length], and run them once: kernels are compiled."""
-        self._check(torch.empty(batch, length, device="meta"), 0)
-        self._bind((batch, length), 1)
-        self._lengths.fill_(length)
-        self._last.fill_(length - 1)
+    def bind_prompts(self, tokens: Tensor) -> None:
+        """Allocate and bind everything for prompts ``tokens`` [batch, length] int64, and run them once: kernels are
+        compiled."""
+        self._check(tokens, 0)
+        self._bind(tokens.shape, 1)
+        self._prompts.copy_(tokens)
+        self._lengths.fill_(tokens.shape[1])
+        self._last.fill_(tokens.shape[1] - 1)
         with behind_caller(self.stream):
             self.run_prompts()
         self._wait()
@@ -231,27 +233,33 @@ class CachedGenerator:
 
     def forced_logits(self, tokens: Tensor, padding: Tensor | None, decoded: int) -> Tensor:
         """Logits [batch, decoded + 1, vocabulary] behind the last tokens of each row: of the prompt that is left when
-        the last ``decoded`` tokens are cut off, and of each of these, run one by one through the cache."""
+        the last ``decoded`` tokens are cut off, and of each of these, run one by one through the cache.
+
+        A row of no more than ``decoded`` tokens keeps one as its prompt; before its logits, those of its prompt are
+        repeated."""
         rows, lengths = aligned(tokens, padding)
         rows, lengths = rows.to(self._device), lengths.to(self._device)
         length = rows.shape[1] - decoded
         self._check(rows[:, :length], decoded)
         self._bind((len(rows), length), 1)
         self._prompts.copy_(rows[:, :length])
-        self._lengths.copy_(lengths - decoded)
+        self._lengths.copy_((lengths - decoded).clamp(min=1))
         self._last.copy_(self._lengths - 1)
         collected = []
         with behind_caller(self.stream):
             self.run_prompts()
             collected.append(self._logits.clone())
             for _ in range(decoded):
-                self._token.copy_(rows.gather(1, self._position.unsqueeze(1)))
+                at = self._position.clamp(max=rows.shape[1] - 1)  # a short row has ended
+                self._token.copy_(rows.gather(1, at.unsqueeze(1)))
                 self._decode[self._turn].run(self.stream)
                 self._turn = (self._turn + 1) % len(self._decode)
                 self._position.add_(1)
                 collected.append(self._logits.clone())
         self._wait()
-        return torch.cat(collected, dim=1)
+        late = decoded - (lengths - self._lengths)
+        steps = (torch.arange(decoded + 1, device=self._device) - late.unsqueeze(1)).clamp(min=0)
+        return torch.cat(collected, dim=1).gather(1, steps.unsqueeze(2).expand(-1, -1, self._vocabulary))
 
     def keep_kernels(self) -> None:
         """See :meth:`pipeline.session.Session.keep_kernels`."""
@@ -299,8 +307,8 @@ class PromptRunner:
     def generation(self) -> int:
         return self._generator.generation
 
-    def prepare(self, batch: int, length: int) -> None:
-        self._generator.bind_prompts(batch, length)
+    def prepare(self, tokens: Tensor) -> None:
+        self._generator.bind_prompts(tokens)
 
     def enqueue(self) -> None:
         self._generator.run_prompts()

@@ -56,9 +56,8 @@ class Engine:
         self._buffers: dict[str, Tensor] = {}
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def prepare(self, batch: int, length: int) -> None:
-        """Allocate and bind everything for [batch, length]; the inputs hold token 0 without padding."""
-        tokens = torch.zeros(batch, length, dtype=torch.int64, device="cuda")
+    def prepare(self, tokens: Tensor) -> None:
+        """Allocate and bind everything for ``tokens`` [batch, length] int64, which the inputs hold without padding."""
         self._bind(make_inputs([spec.name for spec in self.inputs], tokens))
 
     def _bind(self, inputs: dict[str, Tensor]) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pipeline import gpu, verify_generation
-from pipeline import verify as verifying
+from pipeline.arithmetic import Arithmetic, in_arithmetic
 from pipeline.benchmark_generate import measure_generation
+from pipeline.cases import ragged_padding
+from pipeline.decode import CachedGenerator
+from pipeline.generate import behind_caller
 from pipeline.model import DTYPES, LoadedModel, load_reference
 from pipeline.record import Record
 from pipeline.roofline import DecoderCost
-from pipeline.text import token_batch
+from pipeline.text import tokens_for
 
 if TYPE_CHECKING:
     from pipeline.ceilings import Ceilings
@@ -25,19 +29,16 @@ if TYPE_CHECKING:
 
 def prompts(record: Record, loaded: LoadedModel) -> Tensor:
     """The prompts of ``benchmark.generate``, [batch, length] int64, on the model's device."""
-    shape, vocabulary = record.config.benchmark.generate, loaded.model.config.get_text_config().vocab_size
+    shape = record.config.benchmark.generate
     assert shape is not None
-    tokens = token_batch(loaded.tokenizer, vocabulary, shape.batch, shape.input_length, record.config.seed)
-    return tokens.to(loaded.model.device)
+    return tokens_for(loaded, shape.batch, shape.input_length, record.config.seed)
 
 
-def verify(
-    record: Record, loaded: LoadedModel, generator: Generator, arithmetic: verifying.Arithmetic = nullcontext
-) -> None:
+def verify(record: Record, loaded: LoadedModel, generator: Generator, arithmetic: Arithmetic = nullcontext) -> None:
     """Judge the very generation that will be timed and end the run if one token of it is wrong.
 
-    ``arithmetic``: in which PyTorch judges it, see :mod:`pipeline.verify`.  Adds ``verify.generation`` to the report,
-    in which ``verify`` must stand already.
+    ``arithmetic``: in which PyTorch judges it, see :mod:`pipeline.arithmetic`.  Adds ``verify.generation`` to the
+    report, in which ``verify`` must stand already.
     """
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None
@@ -50,20 +51,34 @@ def verify(
     reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
     own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
 
-    case = verify_generation.judge_generation(
+    judge = partial(
+        verify_generation.judge_generation,
         prompt,
-        generator.tokens(),
-        None,
-        verifying.in_arithmetic(own, arithmetic),
-        wide,
-        loaded.model.config.get_text_config().vocab_size,
-        torch.finfo(DTYPES[config.precision]).eps / 2,
-        f"generation_{shape.input_length}_{shape.output_length}",
+        forward=in_arithmetic(own, arithmetic),
+        reference=wide,
+        vocabulary=loaded.model.config.get_text_config().vocab_size,
+        precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
     )
-    section = record.report["verify"]["generation"] = verify_generation.section([case])
-    record.report["verify"]["passed"] &= section["passed"]
-    record.detail += f", {case.tokens} generated tokens"
-    verify_generation.gate(section)
+    verified, name = record.report["verify"], f"generation_{shape.input_length}_{shape.output_length}"
+    before, verified["passed"] = verified["passed"], False  # until it is judged
+    cases = [judge(generator.tokens(), None, name=name)]
+    if isinstance(generator, CachedGenerator) and shape.batch > 1:  # rows at places of their own
+        padding = ragged_padding(*prompt.shape).to(prompt.device)
+        cases.append(judge(_again(generator, prompt, shape.output_length, padding), padding, name=f"{name}_ragged"))
+    verified["generation"] = verify_generation.section(cases)
+    verified["passed"] = before and verified["generation"]["passed"]
+    record.detail += f", {sum(case.tokens for case in cases)} generated tokens"
+    verify_generation.gate(verified["generation"])
+
+
+def _again(generator: CachedGenerator, prompt: Tensor, new_tokens: int, padding: Tensor) -> Tensor:
+    """What it generates after other prompts of the shape that it is prepared for, whose ``padding`` is ignored."""
+    generator.prepare(prompt, new_tokens, padding)
+    with behind_caller(generator.stream):
+        generator.prefill()
+        for _ in range(new_tokens - 1):
+            generator.decode()
+    return generator.tokens()
 
 
 def measure(

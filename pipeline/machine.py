@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from passes.errors import UserError
 from passes.stack import load_stack
+from pipeline.arithmetic import Forward, in_arithmetic, on_cpu
 from pipeline.cached import CacheShape
 from pipeline.config import Config
 from pipeline.decode import CachedGenerator, PromptRunner
@@ -19,7 +20,6 @@ from pipeline.engine import Engine, check_target, open_engine, read_engine
 from pipeline.model import LoadedModel
 from pipeline.prefix import OneLengthGenerator, PrefixGenerator, at_one_length
 from pipeline.session import GraphSession, Session
-from pipeline.verify import Forward, widened
 
 if TYPE_CHECKING:
     from pipeline.benchmark import Runner
@@ -94,18 +94,19 @@ def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None =
 
 
 def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], cache: CacheShape | None) -> Machine:
-    """The programs that the engines were made from, in PyTorch with fp32 arithmetic."""
-    modules = {name: widened(each.program.module()) for name, each in programs.items()}
+    """The programs that the engines were made from, in PyTorch on the CPU, in the arithmetic of the run's precision."""
+    modules = {name: each.program.module() for name, each in programs.items()}
+    arithmetic = on_cpu(config.precision)
     if cache is None:
         module = modules["engine"]
-        return Machine("graph", _of_any_length(config, lambda inputs: module(**inputs)))
+        forward = in_arithmetic(lambda inputs: module(**inputs), arithmetic)
+        return Machine("graph", _of_any_length(config, forward))
     prefill, decode, twin = (
-        GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs))
+        GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs), arithmetic)
         for name in ("engine", "decode", "decode")
     )
     turns = [decode] if cache.mode == "in_engine" else [decode, twin]
-    wide = replace(cache, dtype=torch.float32)
-    return _cached("graph", config, CachedGenerator(prefill, turns, wide, _vocabulary(loaded), loaded.model.device))
+    return _cached("graph", config, CachedGenerator(prefill, turns, cache, _vocabulary(loaded), loaded.model.device))
 
 
 def _cached(
@@ -125,8 +126,6 @@ def _cached(
         if config.shape.kind == "static":
             decoded = tokens.shape[1] - most
         decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
-        if real is not None:
-            decoded = min(decoded, int(real.sum(1).min()) - 1)
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
 
     timed = generator if config.benchmark.generate is not None else None

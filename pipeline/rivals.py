@@ -50,11 +50,10 @@ class TorchRunner:
             self.cuda_graph = backend.mode in ("reduce-overhead", "max-autotune")
         self._inputs: dict[str, Tensor] = {}
 
-    def prepare(self, batch: int, length: int) -> None:
-        """Inputs for [batch, length], and one pass, which compiles."""
+    def prepare(self, tokens: Tensor) -> None:
+        """Inputs for ``tokens`` [batch, length] int64, and one pass, which compiles."""
         self.generation += 1
-        tokens = torch.zeros(batch, length, dtype=torch.int64, device="cuda")
-        self._inputs = make_inputs(self.names, tokens)
+        self._inputs = make_inputs(self.names, tokens.cuda())
         torch.cuda.synchronize()
         with torch.cuda.stream(self.stream):
             self.enqueue()

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from pipeline.machine import Machine
     from pipeline.model import LoadedModel
     from pipeline.tracking import Tracked
-    from pipeline.verify import Forward
 
 QUESTION = "What is the capital of France?"
 
@@ -206,34 +205,30 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
     failed; then show what it does to inputs outside of what was ``assumed``, on which it is not judged."""
     import torch
 
-    from pipeline import generation, verify
+    from pipeline import arithmetic, generation, verify
     from pipeline.cases import Case, case_inputs, cases, split
     from pipeline.export import CallForm
     from pipeline.model import DTYPES, load_reference
-    from pipeline.text import token_batch
+    from pipeline.text import tokens_for
 
     config, device = record.config, loaded.model.device
-    names, vocabulary = config.model.inputs, loaded.model.config.get_text_config().vocab_size
+    names = config.model.inputs
     form = CallForm(loaded.model, config.model.logits)
     same = replace(config.model, revision=loaded.revision)  # a branch may have moved since
     reference = CallForm(load_reference(same, config.precision, device, config.seed), config.model.logits)
-    if what.executed == "graph":
-        verify.widened_parameters(form)
 
     def inputs_of(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         seed = config.seed + case.sample
-        tokens = token_batch(loaded.tokenizer, vocabulary, config.shape.batch, case.length, seed).to(device)
-        return case_inputs(case, names, tokens)
+        return case_inputs(case, names, tokens_for(loaded, config.shape.batch, case.length, seed))
 
     def own(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return form(**inputs)
 
-    flavour = record.report["environment"]["flavour"]
-    arithmetic = verify.engine_arithmetic(config.precision, flavour) if what.executed == "engine" else {}
-    if "pytorch_tf32" in arithmetic:
+    computing = (what.executed, config.precision, record.report["environment"]["flavour"])
+    arithmetics = arithmetic.yardsticks(*computing)
+    if "pytorch_tf32" in arithmetics:
         record.note("TensorRT-RTX multiplies fp32 in TF32, whatever the builder's flag: judged by PyTorch in TF32")
-    yardsticks: dict[str, Forward] = {"pytorch": own}
-    yardsticks |= {name: verify.in_arithmetic(own, each) for name, each in arithmetic.items()}
+    yardsticks = {name: arithmetic.in_arithmetic(own, each) for name, each in arithmetics.items()}
 
     def judged(done: int, total: int) -> None:
         trim()
@@ -249,17 +244,19 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
         progress=judged,
     )
     lengths = replace(config.shape, min=1) if config.runs_at_one_length else config.shape
-    every = cases(config.verify, lengths, names, config.model.logits, what.longest, what.exact)
+    ragged = what.longest > 0 and config.shape.batch > 1  # a cache's rows are at places of their own
+    every = cases(config.verify, lengths, names, config.model.logits, what.longest, what.exact, ragged)
     inside, outside = split(every, assumed, names, config.shape.batch)
-    record.report["verify"] = {"executed": what.executed, "factor": verify.FACTOR, **judge(inside)}
+    described = {"executed": what.executed, "arithmetic": arithmetic.described(*computing), "factor": verify.FACTOR}
+    record.report["verify"] = {**described, **judge(inside)}
     if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
         record.report["verify"]["answer"] = verify.answers(
-            loaded.tokenizer, QUESTION, what.forward, own, names, config.shape.max, device
+            loaded.tokenizer, QUESTION, what.forward, yardsticks["pytorch"], names, config.shape.max, device
         )
     record.detail = f"{len(inside)} cases on the {what.executed}"
     verify.gate(record.report["verify"])
     if what.generator is not None:
-        generation.verify(record, loaded, what.generator, *arithmetic.values())
+        generation.verify(record, loaded, what.generator, list(arithmetics.values())[-1])
     if outside:
         record.report["verify"]["outside"] = verify.cost(judge(outside)["cases"], assumed)
 
@@ -271,6 +268,7 @@ def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -
     from pipeline import benchmark, ceilings, generation, gpu
     from pipeline.plots import latency_plot
     from pipeline.roofline import decoder_cost
+    from pipeline.text import tokens_for
 
     config = record.config
     if not config.benchmark.shapes and what.generator is None:
@@ -281,9 +279,13 @@ def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -
     with turn() as waiting, record.stage("benchmark"):
         cost = decoder_cost(loaded.model, config.model.logits)
         roof, read_state = ceilings.measure(config.precision), partial(gpu.read_state, waiting)
-        result = benchmark.measure(what.runner, config.benchmark, cost, roof, config.precision, read_state=read_state)
+        tokens = partial(tokens_for, loaded, seed=config.seed)
+        result = benchmark.measure(
+            what.runner, config.benchmark, tokens, cost, roof, config.precision, read_state=read_state
+        )
         if what.generator is not None:
             result = result.joined(generation.measure(record, loaded, what.generator, cost, roof, read_state))
+        result.report["tokens"] = "real text" if loaded.tokenizer is not None else "random, seeded"
         record.report["benchmark"] = result.report
         record.keep_json("samples.json", result.samples)
         assert record.folder is not None

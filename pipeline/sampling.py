@@ -9,6 +9,9 @@ from torch import Tensor
 
 from passes.errors import UserError
 
+BELOW_ONE = 1 - 2**-24
+"""The largest float32 below 1."""
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -28,7 +31,8 @@ class Sampling:
     def draws(self, steps: int, batch: int, device: torch.device) -> Tensor:
         """[steps, batch] in [0, 1): the random numbers of a whole generation, the same on every device."""
         source = torch.Generator().manual_seed(self.seed)
-        return torch.rand(steps, batch, generator=source, dtype=torch.float64).float().to(device)
+        draws = torch.rand(steps, batch, generator=source, dtype=torch.float64)
+        return draws.float().clamp(max=BELOW_ONE).to(device)  # one draw in 2^25 is rounded to 1
 
     def choose(self, logits: Tensor, draw: Tensor) -> Tensor:
         """[batch, 1] int64, for ``logits`` [batch, vocabulary] and one random number a row, ``draw`` [batch]."""
@@ -38,5 +42,7 @@ class Sampling:
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
         reached = probabilities.cumsum(-1)
-        place = torch.searchsorted(reached, draw.unsqueeze(1) * reached[:, -1:], right=True)
-        return tokens.gather(1, place.clamp(max=logits.shape[-1] - 1))
+        total = reached[:, -1:]
+        place = torch.searchsorted(reached, draw.unsqueeze(1) * total, right=True)
+        last = (reached < total).sum(-1, keepdim=True)  # where a product that is rounded to the total belongs
+        return tokens.gather(1, torch.minimum(place, last))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 from passes.errors import RunError, UserError
 from passes.stack import Stack
 from pipeline import kernel_cache, profiles
+from pipeline.arithmetic import Arithmetic
 
 
 class Runs(Protocol):
@@ -150,9 +152,10 @@ class Session:
 class GraphSession:
     """A traced program in PyTorch: what an engine is made from, where none can run."""
 
-    def __init__(self, graph: GraphModule, inputs: tuple[str, ...]) -> None:
-        """``inputs``: the engine's names of its inputs, in order; ``keys_0`` stands in the list ``keys``."""
-        self._graph = graph
+    def __init__(self, graph: GraphModule, inputs: tuple[str, ...], arithmetic: Arithmetic = nullcontext) -> None:
+        """``inputs``: the engine's names of its inputs, in order; ``keys_0`` stands in the list ``keys``.
+        ``arithmetic``: in which it runs, see :mod:`pipeline.arithmetic`."""
+        self._graph, self._arithmetic = graph, arithmetic
         self._inputs = inputs
         self._tensors: dict[str, Tensor] = {}
 
@@ -176,6 +179,6 @@ class GraphSession:
                 arguments.setdefault(group, []).append(self._tensors[name])
             else:
                 arguments[name] = self._tensors[name]
-        with torch.no_grad():
+        with torch.no_grad(), self._arithmetic():
             for i, value in enumerate(self._graph(**arguments)):
                 self._tensors[f"output{i}"].copy_(value)

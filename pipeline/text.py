@@ -12,6 +12,18 @@ from passes.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pipeline.model import LoadedModel
+
+
+def tokens_for(loaded: LoadedModel, batch: int, length: int, seed: int) -> torch.Tensor:
+    """The tokens on which a model is judged and timed, int64 ``[batch, length]`` on its device; see
+    :func:`token_batch`.
+
+    Nothing is timed on one token again and again: over equal rows a card switches fewer bits, and clocks higher.
+    """
+    vocabulary = loaded.model.config.get_text_config().vocab_size
+    return token_batch(loaded.tokenizer, vocabulary, batch, length, seed).to(loaded.model.device)
+
 
 def token_batch(
     tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, batch: int, length: int, seed: int

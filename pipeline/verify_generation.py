@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError
+from pipeline.arithmetic import Forward
 from pipeline.export import make_inputs
-from pipeline.verify import FACTOR, Forward
+from pipeline.verify import FACTOR
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def judge_generation(
     narrowest = inf
     for at in range(new):  # a position at a time: full logits in float64 are what most memory would go into
         wide = truth[:, at]
+        if not wide.isfinite().all():
+            raise RunError("model", f"{name}: PyTorch's own logits one type wider are not finite at new token {at}")
         own = logits[:, at].to(wide)
         error = (own - wide).abs().amax(-1).clamp(min=precision_eps * float(wide.abs().max()))
         allowed = 2 * FACTOR * error  # two logits compete

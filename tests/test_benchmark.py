@@ -26,6 +26,7 @@ from pipeline.config import BenchmarkConfig, BenchmarkShape
 from pipeline.gpu import GpuState
 from pipeline.roofline import DecoderCost, decoder_cost, prefill_bytes, prefill_floor_s, prefill_flops
 from pipeline.statistics import bootstrap_medians, drifts, median_interval, quantile, summarise
+from pipeline.text import token_batch
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 
@@ -45,13 +46,13 @@ class SimulatedRunner:
     generation: int = 0
     stream: None = None
     passes: int = 0
-    prepared: list[tuple[int, int]] = field(default_factory=list)
+    prepared: list[torch.Tensor] = field(default_factory=list)
     running: list[int] = field(default_factory=list)
     collecting: list[bool] = field(default_factory=list)
     on_pass: Callable[[SimulatedRunner], None] = lambda self: None
 
-    def prepare(self, batch: int, length: int) -> None:
-        self.prepared.append((batch, length))
+    def prepare(self, tokens: torch.Tensor) -> None:
+        self.prepared.append(tokens)
         self.generation += 1
 
     def enqueue(self) -> None:
@@ -85,7 +86,11 @@ def config(*lengths: int, min_iterations: int = 20, min_seconds: float = 0.0, wa
 
 def measured(runner: SimulatedRunner, settings: BenchmarkConfig | None = None, **more: object) -> BenchmarkResult:
     arguments = {"clock": runner.clock, "read_state": lambda: replace(QUIET, at_s=runner.clock.host_ns / 1e9)} | more
-    return measure(runner, settings or config(), **arguments)  # type: ignore[arg-type]
+    return measure(runner, settings or config(), prompts, **arguments)  # type: ignore[arg-type]
+
+
+def prompts(batch: int, length: int) -> torch.Tensor:
+    return token_batch(None, 128, batch, length, seed=0)
 
 
 # --- Bookkeeping -----------------------------------------------------------------------------------------------------
@@ -194,7 +199,7 @@ def test_garbage_collection_that_was_off_stays_off() -> None:
 def test_binding_another_shape_while_timing_voids_the_measurement() -> None:
     def rebind(runner: SimulatedRunner) -> None:
         if runner.passes == 55:
-            runner.prepare(1, 1024)
+            runner.prepare(prompts(1, 1024))
 
     with pytest.raises(RunError, match="generation of the runner 1 -> 2") as caught:
         measured(simulated(on_pass=rebind))
@@ -217,11 +222,18 @@ def test_a_recompilation_while_timing_voids_the_measurement() -> None:
 def test_every_further_shape_is_an_entry_with_its_own_samples() -> None:
     runner = simulated()
     result = measured(runner, config(2048, 512, 128))
-    assert runner.prepared == [(1, 2048), (1, 512), (1, 128)]
+    assert [tuple(tokens.shape) for tokens in runner.prepared] == [(1, 2048), (1, 512), (1, 128)]
     assert result.report["prefill"]["input_length"] == 2048
     assert [entry["input_length"] for entry in result.report["prefill_shapes"]] == [512, 128]
     assert list(result.samples) == ["prefill", "prefill_1x512", "prefill_1x128"]
     assert all(list(clocks) == ["device_ms", "host_ms", "enqueue_ms"] for clocks in result.samples.values())
+
+
+def test_prompts_are_timed_on_the_tokens_that_were_handed_over() -> None:
+    runner = simulated()
+    measured(runner, config(64))
+    (tokens,) = runner.prepared
+    assert torch.equal(tokens, prompts(1, 64)) and len(tokens.unique()) > 32
 
 
 def test_one_shape_has_no_list_of_further_shapes_and_none_has_no_prefill() -> None:
@@ -495,8 +507,8 @@ class SleepingRunner:
         self.generation = 0
         self.cycles = 0
 
-    def prepare(self, batch: int, length: int) -> None:
-        self.cycles = 1000 * length
+    def prepare(self, tokens: torch.Tensor) -> None:
+        self.cycles = 1000 * tokens.shape[1]
         self.generation += 1
 
     def enqueue(self) -> None:
@@ -516,7 +528,9 @@ def test_the_real_clock_times_a_known_device_sleep() -> None:
 
     for _ in range(3):
         busy_s(4_000_000)  # lets the clocks rise
-    result = measure(SleepingRunner(), config(4000, 8000, min_iterations=50, min_seconds=0.2, warmup_seconds=2.0))
+    result = measure(
+        SleepingRunner(), config(4000, 8000, min_iterations=50, min_seconds=0.2, warmup_seconds=2.0), prompts
+    )
     short, long = result.report["prefill"], result.report["prefill_shapes"][0]
     assert short["device_ms"]["median"] == pytest.approx(busy_s(4_000_000) * 1e3, rel=0.05)
     assert long["device_ms"]["median"] == pytest.approx(2 * short["device_ms"]["median"], rel=0.05)
@@ -530,8 +544,8 @@ def test_the_real_clock_times_a_known_device_sleep() -> None:
 @needs_gpu
 def test_memory_taken_from_the_device_while_timing_voids_the_measurement() -> None:
     class Hoarder(SleepingRunner):
-        def prepare(self, batch: int, length: int) -> None:
-            super().prepare(batch, length)
+        def prepare(self, tokens: torch.Tensor) -> None:
+            super().prepare(tokens)
             self.hoard: list[torch.Tensor] = []
 
         def enqueue(self) -> None:
@@ -539,7 +553,7 @@ def test_memory_taken_from_the_device_while_timing_voids_the_measurement() -> No
             self.hoard.append(torch.empty(4 * 2**20, dtype=torch.uint8, device="cuda"))
 
     with pytest.raises(RunError, match="device allocations") as caught:
-        measure(Hoarder(), config(100, warmup_seconds=0.3))
+        measure(Hoarder(), config(100, warmup_seconds=0.3), prompts)
     assert caught.value.kind == "unsteady"
 
 
@@ -547,11 +561,11 @@ def test_memory_taken_from_the_device_while_timing_voids_the_measurement() -> No
 @needs_gpu
 def test_more_memory_than_the_device_has_is_a_failed_run_that_names_both_sizes() -> None:
     class Glutton(SleepingRunner):
-        def prepare(self, batch: int, length: int) -> None:
+        def prepare(self, tokens: torch.Tensor) -> None:
             torch.empty(2**50, dtype=torch.uint8, device="cuda")
 
     with pytest.raises(RunError, match=r"device memory: [\d.]+ \w+ needed at once, [\d.]+ GiB free") as caught:
-        measure(Glutton(), config())
+        measure(Glutton(), config(), prompts)
     assert caught.value.kind == "out_of_memory"
 
 

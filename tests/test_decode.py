@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from passes.rewrite import Rewritten, apply_strategy
 from passes.stack import load_stack
 from pipeline import cached, compile
 from pipeline.config import BackendConfig, CacheConfig, ShapeConfig
-from pipeline.decode import CachedGenerator, aligned
+from pipeline.decode import CachedGenerator, PromptRunner, aligned
 from pipeline.export import Traced
 from pipeline.sampling import Sampling
 from pipeline.session import GraphSession
@@ -30,7 +31,7 @@ CAPACITY = 128
 
 @functools.cache
 def programs(
-    name: str, mode: str, batch: int, **changes: Any
+    name: str, mode: str, batch: int, strategy: str = "detect_causal", **changes: Any
 ) -> tuple[cached.CacheShape, list[Traced], list[Rewritten]]:
     model = tiny.model(name, **changes)
     shape = ShapeConfig("dynamic", batch, 2, 32, 48)
@@ -39,7 +40,7 @@ def programs(
         cached.trace_prefill(cached.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
         cached.trace_decode(cached.DecodeForm(model), cache, CPU),
     ]
-    return cache, traced, [apply_strategy(each.program, "detect_causal", "mask") for each in traced]
+    return cache, traced, [apply_strategy(each.program, strategy, "mask") for each in traced]
 
 
 def lowered_step(name: str, **changes: Any) -> tuple[GraphModule, dict[str, Any]]:
@@ -51,8 +52,8 @@ def lowered_step(name: str, **changes: Any) -> tuple[GraphModule, dict[str, Any]
     return copy.deepcopy(lowered.graph), inputs | {"keys": caches[:count], "values": caches[count:]}
 
 
-def generator(name: str, mode: str, batch: int = 1, **changes: Any) -> CachedGenerator:
-    cache, traced, rewritten = programs(name, mode, batch, **changes)
+def generator(name: str, mode: str, batch: int = 1, strategy: str = "detect_causal", **changes: Any) -> CachedGenerator:
+    cache, traced, rewritten = programs(name, mode, batch, strategy, **changes)
     prefill, decode = (
         GraphSession(program.program.module(), tuple(spec.name for spec in each.inputs))
         for each, program in zip(traced, rewritten, strict=True)
@@ -101,6 +102,56 @@ def test_rows_of_different_lengths_generate_what_each_would_alone(mode: str, sid
     made = generator("llama", mode, batch=3).generate(tokens, 8, padding)
 
     assert made == [hugging_face("llama", row, 8)[0] for row in rows]
+
+
+WINDOWED = {"sliding_window": 6}
+
+
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
+@pytest.mark.parametrize(
+    ("name", "strategy", "changes"),
+    [("llama", "decompose", {}), ("mistral", "detect_causal", WINDOWED), ("mistral", "decompose", WINDOWED)],
+    ids=["decomposed", "window", "window decomposed"],
+)
+def test_rows_of_different_lengths_are_right_where_the_decode_mask_is_written_out(
+    name: str, strategy: str, changes: dict[str, Any], mode: str
+) -> None:
+    """A mask that was made for the first row's place stood for all of them."""
+    lengths, decoded = (4, 13, 9), 8
+    tokens, padding = tiny.tokens(3, 13), torch.arange(13) < 13 - torch.tensor(lengths).unsqueeze(1)
+    engine = generator(name, mode, batch=3, strategy=strategy, **changes)
+    (decode,) = {call.action for call in programs(name, mode, 3, strategy, **changes)[2][1].calls}
+    assert decode == "decomposed"
+
+    logits = engine.forced_logits(tokens, padding, decoded)
+
+    model = tiny.model(name, **changes)
+    for row, length in enumerate(lengths):
+        with torch.no_grad():
+            alone = model(input_ids=tokens[row : row + 1, 13 - length :]).logits[:, -min(length, decoded + 1) :]
+        torch.testing.assert_close(logits[row : row + 1, -alone.shape[1] :], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refused_before_it_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny.model("llama")
+    shape = ShapeConfig("dynamic", 3, 2, 32, 48)
+    cache = cached.cache_shape(model, CacheConfig("in_engine"), shape, 60)
+    monkeypatch.setattr(cached, "masks_of_rows", lambda position: nullcontext())  # as a mask of the model's own making
+
+    with pytest.raises(RunError, match=r"shape.batch=3: LlamaForCausalLM computes with one length") as caught:
+        cached.trace_decode(cached.DecodeForm(model), cache, CPU)
+
+    assert caught.value.kind == "ragged_batch"
+
+
+def test_a_prompt_is_timed_on_the_tokens_that_were_handed_over() -> None:
+    engine, tokens = generator("llama", "in_engine"), tiny.tokens(1, 20)
+    PromptRunner(engine).prepare(tokens)
+    with torch.no_grad():
+        expected = tiny.model("llama")(input_ids=tokens).logits[:, -1:]
+    torch.testing.assert_close(engine._logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_padding_moves_to_the_right() -> None:
@@ -174,6 +225,21 @@ def test_sampling_draws_from_the_nucleus_by_its_probabilities() -> None:
     assert chosen.tolist() == pytest.approx([0.625, 0.375, 0, 0], abs=1e-3)
 
 
+def test_a_draw_is_below_one_and_never_takes_what_lies_outside_of_the_nucleus() -> None:
+    seed, step = 87, 634_329  # of this seed this number, rounded to float32, is 1
+    draws = Sampling(1.0, 1.0, seed).draws(step + 1, 1, CPU)
+    assert float(draws.max()) == float(draws[step]) == 1 - 2**-24
+
+    logits = torch.randn(64, 5000, generator=torch.Generator().manual_seed(0)) * 3
+    for top_p in (0.5, 0.9, 1.0):
+        chosen = Sampling(1.0, top_p).choose(logits, draws[step].expand(64))
+        probabilities = logits.double().softmax(-1)
+        above = (probabilities * (probabilities > probabilities.gather(1, chosen))).sum(-1)
+        assert bool((above < top_p + 1e-6).all()), "the token is one of the fewest that reach top_p"
+    certain = torch.tensor([[50.0, -120.0, -120.0]])  # to float32 nothing is left for the others
+    assert Sampling(1.0).choose(certain, torch.ones(1)).tolist() == [[0]]
+
+
 def test_the_decode_mask_is_proved_and_dropped_with_the_position_that_writes_the_cache() -> None:
     _, _, (_, decode) = programs("llama", "in_engine", 3)
 
@@ -182,9 +248,6 @@ def test_the_decode_mask_is_proved_and_dropped_with_the_position_that_writes_the
         ("causal_offset", "proved", "position")
     }
     assert not any("le.Tensor" in str(node.target) for node in decode.program.graph.nodes)  # the mask's graph is gone
-
-
-WINDOWED = {"sliding_window": 6}
 
 
 def test_a_mask_that_is_not_proved_an_offset_is_applied() -> None:

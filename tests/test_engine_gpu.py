@@ -14,7 +14,7 @@ from torch import Tensor
 from passes import rewrite
 from passes.errors import RunError, UserError
 from passes.stack import load_stack
-from pipeline import compile, verify
+from pipeline import arithmetic, compile, verify
 from pipeline.cases import Case, case_inputs
 from pipeline.config import BackendConfig, ShapeConfig
 from pipeline.engine import Engine
@@ -77,12 +77,12 @@ def judged(
     def own(inputs: dict[str, Tensor]) -> Tensor:
         return form(**inputs)
 
-    arithmetic = verify.engine_arithmetic(precision, load_stack().flavour)
+    arithmetics = arithmetic.yardsticks("engine", precision, load_stack().flavour)
     return verify.judge(
         [Case(f"length_{length}", length, padding, 0) for length in lengths],
         inputs_of,
         reference=lambda inputs: reference(name, precision, tuple(sorted(changes.items())))(**inputs),
-        yardsticks={"pytorch": own} | {key: verify.in_arithmetic(own, each) for key, each in arithmetic.items()},
+        yardsticks={name: arithmetic.in_arithmetic(own, each) for name, each in arithmetics.items()},
         candidate=engine,
         precision_eps=torch.finfo(DTYPES[precision]).eps / 2,
         progress=lambda done, total: None,

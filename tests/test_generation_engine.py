@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Lfm2Config
 
 from passes.errors import UserError
 from passes.stack import load_stack
+from pipeline import cached
 from pipeline.engine import open_engine
 from pipeline.machine import open_generator
 from pipeline.run import Outcome
@@ -162,6 +163,39 @@ def test_a_model_that_keeps_more_than_keys_is_refused_before_anything_is_created
     with pytest.raises(UserError, match="keeps other things than every token's keys"):
         generated(store, tmp_path, tmp_path / "model", "cache=in_engine")
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("strategy", ["detect_causal", "decompose"])
+def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_lengths(
+    strategy: str, store: str, tmp_path: Path, tiny_llama_dir: Path
+) -> None:
+    """The mask of the first row stood for all of them, and no case with ``input_ids`` alone had two lengths."""
+    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", f"strategy={strategy}"]
+    report = report_of(store, tmp_path, tiny_llama_dir, *batch, "benchmark.shapes=[]")
+
+    assert (report["status"], report["failure"]) == (DONE, None)
+    ragged = [case for case in report["verify"]["cases"] if case["padding"] == "ragged"]
+    assert {7, 64, 65, 128} <= {case["length"] for case in ragged} and all(case["passed"] for case in ragged)
+    assert all(case["positions"] == 3 for case in ragged), "the last of each row"
+    names = [case["name"] for case in report["verify"]["generation"]["cases"]]
+    assert names == ["generation_40_20", "generation_40_20_ragged"]
+
+
+def test_rows_that_get_each_others_places_fail_the_verification(
+    store: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = cached._mask_of_rows
+
+    def of_the_first_row(position: torch.Tensor, **how: Any) -> torch.Tensor | None:
+        return honest(position[:1].expand_as(position), **how)
+
+    monkeypatch.setattr(cached, "_mask_of_rows", of_the_first_row)
+    monkeypatch.setattr(cached, "_reads_first_row", lambda program: False)
+    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose"]
+    report = report_of(store, tmp_path, tiny_llama_dir, *batch, "benchmark.shapes=[]")
+
+    assert (report["failure"]["stage"], report["failure"]["kind"]) == ("verify", "accuracy")
+    assert {case["padding"] for case in report["verify"]["cases"] if not case["passed"]} == {"ragged"}
 
 
 def test_decomposed_attention_generates_too(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:

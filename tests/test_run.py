@@ -39,7 +39,8 @@ CONTRACT = {
     "attention.calls.0": "index name op mask proof depends_on action reason",
     "engine": "file bytes sha256 target layers iattention iattention_causal iattention_masked softmax "
     "torch_fallback_ops",
-    "verify": "executed cases passed",
+    "verify": "executed arithmetic cases passed",
+    "verify.cases.0.worst_position": "row position measure found allowed",
     "verify.cases.0": "name relative_error max_abs cosine kl top1_agreement passed padding positions",
 }
 
@@ -160,6 +161,8 @@ def test_the_summary_shows_attention_network_verification_and_where_everything_i
     text = shown.getvalue()
     assert "2 calls: 2 causal → 2 native_causal" in text
     assert "2 native attention (2 causal, 0 masked), 0 softmax" in text
+    assert GPU or "fp16 on the CPU, products added up in fp32; the engine and the GPU's kernels did not run" in text
+    assert "nearest to its limit: row 0, position " in text
     assert "passed, 3 cases" in text and str(finished.folder / "report.json") in text and "run 1" in text
 
 

@@ -55,14 +55,16 @@ class Decision:
 def over_cache(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision | None:
     """What is done about a call over a KV cache of fixed capacity; None for any other call.
 
-    The mask goes where it was proved to be ``k <= q + position[0]`` with the position at which the cache is
+    The mask goes where it was proved to be ``k <= q + position[b]`` with the position at which row b of the cache is
     written.  Otherwise it is applied in the written-out form: the native layer with a mask and a query length of 1
     does not build (TensorRT-RTX 1.4).
     """
     update = update_behind(call.key)
     if update is None:
         return None
-    if proof.proof == PROVED and proof.offset == (str(update.args[2]), (0,)) and call.query.meta["val"].shape[2] == 1:
+    row = "b" if update.args[0].meta["val"].shape[0] > 1 else 0  # type: ignore[union-attr]
+    offset = (str(update.args[2]), (row,))
+    if proof.proof == PROVED and proof.offset == offset and call.query.meta["val"].shape[2] == 1:
         return Decision(Action.CACHED, why(proof))
     return None if unproven == "error" else Decision(Action.DECOMPOSED, why(proof))
 
