@@ -197,9 +197,12 @@ class Evaluator:
 
         A term without operator (a number, an index, an element of an input) is not computed and cannot.
         """
+        dtype = dtype_of(node)
+        if (z3.is_bool(term), z3.is_real(term)) != (dtype == torch.bool, dtype in FLOATS):
+            raise Unmodelled(f"a term of another sort than {dtype}")
         computed = z3.is_int(term) and term.decl().kind() != z3.Z3_OP_UNINTERPRETED and not z3.is_int_value(term)
-        if computed and not self.proves(fits(term, dtype_of(node)), *in_range(self, node, index)):
-            raise Unmodelled(f"may overflow {dtype_of(node)}")
+        if computed and not self.proves(fits(term, dtype), *in_range(self, node, index)):
+            raise Unmodelled(f"may overflow {dtype}")
         return term
 
     def applications(self, term: Term) -> list[tuple[str, Term]]:
