@@ -26,6 +26,10 @@ from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, dtype
 
 INT64_MAX = 2**63 - 1
 SOLVER_TIMEOUT_MS = 2000
+DEEPEST = 100
+"""Operations behind each other that are looked through, at some seven calls each; Python allows 1000 calls."""
+MOST_ELEMENTS = 20_000
+"""Elements that one evaluator looks at: operations that read an operand at two places double them at each step."""
 SHORT = 64  # entries of a constant that are told apart one by one
 
 
@@ -79,6 +83,7 @@ class Evaluator:
         self._symbols: dict[str, z3.ArithRef] = {}
         self._unknown_sizes: dict[str, z3.ArithRef] = {}
         self._known: dict[tuple[Node, tuple[int, ...]], tuple[Index, Term]] = {}
+        self._depth = 0
 
     # -- sizes ---------------------------------------------------------------------------------------
 
@@ -159,7 +164,11 @@ class Evaluator:
             raise Unmodelled(f"{len(index)} indices into {value.dim()} dimensions")
         key = (node, tuple(item.get_id() for item in index))
         if key not in self._known:  # the index is kept with it: z3 gives the ids of terms that are gone again
-            self._known[key] = (index, self._element(node, index))
+            self._depth += 1
+            try:
+                self._known[key] = (index, self._element(node, index))
+            finally:
+                self._depth -= 1
         return self._known[key][1]
 
     def _element(self, node: Node, index: Index) -> Term:
@@ -167,6 +176,8 @@ class Evaluator:
         model = MODELS.get(node.target) if node.op == "call_function" and node not in self.opaque else None
         modelled = isinstance(value, torch.Tensor) and value.dtype in (torch.bool, *INTEGERS, *FLOATS)
         try:
+            if self._depth > DEEPEST or len(self._known) > MOST_ELEMENTS:
+                raise Unmodelled("too deep, or too much")
             if model is not None and (modelled or node.target in MOVES):
                 term = model(self, node, index)
                 return term if node.target in MOVES else self._bounded(term, node, index)
