@@ -106,7 +106,7 @@ class MaskProgram:
                 copies[node] = graph.placeholder(node.name)
                 self._arguments.append(self._argument(node, node in needed, constants, inputs))
         for node in wanted:
-            self._count(node.meta["val"])
+            self._count(node.meta.get("val"))  # a nested graph has none
             if node not in copies:
                 if node.op != "call_function":
                     raise NotRunnable(f"{node.op} {node.name}")

@@ -165,7 +165,7 @@ class Prover:
                 found = bounded.of_bounded_inputs() or found
             name, predicate, reason, offset = found
             conditions, conditional = self._conditions(call, depends_on) if name not in DROPPABLE else ((), "")
-        except (Unmodelled, z3.Z3Exception) as error:
+        except (Unmodelled, z3.Z3Exception, RecursionError) as error:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
         if name == "padding" and not depends_on:  # a condition on keys that no input is behind
             name, predicate, reason = "arbitrary", "", f"is not proved causal{reason.removeprefix('causal')}"

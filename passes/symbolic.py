@@ -40,6 +40,10 @@ from passes.terms import (
 SOLVER_STEPS = 10_000_000
 """z3's own count of what a claim may cost (``rlimit``), not seconds: the same claim then has the same answer on every
 machine, however busy.  Those of Hugging Face's masks take at most 600,000, and a million takes about half a second."""
+DEEPEST = 100
+"""Operations behind each other that are looked through, at some seven calls each; Python allows 1000 calls."""
+MOST_ELEMENTS = 20_000
+"""Elements that one evaluator looks at: operations that read an operand at two places double them at each step."""
 SHORT = 64  # entries of a constant that are told apart one by one
 
 
@@ -71,6 +75,7 @@ class Evaluator:
         self._symbols: dict[str, z3.ArithRef] = {}
         self._unknown_sizes: dict[str, z3.ArithRef] = {}
         self._known: dict[tuple[Node, tuple[int, ...]], tuple[Index, Term]] = {}
+        self._depth = 0
 
     # -- sizes ---------------------------------------------------------------------------------------
 
@@ -151,7 +156,11 @@ class Evaluator:
             raise Unmodelled(f"{len(index)} indices into {value.dim()} dimensions")
         key = (node, tuple(item.get_id() for item in index))
         if key not in self._known:  # the index is kept with it: z3 gives the ids of terms that are gone again
-            self._known[key] = (index, self._element(node, index))
+            self._depth += 1
+            try:
+                self._known[key] = (index, self._element(node, index))
+            finally:
+                self._depth -= 1
         return self._known[key][1]
 
     def _element(self, node: Node, index: Index) -> Term:
@@ -159,6 +168,8 @@ class Evaluator:
         model = MODELS.get(node.target) if node.op == "call_function" and node not in self.opaque else None
         modelled = isinstance(value, torch.Tensor) and value.dtype in (torch.bool, *INTEGERS, *FLOATS)
         try:
+            if self._depth > DEEPEST or len(self._known) > MOST_ELEMENTS:
+                raise Unmodelled("too deep, or too much")
             if model is not None and (modelled or node.target in MOVES):
                 term = model(self, node, index)
                 return term if node.target in MOVES else self._bounded(term, node, index)
@@ -189,9 +200,12 @@ class Evaluator:
 
         A term without operator (a number, an index, an element of an input) is not computed and cannot.
         """
+        dtype = dtype_of(node)
+        if (z3.is_bool(term), z3.is_real(term)) != (dtype == torch.bool, dtype in FLOATS):
+            raise Unmodelled(f"a term of another sort than {dtype}")
         computed = z3.is_int(term) and term.decl().kind() != z3.Z3_OP_UNINTERPRETED and not z3.is_int_value(term)
-        if computed and not self.proves(fits(term, dtype_of(node)), *in_range(self, node, index)):
-            raise Unmodelled(f"may overflow {dtype_of(node)}")
+        if computed and not self.proves(fits(term, dtype), *in_range(self, node, index)):
+            raise Unmodelled(f"may overflow {dtype}")
         return term
 
     def applications(self, term: Term) -> list[tuple[str, Term]]:
