@@ -134,6 +134,8 @@ def _sweep(
     from pipeline.sweep.table import check_baseline
 
     sweeper, launcher = base.hydra.sweeper, base.hydra.launcher
+    if not overrides and not sweeper.params:
+        raise UserError("-m: a sweep over nothing; name settings with their values, such as strategy=lowering,upstream")
     _check_plugins(base)
     jobs = None
     if sweeper._target_.endswith(".BasicSweeper"):
@@ -144,9 +146,10 @@ def _sweep(
         except HydraException as error:
             raise UserError(f"-m: {error}") from None
         with collector_paused():
-            jobs = plan((job, composed(job)) for job in batch)
+            every = [(job, composed(job)) for job in batch]
+        refuse_idle(_by_key(overrides), [config for _, config in every], sweep=True)
+        jobs = plan(every)
     config = jobs[0].config if jobs else from_hydra(base)
-    refuse_idle(_by_key(overrides), [job.config for job in jobs or ()], sweep=True)
     if config.sweep.baseline is not None and jobs is not None:
         check_baseline(config.sweep.baseline, [job.config.to_dict() for job in jobs])
     if config.dry_run:
@@ -204,7 +207,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]  # argparse's way prints its usage over the message
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)  # -m may stand anywhere
     if parsed.config_path is not None:
         raise UserError(f"--config-path={parsed.config_path}: not taken; --config-dir DIR adds your own YAML to conf/")
     if parsed.experimental_rerun is not None:

@@ -188,7 +188,7 @@ def _check_cache(config: Config) -> None:
         raise UserError(f"{asked}: {total} tokens in all, above cache.capacity={cache.capacity}")
     limit = positions(config.model.path, config.model.architecture)
     if limit is not None and total > limit:
-        raise UserError(f"{asked}: {total} tokens in all, above max_position_embeddings={limit}")
+        raise UserError(f"{asked}: with the prompt {total} tokens, above max_position_embeddings={limit}")
 
 
 def _check_shapes(config: Config) -> None:
@@ -196,6 +196,7 @@ def _check_shapes(config: Config) -> None:
     one_of("shape", shape.kind, ("dynamic", "static"))
     at_least("shape.batch", shape.batch, 1)
     at_least("shape.min", shape.min, 1)
+    at_least("shape.max", shape.max, 1)
     if shape.min > shape.max:
         raise UserError(f"shape.min={shape.min} shape.max={shape.max}: the shortest length is above the longest")
     if not shape.min <= shape.opt <= shape.max:

@@ -75,10 +75,16 @@ def _refusal(error: OmegaConfBaseException, plain: DictConfig) -> str:
     if isinstance(error, ConfigKeyError):
         return f"{setting}: no such setting; allowed here: {', '.join(sorted(f.name for f in fields(owner)))}"
     hint = get_type_hints(owner).get(error.key) if is_dataclass(owner) else None
-    kinds = [_KINDS.get(get_origin(t) or t) for t in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
+    kinds = [_kind(t) for t in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
     if isinstance(error, ValidationError) and all(kinds):
         return f"{setting}: must be {' or '.join(map(str, kinds))}"
     return f"{setting}: {str(error.msg or error).splitlines()[0]}"
+
+
+def _kind(hint: Any) -> str | None:
+    if is_dataclass(hint):
+        return f"a mapping, {{{', '.join(f'{each.name}: …' for each in fields(hint))}}}"
+    return _KINDS.get(get_origin(hint) or hint)
 
 
 _KINDS: dict[Any, str] = {

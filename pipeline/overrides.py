@@ -95,12 +95,16 @@ def split(text: str) -> list[str]:
 def read(overrides: Iterable[str]) -> list[Override]:
     """Hydra's reading of its own grammar; raises :class:`UserError` for what it cannot read."""
     try:
-        return OverridesParser.create().parse_overrides(list(overrides))
+        found = OverridesParser.create().parse_overrides(list(overrides))
+        nameless = next((each.input_line for each in found if not each.key_or_group), None)
     except OverrideParseException as error:
+        found, nameless = [], error.override
+    if nameless is not None:
         raise UserError(
-            f"{typed(str(error.override))}: cannot be read; settings are written key=value, lists and mappings in "
+            f"{typed(str(nameless))}: cannot be read; settings are written key=value, lists and mappings in "
             f"quotes: 'key=[a, b]', 'key={{a: 1}}'"
-        ) from None
+        )
+    return found
 
 
 def refuse_repetition(overrides: Iterable[Override]) -> None:
