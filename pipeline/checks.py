@@ -45,8 +45,9 @@ def check(config: Config) -> None:
     _check_strategy(config.strategy)
     _check_assumptions(config.strategy, config.model)
     _check_backend(config)
+    _check_profile(config)
     _check_cache(config)
-    _check_shapes(config)
+    _check_lengths(config)
     at_least("seed", config.seed, 0)
     at_least("verify.samples", config.verify.samples, 1)
     if not config.output:
@@ -173,6 +174,9 @@ def _check_cache(config: Config) -> None:
         within("benchmark.generate.input_length", generate.input_length, config.shape)
     total = generate.input_length + generate.output_length
     asked = f"benchmark.generate.input_length={generate.input_length} output_length={generate.output_length}"
+    limit = positions(config.model.path, config.model.architecture)
+    if limit is not None and total > limit:  # before what would have it made longer still
+        raise UserError(f"{asked}: with the prompt {total} tokens, above max_position_embeddings={limit}")
     fits = config.shape.kind == "dynamic" or config.runs_at_one_length
     if cache.name == "none" and (not fits or total - 1 > config.shape.max):
         raise UserError(
@@ -186,12 +190,9 @@ def _check_cache(config: Config) -> None:
         )
     if cache.capacity is not None and total > cache.capacity:
         raise UserError(f"{asked}: {total} tokens in all, above cache.capacity={cache.capacity}")
-    limit = positions(config.model.path, config.model.architecture)
-    if limit is not None and total > limit:
-        raise UserError(f"{asked}: with the prompt {total} tokens, above max_position_embeddings={limit}")
 
 
-def _check_shapes(config: Config) -> None:
+def _check_profile(config: Config) -> None:
     shape = config.shape
     one_of("shape", shape.kind, ("dynamic", "static"))
     at_least("shape.batch", shape.batch, 1)
@@ -214,6 +215,10 @@ def _check_shapes(config: Config) -> None:
     limit = positions(config.model.path, config.model.architecture)
     if limit is not None and shape.max > limit:
         raise UserError(f"shape.max={shape.max}: above the model's max_position_embeddings={limit}")
+
+
+def _check_lengths(config: Config) -> None:
+    shape = config.shape
     for item in config.benchmark.shapes:
         within("benchmark.shapes.input_length", item.input_length, shape)
         if item.batch != shape.batch:

@@ -152,6 +152,7 @@ def test_a_setting_that_is_given_twice_is_refused_and_a_shells_braces_are_recogn
 
 REFUSED: list[tuple[list[str], str]] = [
     (["shape.min=64", "shape.max=32"], r"^shape.min=64 shape.max=32: the shortest length is above the longest$"),
+    (["shape.min=64", "shape.max=32", "benchmark=generate"], r"^shape.min=64 shape.max=32: the shortest"),
     (["shape.max=-1"], r"^shape.max=-1: must be at least 1"),
     (["benchmark.generate=1"], r"^benchmark.generate=1: must be a mapping, \{batch: …, input_length: …"),
     (["benchmark.generate={lenght: 3}"], r"^benchmark.generate.lenght=3: no such setting; allowed here: batch"),
