@@ -170,14 +170,14 @@ def _check_cache(config: Config) -> None:
         return
     at_least("benchmark.min_generations", config.benchmark.min_generations, 3)
     at_least("benchmark.generate.output_length", generate.output_length, 2)
-    if not config.runs_at_one_length:
-        within("benchmark.generate.input_length", generate.input_length, config.shape)
     total = generate.input_length + generate.output_length
     asked = f"benchmark.generate.input_length={generate.input_length} output_length={generate.output_length}"
     limit = positions(config.model.path, config.model.architecture)
     if limit is not None and total > limit:  # before what would have it made longer still
         raise UserError(f"{asked}: with the prompt {total} tokens, above max_position_embeddings={limit}")
     fits = config.shape.kind == "dynamic" or config.runs_at_one_length
+    if not config.runs_at_one_length and (fits or cache.name != "none"):
+        within("benchmark.generate.input_length", generate.input_length, config.shape)
     if cache.name == "none" and (not fits or total - 1 > config.shape.max):
         raise UserError(
             f"{asked}: without a cache every length up to {total - 1} runs as a prompt; "
