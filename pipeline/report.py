@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline import markdown
 from pipeline.config import Config
 
 SCHEMA = 1
@@ -86,6 +87,5 @@ def finite(value: Any) -> Any:
 def calls_table(calls: Iterable[dict[str, Any]]) -> str:
     """The attention calls as a Markdown table, one row a call."""
     columns = ("index", "name", "mask", "proof", "depends_on", "action", "native_gqa", "scale", "reason")
-    rows = [columns, ["---"] * len(columns)]
-    rows += [[", ".join(c[k]) if isinstance(c[k], list) else str(c[k]) for k in columns] for c in calls]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    lines = ([", ".join(c[k]) if isinstance(c[k], list) else c[k] for k in columns] for c in calls)
+    return markdown.table(columns, lines)

@@ -88,6 +88,8 @@ def run(
         raise
     record.report["mlflow"] = tracked.identity
     with tracked:
+        for note in config.notes:
+            record.note(note)
         try:
             if loaded is not None:
                 if config.backend.name == "tensorrt":

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
-import pytest
 import torch
 import z3
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck
 from hypothesis import strategies as st
-from operation_cases import CASES, FLOATS, INTEGERS, TYPES, Case, Made, Size, cases
+from operation_cases import CASES, INTEGERS, Case, Made, Size
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from passes.errors import UserError
 from pipeline.config import Config, ModelConfig
@@ -33,15 +34,17 @@ def show(jobs: Sequence[Job]) -> None:
     most = 0.0
     for job in jobs:
         if not job.config.rerun and ledger.finished(content_key(job.config, here, commits)):
-            table.add_row(job.label, "finished")
+            table.add_row(Text(job.label), "finished")
             continue
         times.append(_seconds(job.config, earlier))
         memory = device_bytes(job.config, models)
         most = max(most, memory or 0.0)
-        table.add_row(job.label, "to do", _time(times[-1]), _memory(memory))
+        table.add_row(Text(job.label), "to do", _time(times[-1]), _memory(memory))
     known = [seconds for seconds in times if seconds is not None]
     console = Console(highlight=False)
     console.print(table)
+    for note in dict.fromkeys(note for job in jobs for note in job.config.notes):
+        console.print(Text(f"! {note}"))
     console.print(f"\n{len(jobs)} jobs, {len(jobs) - len(times)} of them finished, {len(times)} to do")
     if times:
         strange = len(times) - len(known)

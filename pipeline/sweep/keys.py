@@ -10,6 +10,7 @@ from pipeline import checkpoint
 from pipeline.config import Config
 from pipeline.engine_key import code_hash
 from pipeline.environment import environment
+from pipeline.idle import idle
 from pipeline.report import sha256_of_json
 
 NOT_SETTINGS = ("output", "tracking", "store", "sweep", "rerun", "dry_run")
@@ -20,8 +21,16 @@ NOT_MEASURING = ("__main__", "console", "tracking", "tracking_names", "tracking_
 
 
 def settings_key(config: Config) -> str:
-    """The same for two jobs that ask for the same, wherever and with whatever versions they run."""
-    return sha256_of_json({key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS})
+    """The same for two jobs that ask for the same, wherever and with whatever versions they run; what has no part in
+    a job does not tell it from another."""
+    settings = {key: value for key, value in config.to_dict().items() if key not in NOT_SETTINGS}
+    for name in idle(config):
+        *groups, last = name.split(".")
+        owner = settings
+        for group in groups:
+            owner = owner[group]
+        owner[last] = None
+    return sha256_of_json(settings)
 
 
 class Commits(dict[tuple[str | None, str | None], str | None]):

@@ -16,7 +16,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from passes.errors import UserError
-from pipeline.config import Config, from_hydra
+from pipeline.compose import from_hydra
+from pipeline.config import Config
+from pipeline.overrides import typed
 from pipeline.report import write_json
 from pipeline.sweep import isolation, registry, table, tracking, waves
 from pipeline.sweep.attempt import attempt, settle
@@ -100,7 +102,7 @@ class Task:
 
     def _chosen(self) -> str:
         """What Hydra's sweeper chose for the job that it is calling."""
-        given = (override.lstrip("+") for override in HydraConfig.get().overrides.task)
+        given = map(typed, HydraConfig.get().overrides.task)
         return " ".join(override for override in given if override.partition("=")[0] not in self.fixed)
 
 
@@ -115,8 +117,6 @@ def sweep(
     here, commits = surroundings(), Commits()
     if config.sweep.builders > 1 and launch is not None:
         raise UserError(f"sweep.builders={config.sweep.builders}: leave it out where Hydra's plugins place the jobs")
-    if config.sweep.baseline is not None and jobs is not None:
-        table.check_baseline(config.sweep.baseline, jobs)
     keys = {job.key: content_key(job.config, here, commits) for job in jobs or ()}
     key = sweep_key([identity, here] if jobs is None else keys.values())
     output = Path(config.output)
