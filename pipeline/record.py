@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import RunError, UserError
+from pipeline import interrupts
 from pipeline.config import Config
 from pipeline.console import StageDisplay
 from pipeline.report import new_report, write_json, write_report
@@ -34,21 +35,31 @@ class Record:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; raises :class:`StopHere` instead of starting one that lies behind ``until``."""
+        """Time a stage; raises :class:`StopHere` instead of starting one that lies behind ``until``.
+
+        An interruption that a library dropped ends the stage here, at the latest.
+        """
         if not self.config.reaches(name):
             raise StopHere
         self._at, started, self.detail = name, time.perf_counter(), ""
         try:
             with self.display.stage(name):
+                interrupts.check()
                 yield
+                interrupts.check()
         finally:
             self.report["stages_s"][name] = time.perf_counter() - started
         self.display.done(name, self.report["stages_s"][name], self.detail)
 
     def fail(self, error: BaseException) -> None:
         """The run ends with ``error``: the report says in which stage, of what kind and why."""
-        failure = self.report["failure"] = _failure(self._at, error)
+        failure = self.report["failure"] = _failure(self._at, interrupts.asked() or error)
         self.display.failed(self._at, self.report["stages_s"].get(self._at, 0.0), failure["message"])
+
+    def update(self, message: str) -> None:
+        """Progress within the stage, where an interruption that a library dropped is noticed too."""
+        interrupts.check()
+        self.display.update(message)
 
     def open_folder(self, name: str) -> Path:
         """A new folder of this run's own under ``config.output``."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError
+from pipeline import interrupts
 from pipeline.config import Config
 from pipeline.console import StageDisplay
 from pipeline.memory import collector_paused, trim
@@ -74,9 +75,10 @@ def run(
                 status = plugin.unavailable(record)
             else:
                 loaded, device, cache = _load(record)
-    except UserError:
-        raise
     except Exception as error:
+        interrupts.check()  # a library may have made another error of it
+        if isinstance(error, UserError):
+            raise
         record.fail(error)
     gc.collect()
     trim()
@@ -125,7 +127,7 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = load_stack().versions() if config.backend.name == "tensorrt" else None
     record.report["environment"] = environment(versions)
-    loaded = model.load(config.model, config.precision, device, config.seed, record.display.update)
+    loaded = model.load(config.model, config.precision, device, config.seed, record.update)
     described = loaded.model.config.get_text_config()
     limit = getattr(described, "max_position_embeddings", None)
     if limit is not None and config.shape.max > limit:
