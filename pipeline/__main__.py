@@ -36,6 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from passes.errors import UserError
 from pipeline import gpu
 from pipeline.config import Config, from_hydra, schema_keys
+from pipeline.files import DISK, said_by_the_disk
 from pipeline.memory import collector_paused
 
 EXTRAS = {
@@ -72,6 +73,11 @@ def main() -> int:
     except UserError as error:
         _print_error(error)
         return 2
+    except OSError as error:  # outside of any run: a sweep's own files
+        if error.errno not in DISK:
+            raise
+        print(f"error: {said_by_the_disk(error)}", file=sys.stderr)
+        return 1
 
 
 def _main(arguments: list[str]) -> int:
