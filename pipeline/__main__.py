@@ -2,21 +2,24 @@
 
 Everything that can be wrong with the settings is found before a job is started, so that it costs one line,
 exit code 2 and no folder.  Exit code 1: a run, or a job of a sweep, failed, and its report says how.  130 and 143:
-Ctrl-C and SIGTERM; the report of the run that they ended is kept.
+Ctrl-C and SIGTERM; the report of the run that they ended is kept.  docs/endings.md has the whole table.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # imports this module by its name, and does not come back
+    from pipeline.start import main as start
+
+    start()
+
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
@@ -33,6 +36,7 @@ from passes.errors import UserError
 from pipeline import gpu
 from pipeline.compose import from_hydra
 from pipeline.config import Config
+from pipeline.files import DISK, said_by_the_disk
 from pipeline.idle import refuse_idle
 from pipeline.memory import collector_paused
 from pipeline.overrides import explained, for_hydra, quoted, read, refuse_repetition, typed
@@ -53,7 +57,8 @@ def config_dir() -> Path:
     return beside if (beside / "config.yaml").is_file() else Path(__file__).resolve().parent / "conf"
 
 
-def main() -> None:
+def main() -> int:
+    """The whole command, once signals are handled (:mod:`pipeline.start`); returns its exit code."""
     # Read when torch is loaded.  By default its threads wait for each other busily, and where another process is on
     # one of their cores short operations take 30 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -65,15 +70,16 @@ def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # conf/hydra has files of the names that plugins of Hydra have schemas for: they shall be checked against those.
     warnings.filterwarnings("ignore", "(?s).*validated against ConfigStore schema", UserWarning)
-    signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = _main(sys.argv[1:])
+        return _main(sys.argv[1:])
     except UserError as error:
         _print_error(error)
-        code = 2
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    sys.exit(code)
+        return 2
+    except OSError as error:  # outside of any run: a sweep's own files
+        if error.errno not in DISK:
+            raise
+        print(f"error: {said_by_the_disk(error)}", file=sys.stderr)
+        return 1
 
 
 def _main(arguments: list[str]) -> int:
@@ -192,11 +198,6 @@ def _hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
 
 def _print_error(error: UserError) -> None:
     print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that the run that it ends is closed and reported."""
-    raise SystemExit(128 + number)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -115,7 +115,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
                 f"{found} (allowed {position['allowed']:.2g})",
             )
         if arithmetic := verify.get("arithmetic"):
-            yield "judged in", escape(arithmetic)
+            yield "judged in", arithmetic
         if outside := verify.get("outside"):
             worst = outside["worst"]
             yield (

@@ -16,9 +16,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from passes.errors import UserError
+from pipeline import interrupts
 from pipeline.compose import from_hydra
 from pipeline.config import Config
+from pipeline.files import check_output, write_text
 from pipeline.overrides import typed
+from pipeline.recovery import recover
 from pipeline.report import write_json
 from pipeline.sweep import isolation, registry, table, tracking, waves
 from pipeline.sweep.attempt import attempt, settle
@@ -73,6 +76,7 @@ class Task:
 
     def attempt(self, config: Config, turns: isolation.Turns | None = None) -> Done:
         """Do the job, unless it is finished."""
+        interrupts.check()
         job, ledger = settings_key(config), Ledger(Path(config.output))
         key = content_key(config, self.surroundings or surroundings(), self.commits)
         config = pinned(config, self.commits)
@@ -122,6 +126,7 @@ def sweep(
     output = Path(config.output)
     folder = output / "sweeps" / key[:12]
     check_store(config.tracking.uri)
+    check_output(config.output)
     with _only_one(output):
         labels = {job.key: job.label for job in jobs or ()}
         ledger = Ledger(output)
@@ -129,6 +134,7 @@ def sweep(
         if launch is None and left:
             isolation.warm_up()
         parent = tracking.open_parent(config, key, f"sweep of {len(jobs)} jobs" if jobs else "sweep")
+        recover(config, lambda message: print(f"! {message}", file=sys.stderr))
         shutil.rmtree(folder / "rows", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         task = Task(parent, folder, labels, surroundings=here if launch is None else None, commits=commits)
@@ -148,7 +154,8 @@ def sweep(
             print("\ninterrupted; the same command goes on with the jobs that are left", file=sys.stderr)
             raise
         finally:
-            failed = _close(config, task, labels, status)
+            with interrupts.held():
+                failed = _close(config, task, labels, status)
     return 1 if failed else 0
 
 
@@ -162,7 +169,7 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
     entries = table.entries({**labels, **{key: row.label for key, row in rows.items()}}, rows, reports, ratios)
     write_json(task.folder / "summary.json", {"sweep": task.folder.name, "baseline": baseline, "jobs": entries})
     shown, shown_in = table.markdown(entries, baseline), task.folder / "summary.md"
-    shown_in.write_text(shown, encoding="utf-8")
+    write_text(shown_in, shown)
 
     lost = [entry for entry in entries if status == "FINISHED" and entry["status"] == "not_done"]
     failed = [entry for entry in entries if entry["status"] == "failed"]
