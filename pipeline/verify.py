@@ -75,7 +75,7 @@ def limits(own: Difference, precision_eps: float, coarseness: float = 1.0) -> Li
             "max_abs": factor * largest,
             "kl": factor**2 * _usual(own.kl).clamp(min=precision_eps**2),
         },
-        of_blocks=factor * _usual(own.relative_error_of_blocks).clamp(min=precision_eps),
+        of_blocks=FACTOR * _usual(own.relative_error_of_blocks).clamp(min=precision_eps),
         lead=2 * factor * largest,
     )
 
