@@ -41,6 +41,8 @@ class AttentionCall:
     scale: float
     """Factor of the scores; the default D**-0.5 is filled in."""
     enable_gqa: bool
+    sees_keys: bool = False
+    """Whether every row is known to see a key (:func:`passes.strategies.every_row_sees_a_key`)."""
 
     @property
     def name(self) -> str:

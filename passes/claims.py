@@ -9,13 +9,17 @@ import z3
 from torch.fx import Node
 
 from passes.attention import AttentionCall
-from passes.symbolic import SOLVER_TIMEOUT_MS, Evaluator
-from passes.terms import INFINITY, Term, dtype_of, literal
+from passes.symbolic import SOLVER_STEPS, Evaluator
+from passes.terms import INFINITY, Term, Unmodelled, dtype_of, literal
 
 EVERYWHERE = "holds for every index and length of the profile"
 
 
 _DROPPABLE = {"full": "true", "causal": "k <= q", "causal_lower_right": "k <= p"}
+
+
+Element = tuple[int | str, ...]
+"""An index into an input: numbers, and ``"b"`` where it is the row of the batch."""
 
 
 class Class(NamedTuple):
@@ -24,6 +28,8 @@ class Class(NamedTuple):
     name: str
     predicate: str
     reason: str
+    offset: tuple[str, Element] | None = None
+    """Of ``causal_offset``: the input that t is an element of, and which."""
 
 
 def _name(application: Term) -> str:
@@ -36,32 +42,49 @@ def _element(application: Term) -> str:
     return f"{_name(application)}[{places}]" if places else _name(application)
 
 
-def ancestors(nodes: list[Node]) -> set[str]:
-    """Names of ``nodes`` and of everything whose contents they are computed from; a size is no content."""
+def _which(application: Term, batch: Term) -> tuple[str, Element] | None:
+    """The input and the element of it that ``application`` is, where that is one, or one for each row."""
+    places = [z3.simplify(place) for place in application.children()]
+    if not all(z3.is_int_value(place) or place.eq(batch) for place in places):
+        return None
+    return _name(application), tuple("b" if place.eq(batch) else place.as_long() for place in places)
+
+
+def ancestors(nodes: list[Node], through_sizes: bool = False) -> set[str]:
+    """Names of ``nodes`` and of everything whose contents they are computed from; a size is no content, unless
+    ``through_sizes``."""
     pending, seen = list(nodes), set()
     while pending:
         node = pending.pop()
-        if node not in seen and node.target is not torch.ops.aten.sym_size.int:
+        if node not in seen and (through_sizes or node.target is not torch.ops.aten.sym_size.int):
             seen.add(node)
             pending.extend(node.all_input_nodes)
     return {node.name for node in seen}
 
 
 class Claims:
-    """What can be claimed about the mask of ``call``, [B or 1, H or 1, L or 1, S or 1], broadcast to the scores.
+    """What can be claimed about the mask of ``call``, which is broadcast to the scores [B, H, L, S].
 
-    Raises :class:`passes.terms.Unmodelled` where the sizes cannot be told.
+    b and h run over the mask's own batches and heads, which need not be the query's: a claim about all of them is one
+    about the scores.  Raises :class:`passes.terms.Unmodelled` where the sizes cannot be told, and where the mask has
+    more batches or heads than query and key: without it the result would have fewer.
     """
 
     def __init__(self, evaluator: Evaluator, call: AttentionCall) -> None:
         assert call.mask is not None
         self.evaluator, self.mask = evaluator, call.mask
         self.b, self.h, self.q, self.k = z3.Ints("b h q k")
-        self.queries = evaluator.size(call.query.meta["val"].shape[2])
-        self.keys = evaluator.size(call.key.meta["val"].shape[2])
-        batch, heads = (evaluator.size(extent) for extent in call.query.meta["val"].shape[:2])
-        sizes = (batch, heads, self.queries, self.keys)
-        # The call's own sizes: an empty one would make every claim true.
+        query, key = (node.meta["val"].shape for node in (call.query, call.key))
+        shape = self.mask.meta["val"].shape
+        self.broadcast = (*((1,) * (4 - len(shape)) + tuple(shape))[:2], query[2], key[2])
+        """Sizes of what is claimed about: the mask, broadcast to queries and keys."""
+        sizes = [evaluator.size(extent) for extent in self.broadcast]
+        for dim, name in enumerate(("batches", "heads")):
+            tensors = [evaluator.size(tensor[dim]) for tensor in (query, key)]
+            if not evaluator.proves(z3.Or(sizes[dim] == 1, *(sizes[dim] == size for size in tensors))):
+                raise Unmodelled(f"the mask has {name} of its own")
+        self.queries, self.keys = sizes[2:]
+        # An empty mask would make every claim true.
         self.inside = [z3.And(i >= 0, i < n) for i, n in zip((self.b, self.h, self.q, self.k), sizes, strict=True)]
         self.place = self.q + self.keys - self.queries
         element = self.element(self.q, self.k)
@@ -74,13 +97,8 @@ class Claims:
 
     def element(self, query: z3.ArithRef, key: z3.ArithRef) -> Term:
         """The mask at (b, h, query, key), broadcast to the scores [B, H, L, S]."""
-        shape = self.mask.meta["val"].shape
-        index = (self.b, self.h, query, key)[4 - len(shape) :]
-        index = tuple(
-            z3.IntVal(0) if isinstance(size, int) and size == 1 else item
-            for size, item in zip(shape, index, strict=True)
-        )
-        return self.evaluator.at(self.mask, index)
+        index = (self.b, self.h, query, key)
+        return self.evaluator.at(self.mask, self.evaluator.align(self.mask.meta["val"].shape, self.broadcast, index))
 
     def holds(self, predicate: z3.BoolRef, *lemmas: z3.BoolRef) -> bool:
         claim = self.attends == predicate
@@ -139,7 +157,7 @@ class Claims:
         for offset in self._applications():
             if self._is_free(offset) and self.holds(self.k <= self.q + offset):
                 reason = f"sees keys up to its own place behind {_name(offset)}"
-                return Class("causal_offset", f"k <= q + {_element(offset)}", reason)
+                return Class("causal_offset", f"k <= q + {_element(offset)}", reason, _which(offset, self.b))
         lemmas = self._segment_lemmas()
         for mine, theirs in self._pairs():
             if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):
@@ -195,7 +213,7 @@ class Claims:
     def _first_blocked(self, distance: z3.ArithRef) -> int | None:
         """The smallest ``distance`` at which a key in the past is blocked; None where that is not above 0."""
         optimizer = z3.Optimize()
-        optimizer.set("timeout", SOLVER_TIMEOUT_MS)
+        optimizer.set("rlimit", SOLVER_STEPS)
         optimizer.set("ctrl_c", False)  # see Evaluator.solver
         optimizer.add(*self.evaluator.premises, *self.inside, self.k <= self.place, z3.Not(self.attends))
         optimizer.minimize(distance)

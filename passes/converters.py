@@ -7,6 +7,8 @@ What is known about the layer, and how it is dealt with here:
 * A causal layer takes no mask, and drops one that is assigned without a word: what was set is read back.
 * The mask is rank 4, bool or of the query's type, and full in its last two dimensions.
 * The layer needs static head counts; reshapes with -1 in the traced graph hide them.
+* Query, key and value must have the same head size.  Where the values' differs (DeepSeek), the smaller ones are filled
+  up with zeros, which add nothing to a score, and the result's channels that come of zeros are cut off again.
 * It does not scale.  A factor multiplied on right before a causal layer is lost by some kernels, so it goes into
   the weights (:mod:`passes.scale`), and where it cannot, it is multiplied on as a vector (:func:`scaled`).
 * ``decomposable=False`` makes the build fail where no fused kernel exists.  fp32 and head sizes outside
@@ -69,6 +71,9 @@ def convert(
     scale = shape[-1] ** -0.5 if scale is None else scale
     if scale != 1.0:
         query = scaled(stack, ctx, query, scale, node)
+    channels = value.shape[3]
+    size = max(shape[-1], channels)
+    query, key, value = (_with_channels(stack, network, tensor, size) for tensor in (query, key, value))
     layer = _add_layer(stack, network, (query, key, value), causal)
     if layer is None:
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
@@ -76,12 +81,12 @@ def convert(
     if mask is not None:
         layer.mask = _normalised_mask(stack, network, as_tensor(ctx, mask, f"{node.name} [mask]"), query)
     dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-    fused = has_fused_kernel(dtype, int(shape[-1]))
+    fused = has_fused_kernel(dtype, size)
     layer.decomposable = not fused
     built = _read_back(stack, layer, node, fused, (int(query.shape[1]), int(key.shape[1])))
     if (built.causal, built.masked) != (causal, mask is not None):
         raise RunError("conversion", f"{node.name}: asked for causal={causal}, mask={mask is not None}; got {built}")
-    return layer.get_output(0), built
+    return _with_channels(stack, network, layer.get_output(0), channels), built
 
 
 def _add_layer(stack: Stack, network: Any, qkv: tuple[Any, Any, Any], causal: str) -> Any:
@@ -119,6 +124,19 @@ def _static_heads(network: Any, tensor: Any, node: Any) -> Any:
     layer.reshape_dims = wanted  # 0 copies the size of the input
     layer.name = f"{node.name} [static heads]"
     return layer.get_output(0)
+
+
+def _with_channels(stack: Stack, network: Any, tensor: Any, count: int) -> Any:
+    """``tensor`` [B, H, L, D] with ``count`` channels in the place of D: the first ones, or filled up with zeros."""
+    heads, have = tensor.shape[1], tensor.shape[3]
+    if have == count:
+        return tensor
+    sizes = network.add_slice(network.add_shape(tensor).get_output(0), (0,), (3,), (1,)).get_output(0)
+    last = network.add_constant((1,), stack.trt.Weights(torch.tensor([count]).numpy())).get_output(0)
+    layer = network.add_slice(tensor, (0,) * 4, (1,) * 4, (1,) * 4)
+    layer.set_input(2, network.add_concatenation([sizes, last]).get_output(0))
+    layer.mode = stack.trt.SampleMode.FILL
+    return reshaped(network, layer.get_output(0), (0, heads, 0, count))  # static again; 0 copies the size of the input
 
 
 def _normalised_mask(stack: Stack, network: Any, mask: Any, query: Any) -> Any:

@@ -143,7 +143,7 @@ def _confirmed(
     key = _first(wrong[:, :, query].any(0).any(0))
     assert key is not None
     batch, head = (int(place[0]) for place in wrong[:, :, query, key].nonzero(as_tuple=True))
-    value = mask.expand(scores)[batch, head, query, key].item()
+    value = mask.expand(wrong.shape)[batch, head, query, key].item()
     is_bool = mask.dtype == torch.bool
     attends = bool(value) if is_bool else not value <= torch.finfo(mask.dtype).min
     stored = sum(tensor.numel() for tensor in inputs.values()) <= MOST_STORED

@@ -21,3 +21,12 @@ class RunError(RuntimeError):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` is, in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+
+
+AS_IT_IS = "backend=torch_compile and backend=eager run the model as it is"
+"""What helps where a model cannot become an engine."""

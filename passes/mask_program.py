@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from passes.attention import AttentionCall
-from passes.symbolic import INT64_MAX
+from passes.sizes import INT64_MAX
 from passes.terms import size_expression
 
 aten = torch.ops.aten
@@ -45,6 +45,8 @@ class MaskProgram:
         self._arguments: list[tuple[str, Any]] = []
         self._elements: set[sympy.Expr] = set()
         self._backed = _symbols_of_placeholders(call.mask.graph)
+        self.nodes: list[Node] = []
+        """The nodes of the call's graph that are run."""
         self._module = self._extract(call.mask, constants, inputs)
         self._scores = (*call.query.meta["val"].shape[:3], call.key.meta["val"].shape[2])
         expressions = [*map(size_expression, self._scores), *self._elements]
@@ -58,7 +60,7 @@ class MaskProgram:
     def ranges(self, proved: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
         """Bounds of the symbols: those of the proof, but nothing shorter than the program takes.
 
-        A proof widens lower bounds (:func:`passes.symbolic.symbol_ranges`).  A 2 stays widened: torch.export writes it
+        A proof widens lower bounds (:func:`passes.sizes.symbol_ranges`).  A 2 stays widened: torch.export writes it
         for a 1 as well.
         """
         found = {}
@@ -104,10 +106,11 @@ class MaskProgram:
                 copies[node] = graph.placeholder(node.name)
                 self._arguments.append(self._argument(node, node in needed, constants, inputs))
         for node in wanted:
-            self._count(node.meta["val"])
+            self._count(node.meta.get("val"))  # a nested graph has none
             if node not in copies:
                 if node.op != "call_function":
                     raise NotRunnable(f"{node.op} {node.name}")
+                self.nodes.append(node)
                 copies[node] = graph.node_copy(node, copies.__getitem__)
                 copies[node].args = map_aggregate(copies[node].args, _on_cpu)
                 copies[node].kwargs = map_aggregate(copies[node].kwargs, _on_cpu)

@@ -29,7 +29,7 @@ from __future__ import annotations
 import copy
 import itertools
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,23 +40,19 @@ from torch.fx import Node
 
 from passes import counterexample
 from passes.attention import AttentionCall, find_calls
-from passes.claims import Claims, ancestors
+from passes.claims import Claims, Element, ancestors
+from passes.conditions import CONDITIONS, GIVEN, KEEPING, about
 from passes.counterexample import Counterexample
-from passes.symbolic import Evaluator, symbol_ranges
-from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, literal, size_expression
+from passes.second_look import CLAIMED, behind, look
+from passes.sizes import asserted, symbol_ranges
+from passes.symbolic import Evaluator
+from passes.terms import FLOATS, Unmodelled, size_expression
 
 PROVED = "proved"
 NOT_PROVED = "not_proved"
 ASSUMED = "assumed"
 
-CONDITIONS = {
-    "contiguous_positions": "positions rise by one from token to token",
-    "no_padding": "the attention mask is all ones",
-}
-"""Conditions on run-time inputs that a person can assert (``strategy.assume``) and a runtime can check."""
 DROPPABLE = ("none", "full", "causal", "causal_lower_right")
-LARGEST_POSITION = 2**31 - 1
-"""Assumed of the first position where positions are contiguous: far beyond any context, far below overflow."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,12 @@ class MaskProof:
     predicate: str = ""
     """The claim that was proved of every element, in the letters of this module; empty where none was."""
     reason: str = ""
+    offset: tuple[str, Element] | None = None
+    """Of ``causal_offset``: the input that t is an element of, and which element, where that is one."""
+    looks: int = 0
+    """On how many inputs the mask's graph was run and found to be what was proved (:mod:`passes.second_look`)."""
+    disagreement: str = ""
+    """Where prover and program differ, which is an error of ours: the mask is then ``arbitrary``."""
     counterexample: Counterexample | None = None
     """Inputs on which the mask is not causal, checked by running the mask's graph on them."""
     profile: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -113,10 +115,13 @@ class Prover:
         inputs: frozenset[str],
         constants: dict[str, torch.Tensor] | None = None,
         assume: frozenset[str] = frozenset(),
+        asserted: Collection[str] = (),
     ) -> None:
         """``ranges``: inclusive bounds of the shape symbols; ``inputs``: names of the run-time inputs;
         ``constants``: the lifted constants by the name of their placeholder; ``assume``: the :data:`CONDITIONS`
-        that hold, says the user."""
+        that hold, says the user; ``asserted``: nodes of which only an assertion says what they are, see
+        :func:`passes.sizes.asserted`."""
+        self.asserted = frozenset(asserted)
         self.ranges = ranges
         self.inputs = inputs
         self.constants = constants or {}
@@ -133,7 +138,7 @@ class Prover:
         key = (call.mask, call.is_causal, *(size_expression(size) for size in sizes))
         if key not in self._known:
             started = time.perf_counter()
-            proof = replace(self._prove(call, call.mask), profile=self.ranges)
+            proof = replace(self._looked_at(call, self._prove(call, call.mask)), profile=self.ranges)
             self._known[key] = proof
             return replace(proof, seconds=round(time.perf_counter() - started, 4))
         return self._known[key]
@@ -143,6 +148,9 @@ class Prover:
         reached = tuple(sorted(ancestors([mask]) & self.inputs))
         if call.is_causal:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason="both a mask and is_causal were given")
+        if self.asserted and self.asserted & ancestors([mask], through_sizes=True):
+            reason = "made of a number that only an assertion in the graph ties to a size"
+            return MaskProof("arbitrary", NOT_PROVED, reached, reason=reason)
         ranks = {node.meta["val"].dim() for node in (call.query, call.key)}
         if ranks != {4}:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"attention over {max(ranks)}-D tensors")
@@ -155,14 +163,14 @@ class Prover:
             if found.name in ("arbitrary", "padding") and depends_on:
                 bounded = Claims(Evaluator(self.ranges, self.constants, bounded=True), call)
                 found = bounded.of_bounded_inputs() or found
-            name, predicate, reason = found
+            name, predicate, reason, offset = found
             conditions, conditional = self._conditions(call, depends_on) if name not in DROPPABLE else ((), "")
-        except (Unmodelled, z3.Z3Exception) as error:
+        except (Unmodelled, z3.Z3Exception, RecursionError) as error:
             return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
         if name == "padding" and not depends_on:  # a condition on keys that no input is behind
             name, predicate, reason = "arbitrary", "", f"is not proved causal{reason.removeprefix('causal')}"
         proved = NOT_PROVED if name in ("bias", "arbitrary") else PROVED
-        proof = MaskProof(name, proved, depends_on, reason=reason, predicate=predicate)
+        proof = MaskProof(name, proved, depends_on, reason=reason, predicate=predicate, offset=offset)
         if name in DROPPABLE:
             return replace(proof, depends_on=())
         if conditions and self.assume.issuperset(conditions):
@@ -172,54 +180,37 @@ class Prover:
         witness = counterexample.find(call, *claims.search(), self.inputs)
         return replace(proof, conditions=conditions, counterexample=witness)
 
+    def _looked_at(self, call: AttentionCall, proof: MaskProof) -> MaskProof:
+        """``proof``, if PyTorch makes that mask of the inputs that :mod:`passes.second_look` tries."""
+        claimed = CLAIMED.get(proof.mask) if proof.offset is None else behind(*proof.offset)
+        if proof.proof == NOT_PROVED or claimed is None:
+            return proof
+        assumed = proof.conditions if proof.proof == ASSUMED else ()
+        reads = about(call, proof.depends_on)
+        given = {name: KEEPING[condition] for condition in assumed for name in reads[condition]}
+        seen = look(call, self.constants, self.ranges, claimed, given, bounded=proof.offset is not None)
+        if not seen.disagreement:
+            return replace(proof, looks=seen.runs)
+        reason = f"the prover says {proof.mask}, the program says otherwise (please report it): {seen.disagreement}"
+        kept = MaskProof("arbitrary", NOT_PROVED, proof.depends_on, reason=reason)
+        return replace(kept, looks=seen.runs, disagreement=f"{call.name}: {reason}; the mask is kept")
+
     def _conditions(self, call: AttentionCall, depends_on: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
         """The fewest conditions under which the mask is droppable, and its class then; nothing where none help."""
         assert call.mask is not None
         placeholders = {node.name: node for node in call.mask.graph.nodes if node.op == "placeholder"}
-        about = {
-            condition: [name for name in depends_on if word in name and _is_row(placeholders[name].meta["val"])]
-            for condition, word in CONDITION_INPUTS.items()
-        }
-        possible = [condition for condition, names in about.items() if names]
+        reads = about(call, depends_on)
+        possible = [condition for condition, names in reads.items() if names]
         for count in range(1, len(possible) + 1):
             for conditions in itertools.combinations(possible, count):
                 evaluator = Evaluator(self.ranges, self.constants)
                 for condition in conditions:
-                    for name in about[condition]:
-                        evaluator.given[name] = _GIVEN[condition](evaluator, placeholders[name])
+                    for name in reads[condition]:
+                        evaluator.given[name] = GIVEN[condition](evaluator, placeholders[name])
                 droppable = Claims(evaluator, call).droppable()
                 if droppable:
                     return conditions, droppable
         return (), ""
-
-
-CONDITION_INPUTS = {"contiguous_positions": "position", "no_padding": "attention_mask"}
-"""What the inputs are called that a condition is about: Hugging Face's names, as parts of the placeholder's name."""
-
-
-def _is_row(value: torch.Tensor) -> bool:
-    """Whether ``value`` holds one number a token: [length] or [batch, length], and no fractions."""
-    return value.dim() in (1, 2) and value.dtype in (torch.bool, *INTEGERS)
-
-
-def _contiguous(evaluator: Evaluator, node: Node) -> Callable[[Index], Term]:
-    """Each row of ``node`` [..., length] rises by one from a first position of its own."""
-
-    def element(index: Index) -> Term:
-        *row, place = index
-        function = z3.Function(f"first {node.name}", *[z3.IntSort()] * (len(row) + 1))
-        first = function(*row)
-        evaluator.premises.append(z3.And(first >= 0, first <= LARGEST_POSITION))
-        return first + place
-
-    return element
-
-
-def _ones(evaluator: Evaluator, node: Node) -> Callable[[Index], Term]:
-    return lambda index: literal(1, node.meta["val"].dtype)
-
-
-_GIVEN = {"contiguous_positions": _contiguous, "no_padding": _ones}
 
 
 def constants_of(program: ExportedProgram) -> dict[str, torch.Tensor]:
@@ -246,7 +237,7 @@ def prover_of(program: ExportedProgram, assume: Collection[str] = ()) -> Prover:
         if name in signature.buffers_to_mutate.values()
     ]
     inputs = frozenset((*signature.user_inputs, *state))
-    return Prover(symbol_ranges(program), inputs, constants_of(program), frozenset(assume))
+    return Prover(symbol_ranges(program), inputs, constants_of(program), frozenset(assume), asserted(program))
 
 
 class Classification(list[tuple[AttentionCall, MaskProof]]):

@@ -18,20 +18,20 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from passes import cache_ops, ops
+from passes import ops
 from passes.attention import AttentionCall, find_calls, use_native_gqa
-from passes.errors import RunError
+from passes.lowerings import REWRITES
 from passes.masks import ASSUMED, MaskProof, prover_of
 from passes.scale import fold_scale
-from passes.strategies import KEEPS_MASK, Action, Decision, strategy
+from passes.strategies import KEEPS_MASK, Action, Decision, every_row_sees_a_key, strategy
 from passes.unread import narrow
 
-DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out}
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
+DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out, ops.BLANKED: ops.without_unseeing}
 CASTS = (
     torch.ops.aten.to.dtype,
     torch.ops.aten.to.dtype_layout,
     torch.ops.aten.to.device,
+    torch.ops.aten.type_as.default,
     torch.ops.aten.detach_.default,  # of a cache's empty tensors; changes no element
 )
 
@@ -51,6 +51,10 @@ class CallRecord:
     action: str
     reason: str
     unproved: bool
+    looks: int
+    """On how many inputs the mask's graph was run to check the proof."""
+    disagreement: str
+    """Where it was not what was proved; the mask is then kept."""
     native_gqa: bool
     scale: str
     """Where the softmax scale went."""
@@ -95,13 +99,12 @@ def prepare(program: ExportedProgram) -> ExportedProgram:
 
     ``run_decompositions({})`` gives it, by tracing the whole program again.  Most models are exported without a
     mutation or a nested graph; all it would do for them is to spell out ``to`` and ``reshape``, so that is done
-    here, in place, in a hundredth of the time.
+    here, in place, in a hundredth of the time; and so is ``type_as``, which it keeps.
     """
-    nodes = [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
-    if not all(_is_functional(node) for node in nodes):
-        return program.run_decompositions({})
-    for node in nodes:
-        if node.target in CASTS:
+    if not all(_is_functional(node) for node in _operations(program)):
+        program = program.run_decompositions({})
+    for node in _operations(program):
+        if node.target in CASTS and _stays_on_device(node):
             source, dtype = node.all_input_nodes[0], node.meta["val"].dtype
             node.args, node.kwargs = (source,), {}
             node.target = torch.ops.aten.alias.default
@@ -109,6 +112,14 @@ def prepare(program: ExportedProgram) -> ExportedProgram:
                 node.target, node.kwargs = torch.ops.aten._to_copy.default, {"dtype": dtype}
     program.graph_module.recompile()
     return program
+
+
+def _operations(program: ExportedProgram) -> list[Node]:
+    return [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def _stays_on_device(node: Node) -> bool:
+    return bool(node.all_input_nodes[0].meta["val"].device == node.meta["val"].device)
 
 
 def _is_functional(node: Node) -> bool:
@@ -119,7 +130,7 @@ def _is_functional(node: Node) -> bool:
     if not isinstance(target, torch._ops.OpOverload):  # arithmetic with sizes: operator.mul, math.floor, torch.sym_min
         return target.__module__ in ("_operator", "math") or target.__name__.startswith("sym_")  # type: ignore[union-attr]
     if target in CASTS:
-        return bool(node.all_input_nodes[0].meta["val"].device == node.meta["val"].device)
+        return _stays_on_device(node)
     aliases = any(returned.alias_info is not None for returned in target._schema.returns)
     composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
     decomposes = aliases and composite and target is not torch.ops.aten.reshape.default
@@ -131,7 +142,7 @@ def apply_strategy(
 ) -> Rewritten:
     """Prove every mask of the prepared ``program`` and rewrite its attention calls by strategy ``name``.
 
-    ``assume`` names the :data:`passes.masks.CONDITIONS` that hold for every input, says the user.
+    ``assume`` names the :data:`passes.conditions.CONDITIONS` that hold for every input, says the user.
 
     ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.RunError` of kind
     ``unproven`` where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
@@ -150,7 +161,8 @@ def apply_strategy(
         records.append(_record(call, proof, decision, key is not call.key, scale))
         if proof.proof == ASSUMED and decision.action not in KEEPS_MASK:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
-        _REWRITES[decision.action](program, call, key, value)
+        call = replace(call, sees_keys=every_row_sees_a_key(call, proof))
+        REWRITES[decision.action](program, call, key, value)
     left_alone = all(Action(record.action) is Action.UNTOUCHED for record in records)
     narrowed = 0 if left_alone else narrow(program.graph_module)
     program.graph_module.graph.eliminate_dead_code(_keeps_alive)
@@ -190,109 +202,10 @@ def _record(call: AttentionCall, proof: MaskProof, decision: Decision, native_gq
         action=decision.action.value,
         reason=decision.reason,
         unproved=decision.unproved,
+        looks=proof.looks,
+        disagreement=proof.disagreement,
         native_gqa=native_gqa,
         scale=scale,
         profile=dict(proof.profile),
         seconds=proof.seconds,
     )
-
-
-def _replace(program: ExportedProgram, call: AttentionCall, target: Any, args: tuple, kwargs: dict) -> None:
-    graph = program.graph_module.graph
-    with graph.inserting_before(call.node):
-        new = graph.call_function(target, args, kwargs)
-    output = _output(call)
-    new.meta = dict(output.meta)
-    output.replace_all_uses_with(new)
-    for node in dict.fromkeys((*call.node.users, call.node) if output is not call.node else (call.node,)):
-        graph.erase_node(node)
-    _allow_any_layout(new)
-
-
-def _output(call: AttentionCall) -> Node:
-    """The node that is the attention's result: a kernel's call also gives what only its backward pass needs."""
-    if isinstance(call.node.meta["val"], torch.Tensor):
-        return call.node
-    used = [user for user in call.node.users if user.users]
-    if len(used) != 1 or used[0].args[1] != 0:
-        raise RunError("unsupported_op", f"{call.name}: more than the result of {call.op} is used")
-    return used[0]
-
-
-def _allow_any_layout(node: Node) -> None:
-    """Turn the views that follow ``node`` into reshapes: each attention kernel has its own output strides."""
-    aten = torch.ops.aten
-    for user in node.users:
-        if user.target is aten.view.default:
-            user.target = aten.reshape.default
-        if user.target in (aten.reshape.default, aten.transpose.int, aten.permute.default):
-            _allow_any_layout(user)
-
-
-def _native(causal: str, keep_mask: bool):  # type: ignore[no-untyped-def]
-    def rewrite(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
-        mask = _full_mask(program, call) if keep_mask and call.mask is not None else None
-        _replace(program, call, ops.NATIVE, (call.query, key, value, mask, causal, call.scale), {})
-
-    return rewrite
-
-
-def _full_mask(program: ExportedProgram, call: AttentionCall) -> Node:
-    """The mask with four dimensions, the last two at full size: only batch and heads may broadcast in the native
-    layer."""
-    assert call.mask is not None
-    graph, mask = program.graph_module.graph, call.mask
-    with graph.inserting_before(call.node):
-        for _ in range(4 - mask.meta["val"].dim()):
-            lifted = graph.call_function(torch.ops.aten.unsqueeze.default, (mask, 0))
-            lifted.meta["val"] = mask.meta["val"].unsqueeze(0)
-            mask = lifted
-    rows, columns = mask.meta["val"].shape[-2:]
-    if not (isinstance(rows, int) and rows == 1) and not (isinstance(columns, int) and columns == 1):
-        return mask
-    with graph.inserting_before(call.node):
-        sizes: list[Any] = [-1] * (mask.meta["val"].dim() - 2)
-        for tensor in (call.query, call.key):
-            size = graph.call_function(torch.ops.aten.sym_size.int, (tensor, 2))
-            size.meta["val"] = tensor.meta["val"].shape[2]
-            sizes.append(size)
-        full = graph.call_function(torch.ops.aten.expand.default, (mask, sizes))
-        full.meta["val"] = mask.meta["val"].expand([-1] * (len(sizes) - 2) + [s.meta["val"] for s in sizes[-2:]])
-    return full
-
-
-def _rewritten(is_causal: bool):  # type: ignore[no-untyped-def]
-    def rewrite(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
-        kwargs: dict[str, Any] = {"scale": call.scale}
-        if key is not call.key or call.enable_gqa:
-            kwargs["enable_gqa"] = True
-        _replace(program, call, SDPA, (call.query, key, value, None, 0.0, is_causal), kwargs)
-
-    return rewrite
-
-
-def _decomposed(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
-    args = (call.query, call.key, call.value, call.mask, call.is_causal, call.scale)
-    _replace(program, call, ops.DECOMPOSED, args, {})
-
-
-def _cached(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
-    update = cache_ops.update_behind(call.key)
-    assert update is not None
-    _replace(program, call, cache_ops.CACHED, (call.query, key, value, update.args[2], call.scale), {})
-
-
-def _untouched(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
-    return None
-
-
-_REWRITES = {
-    Action.NATIVE_CAUSAL: _native("upper_left", keep_mask=True),
-    Action.NATIVE_FULL: _native("none", keep_mask=False),
-    Action.NATIVE_MASK: _native("none", keep_mask=True),
-    Action.REWRITTEN_CAUSAL: _rewritten(is_causal=True),
-    Action.REWRITTEN_FULL: _rewritten(is_causal=False),
-    Action.CACHED: _cached,
-    Action.DECOMPOSED: _decomposed,
-    Action.UNTOUCHED: _untouched,
-}

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.passes.tools_common import stable_topological_sort
 
 from passes import twins
 from passes.converters import as_tensor, reshaped
@@ -53,22 +54,30 @@ def _row(node: Node) -> Node | None:
 def prepare(graph: GraphModule) -> None:
     """Bring ``graph`` into the form in which TensorRT fuses what becomes of a row, in place."""
     for node in graph.graph.nodes:
-        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2 and _keeps_type(node):
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
     for row in list(graph.graph.nodes):
         products = list(row.users)
         if products and all(_row(product) is row and _constants(graph, product) for product in products):
             _merge(graph, row, products)
+    stable_topological_sort(graph)  # a merged product stands where one of them stood, and not always the first
     twins.join(graph, [node for node in graph.graph.nodes if _row(node) is not None])
     graph.graph.lint()
     graph.recompile()
 
 
+def _keeps_type(node: Node) -> bool:
+    """Whether ``node`` is of the type of what it reads: the power 2.0 of a whole number is not."""
+    return bool(node.meta["val"].dtype == node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
+
+
 def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:
-    """Weight and bias of ``product``; none at all where one of them is computed."""
+    """Weight [out, in] and bias [out] of ``product``; none at all where one of them is computed."""
     args = (*product.args[1:], None)[:2]
     found = [value_of(graph, arg) for arg in args]
-    return [] if any(arg is not None and value is None for arg, value in zip(args, found, strict=True)) else found
+    computed = any(arg is not None and value is None for arg, value in zip(args, found, strict=True))
+    shaped = [None if value is None else value.dim() for value in found] in ([2, None], [2, 1])
+    return found if shaped and not computed else []
 
 
 def _merge(graph: GraphModule, row: Node, products: list[Node]) -> None:
@@ -81,7 +90,8 @@ def _merge(graph: GraphModule, row: Node, products: list[Node]) -> None:
     with torch.no_grad(), graph.graph.inserting_before(products[0]):
         whole = torch.cat(weights)
         if gain is not None:
-            whole = (whole.float() * gain.float()).to(whole.dtype)
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            whole = (whole.to(wide) * gain.to(wide)).to(whole.dtype)
         args = [normed, put(graph, f"{products[0].name}_weights", whole)]
         if any(bias is not None for bias in biases):
             pairs = zip(weights, biases, strict=True)

@@ -13,7 +13,7 @@ read is one that exists.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import sympy
@@ -22,33 +22,29 @@ import z3
 from torch.fx import Node
 
 from passes.operations import MODELS, MOVES
-from passes.terms import FLOATS, INTEGERS, Index, Term, Unmodelled, align, dtype_of, fits, in_range, is_tensor, literal
+from passes.sizes import INT64_MAX, is_size
+from passes.terms import (
+    FLOATS,
+    INTEGERS,
+    Index,
+    Term,
+    Unmodelled,
+    dtype_of,
+    fits,
+    in_range,
+    is_tensor,
+    literal,
+    same_size,
+)
 
-INT64_MAX = 2**63 - 1
-SOLVER_TIMEOUT_MS = 2000
+SOLVER_STEPS = 10_000_000
+"""z3's own count of what a claim may cost (``rlimit``), not seconds: the same claim then has the same answer on every
+machine, however busy.  Those of Hugging Face's masks take at most 600,000, and a million takes about half a second."""
+DEEPEST = 100
+"""Operations behind each other that are looked through, at some seven calls each; Python allows 1000 calls."""
+MOST_ELEMENTS = 20_000
+"""Elements that one evaluator looks at: operations that read an operand at two places double them at each step."""
 SHORT = 64  # entries of a constant that are told apart one by one
-
-
-def symbol_ranges(program: torch.export.ExportedProgram) -> dict[str, tuple[int, int]]:
-    """Inclusive bounds of every shape symbol of ``program``; a side without a bound is 0 or 64 bits.
-
-    torch.export writes 2 where it only means "not specialised to 0 or 1" and enforces nothing, so no lower
-    bound above 1 is relied on: a proof on a wider range holds on the narrower one.
-    """
-    ranges = {}
-    for symbol, interval in program.range_constraints.items():
-        low, high = interval.lower, interval.upper
-        least = 0 if _is_size(str(symbol)) else -INT64_MAX
-        ranges[str(symbol)] = (
-            min(int(low), 1) if low.is_Integer else least,
-            int(high) if high.is_Integer else INT64_MAX,
-        )
-    return ranges
-
-
-def _is_size(symbol: str) -> bool:
-    """Whether torch's symbol of this name is the size of a dimension (s0); others (u0) are numbers out of a tensor."""
-    return symbol.startswith("s")
 
 
 class Evaluator:
@@ -79,6 +75,7 @@ class Evaluator:
         self._symbols: dict[str, z3.ArithRef] = {}
         self._unknown_sizes: dict[str, z3.ArithRef] = {}
         self._known: dict[tuple[Node, tuple[int, ...]], tuple[Index, Term]] = {}
+        self._depth = 0
 
     # -- sizes ---------------------------------------------------------------------------------------
 
@@ -119,7 +116,7 @@ class Evaluator:
     def _symbol(self, name: str) -> z3.ArithRef:
         if name not in self._symbols:
             symbol = z3.Int(name)
-            low, high = self.ranges.get(name, (0 if _is_size(name) else -INT64_MAX, INT64_MAX))
+            low, high = self.ranges.get(name, (0 if is_size(name) else -INT64_MAX, INT64_MAX))
             self.premises += [symbol >= low, symbol <= high]
             self._symbols[name] = symbol
         return self._symbols[name]
@@ -128,13 +125,13 @@ class Evaluator:
 
     def solver(self) -> z3.Solver:
         solver = z3.Solver()
-        solver.set("timeout", SOLVER_TIMEOUT_MS)
+        solver.set("rlimit", SOLVER_STEPS)
         solver.set("ctrl_c", False)  # z3 would answer "unknown" and the run go on without a proof
         solver.add(self.premises)
         return solver
 
     def proves(self, claim: z3.BoolRef, *assumptions: z3.BoolRef) -> bool:
-        """Whether ``claim`` follows; a time-out is a no.  Contradictory assumptions prove nothing here."""
+        """Whether ``claim`` follows; running out of steps is a no.  Contradictory assumptions prove nothing here."""
         solver = self.solver()
         solver.add(*assumptions)
         if solver.check() != z3.sat:
@@ -159,7 +156,11 @@ class Evaluator:
             raise Unmodelled(f"{len(index)} indices into {value.dim()} dimensions")
         key = (node, tuple(item.get_id() for item in index))
         if key not in self._known:  # the index is kept with it: z3 gives the ids of terms that are gone again
-            self._known[key] = (index, self._element(node, index))
+            self._depth += 1
+            try:
+                self._known[key] = (index, self._element(node, index))
+            finally:
+                self._depth -= 1
         return self._known[key][1]
 
     def _element(self, node: Node, index: Index) -> Term:
@@ -167,6 +168,8 @@ class Evaluator:
         model = MODELS.get(node.target) if node.op == "call_function" and node not in self.opaque else None
         modelled = isinstance(value, torch.Tensor) and value.dtype in (torch.bool, *INTEGERS, *FLOATS)
         try:
+            if self._depth > DEEPEST or len(self._known) > MOST_ELEMENTS:
+                raise Unmodelled("too deep, or too much")
             if model is not None and (modelled or node.target in MOVES):
                 term = model(self, node, index)
                 return term if node.target in MOVES else self._bounded(term, node, index)
@@ -197,9 +200,12 @@ class Evaluator:
 
         A term without operator (a number, an index, an element of an input) is not computed and cannot.
         """
+        dtype = dtype_of(node)
+        if (z3.is_bool(term), z3.is_real(term)) != (dtype == torch.bool, dtype in FLOATS):
+            raise Unmodelled(f"a term of another sort than {dtype}")
         computed = z3.is_int(term) and term.decl().kind() != z3.Z3_OP_UNINTERPRETED and not z3.is_int_value(term)
-        if computed and not self.proves(fits(term, dtype_of(node)), *in_range(self, node, index)):
-            raise Unmodelled(f"may overflow {dtype_of(node)}")
+        if computed and not self.proves(fits(term, dtype), *in_range(self, node, index)):
+            raise Unmodelled(f"may overflow {dtype}")
         return term
 
     def applications(self, term: Term) -> list[tuple[str, Term]]:
@@ -226,7 +232,25 @@ class Evaluator:
         """The element of ``operand`` that meets ``index`` of ``node`` under broadcasting."""
         if not is_tensor(operand):
             return self.at(operand, ())
-        return self.at(operand, align(operand.meta["val"].shape, node.meta["val"].shape, index))
+        return self.at(operand, self.align(operand.meta["val"].shape, node.meta["val"].shape, index))
+
+    def align(self, shape: Sequence[Any], target: Sequence[Any], index: Index) -> Index:
+        """The index into ``shape`` that meets ``index`` into ``target`` under broadcasting: 0 where a size is 1.
+
+        A size that is 1 at some lengths of the profile only is told apart there; one that is not proved to be 1 or
+        the size that it meets, at every length, has no model.
+        """
+        tail = index[len(index) - len(shape) :]
+        result = []
+        for extent, wanted, position in zip(shape, target[len(target) - len(shape) :], tail, strict=True):
+            if same_size(extent, wanted) and not same_size(extent, 1):
+                result.append(position)
+                continue
+            size = self.size(extent)
+            if not same_size(extent, 1) and not self.proves(z3.Or(size == 1, size == self.size(wanted))):
+                raise Unmodelled("a size that may or may not broadcast")
+            result.append(z3.simplify(z3.If(size == 1, z3.IntVal(0), position)))
+        return tuple(result)
 
     def dim(self, node: Node, dim: int) -> int:
         rank = node.meta["val"].dim()

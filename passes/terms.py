@@ -7,7 +7,7 @@ outside every type for each infinity; it is only ever a leaf of a tree of choice
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -51,20 +51,6 @@ def same_size(a: Any, b: Any) -> bool:
     return bool(size_expression(a) == size_expression(b))
 
 
-def align(shape: Sequence[Any], target: Sequence[Any], index: Index) -> Index:
-    """The index into ``shape`` that meets ``index`` into ``target`` under broadcasting."""
-    tail = index[len(index) - len(shape) :]
-    result = []
-    for extent, wanted, position in zip(shape, target[len(target) - len(shape) :], tail, strict=True):
-        if same_size(extent, 1):
-            result.append(z3.IntVal(0))
-        elif same_size(extent, wanted):
-            result.append(position)
-        else:
-            raise Unmodelled("a size that may or may not broadcast")
-    return tuple(result)
-
-
 def in_range(ev: Evaluator, node: Node, index: Index) -> list[z3.BoolRef]:
     """``0 <= index < size`` for every dimension of ``node``."""
     return [z3.And(item >= 0, item < size) for item, size in zip(index, ev.shape(node), strict=True)]
@@ -89,17 +75,30 @@ def boolean(term: Term) -> z3.BoolRef:
 
 
 def literal(value: bool | int | float, dtype: torch.dtype) -> Term:
-    """The term of ``value`` stored as ``dtype``, rounded as PyTorch does."""
-    stored = torch.tensor(value, dtype=dtype).item()
-    if isinstance(stored, bool):
-        return z3.BoolVal(stored)
-    if isinstance(stored, int):
-        return z3.IntVal(stored)
-    if stored != stored:
+    """The term of the scalar ``value`` stored as ``dtype``, rounded as PyTorch does.
+
+    The one place where a scalar meets a type.  What does not fit raises :class:`Unmodelled`: an operation of torch's
+    raises an error for it, or wraps, or cuts the fraction off, each in its own way, and other backends in theirs.
+    """
+    if value != value:
         raise Unmodelled("not a number")
-    if stored in (float("inf"), float("-inf")):
-        return z3.RealVal(INFINITY if stored > 0 else -INFINITY)
-    return z3.RealVal(str(Fraction(stored)))
+    if dtype == torch.bool:
+        return z3.BoolVal(bool(value))
+    if dtype in INTEGERS:
+        limits = torch.iinfo(dtype)
+        if not limits.min <= value <= limits.max or value != int(value):
+            raise Unmodelled(f"{value} is no {dtype}")
+        return z3.IntVal(int(value))
+    if dtype not in FLOATS:
+        raise Unmodelled(f"numbers of {dtype}")
+    if value in (float("inf"), float("-inf")):
+        return z3.RealVal(INFINITY if value > 0 else -INFINITY)
+    if abs(value) > (torch.iinfo(torch.int64) if isinstance(value, int) else torch.finfo(dtype)).max:
+        raise Unmodelled(f"{value} is beyond {dtype}")
+    rounded = torch.tensor(value, dtype=dtype).item()
+    if abs(rounded) == float("inf"):
+        raise Unmodelled(f"{value} is beyond {dtype}")
+    return z3.RealVal(str(Fraction(rounded)))
 
 
 def value_of(leaf: Term) -> bool | int | float:
@@ -119,24 +118,38 @@ def value_of(leaf: Term) -> bool | int | float:
 
 def leaf_by_leaf(function: Callable[..., Term], *terms: Term) -> Term:
     """``function`` of every combination of the numbers that ``terms`` can be, under the choices that lead to them."""
-    budget = [LEAVES]
-
-    def walk(*operands: Term) -> Term:
+    leaves = 0
+    results: list[Term] = []
+    pending: list[Any] = [terms]  # operands still to be told apart, or a condition whose two results are there
+    while pending:
+        operands = pending.pop()
+        if not isinstance(operands, tuple):
+            no, yes = results.pop(), results.pop()
+            results.append(z3.If(operands, yes, no))
+            continue
         for place, term in enumerate(operands):
-            condition, yes, no = None, None, None
-            if z3.is_app_of(term, z3.Z3_OP_ITE):
-                condition, yes, no = term.children()
-            elif z3.is_bool(term) and not (z3.is_true(term) or z3.is_false(term)):
-                condition, yes, no = term, z3.BoolVal(True), z3.BoolVal(False)
-            if condition is not None:
+            choice = _choice(term)
+            if choice is not None:
+                condition, yes, no = choice
                 before, after = operands[:place], operands[place + 1 :]
-                return z3.If(condition, walk(*before, yes, *after), walk(*before, no, *after))
-        budget[0] -= 1
-        if not budget[0]:
-            raise Unmodelled("too many cases")
-        return function(*operands)
+                pending += [condition, (*before, no, *after), (*before, yes, *after)]
+                break
+        else:
+            leaves += 1
+            if leaves > LEAVES:
+                raise Unmodelled("too many cases")
+            results.append(function(*operands))
+    return results.pop()
 
-    return walk(*terms)
+
+def _choice(term: Term) -> tuple[Term, Term, Term] | None:
+    """The condition and the two terms between which ``term`` chooses; None where it does not."""
+    if z3.is_app_of(term, z3.Z3_OP_ITE):
+        condition, yes, no = term.children()
+        return condition, yes, no
+    if z3.is_bool(term) and not (z3.is_true(term) or z3.is_false(term)):
+        return term, z3.BoolVal(True), z3.BoolVal(False)
+    return None
 
 
 def product(left: z3.ArithRef, right: z3.ArithRef) -> Term:

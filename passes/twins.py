@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.passes.tools_common import legalize_graph
+from torch.fx.passes.tools_common import stable_topological_sort
 
 from passes.weights import put, value_of
 
@@ -50,7 +50,7 @@ def join(graph: GraphModule, products: list[Node]) -> None:
     for node in reversed(list(graph.graph.nodes)):
         if node in members and not node.users:
             graph.graph.erase_node(node)
-    legalize_graph(graph)
+    stable_topological_sort(graph)  # what was joined is made where the first of the two was
 
 
 def _start(graph: GraphModule, product: Node) -> Twins | None:
@@ -66,14 +66,16 @@ def _start(graph: GraphModule, product: Node) -> Twins | None:
 
 
 def _heads(graph: GraphModule, product: Node, first: Node, second: Node) -> Twins | None:
-    """What two slices of ``product`` are made into, if that is heads [..., H, D] and they are neighbours."""
+    """What two slices of ``product`` [..., channels] are made into, if that is heads [..., H, D] and they are
+    neighbours."""
     users = [next(iter(piece.users)) for piece in (first, second) if len(piece.users) == 1]
     if first.args[3] != second.args[2] or [user.target in RESHAPES for user in users] != [True, True]:
         return None
     one, other = users
     axis = len(_shape(one)) - 2
     shape, sizes = _shape(one), _shape(other)
-    if axis != len(_shape(product)) - 1 or (*shape[:axis], shape[-1]) != (*sizes[:axis], sizes[-1]):
+    around = (*_shape(product)[:-1], shape[-1])  # the channels alone are split
+    if any((*each[:-2], each[-1]) != around for each in (shape, sizes)):
         return None
     with graph.graph.inserting_before(one):
         whole = graph.graph.call_function(SLICE, (product, -1, first.args[2], second.args[3]))

@@ -5,7 +5,8 @@ the last norm: the output projection and the whole MLP of the last layer have th
 choice moves up, through what works on each token by itself, to the last attention call.
 
 Legal because each of these operations gives row ``i`` of its result from row ``i`` of what it reads: choosing rows
-before it and after it is the same.  A node is narrowed only where everything that reads it is.
+before it and after it is the same.  A node is narrowed only where all that reads it reads it so: row by row, along the
+same axis, and in no other place, such as the weight of a product.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 
@@ -42,12 +45,21 @@ class _Choice:
 
 
 def narrow(graph: GraphModule) -> int:
-    """Move every choice of rows as far up as it can go, in place; returns how many nodes work on fewer rows for it."""
+    """Move every choice of rows as far up as it can go, in place; returns how many nodes work on fewer rows for it.
+
+    None in a graph that writes to its tensors: a row may be another further up.
+    """
+    schemas = (getattr(node.target, "_schema", None) for node in graph.graph.nodes)
+    if any(schema is not None and schema.is_mutable for schema in schemas):
+        return 0
     return sum(_move_up(graph, node) for node in list(graph.graph.nodes))
 
 
 def _choice(graph: GraphModule, node: Node) -> _Choice | None:
-    """``node`` as a choice of rows, if it is one: the last row, or those that a tensor names."""
+    """``node`` as a choice of rows, if it is one: the last row, or those that a tensor names.
+
+    Further up rows are taken by the same operation: what a negative or a foreign place means is then the same.
+    """
     if node.target is aten.slice.Tensor:
         axis, start = _axis(node), node.args[2] if len(node.args) > 2 else None
         if start != -1 or node.meta["val"].shape[axis] != 1:
@@ -60,14 +72,16 @@ def _choice(graph: GraphModule, node: Node) -> _Choice | None:
     if node.target is aten.index.Tensor:
         places: Any = node.args[1]
         named = [axis for axis, each in enumerate(places) if each is not None]
-        if len(named) != 1 or places[named[0]].meta["val"].dim() != 1:
+        if len(named) != 1:
             return None
         rows = places[named[0]]
         if rows.op != "placeholder":  # it might not be there yet further up
             return None
+        if rows.meta["val"].dim() != 1 or rows.meta["val"].dtype not in (torch.int32, torch.int64):
+            return None
 
         def chosen(source: Node, along: int) -> Node:
-            return graph.graph.call_function(aten.index_select.default, (source, along, rows))
+            return graph.graph.call_function(aten.index.Tensor, (source, [*[None] * along, rows]))
 
         return _Choice(named[0], rows.meta["val"].shape[0], chosen)
     return None
@@ -86,14 +100,14 @@ def _move_up(graph: GraphModule, node: Node) -> int:
         latest = max(wanted, key=order.__getitem__)
         axis = wanted.pop(latest)
         read = _rows_read(latest, axis)
-        readers = {user for user in latest.users if user is not node and not _holds_for_fewer(user)}
-        if read is None or not readers <= narrowed.keys():
+        readers = [user for user in latest.users if user is not node and not _holds_for_fewer(user)]
+        if read is None or any(reads.get(user, {}).get(latest) != axis for user in readers):
             continue
         narrowed[latest], reads[latest] = axis, read
         for argument, along in read.items():
             if wanted.setdefault(argument, along) != along:
                 return 0
-    if not any(each.target is aten.linear.default for each in narrowed):
+    if not any(each.target in (aten.linear.default, aten.addmm.default) for each in narrowed):
         return 0  # nothing to be won
     taken: dict[tuple[Node, int], Node] = {}
     for each in sorted(narrowed, key=order.__getitem__):
@@ -132,45 +146,70 @@ def _fewer(value: Any, axis: int, size: int) -> Any:
 def _rows_read(node: Node, axis: int) -> dict[Node, int] | None:
     """What ``node`` reads row by row, and along which axis its rows lie there, where those of ``node`` lie along
     ``axis``; None where its rows are not made each from its own."""
-    target = node.target
     args: Any = node.args
-    source = args[0] if node.op == "call_function" and args else None
-    if not isinstance(source, Node) or "val" not in source.meta:
+    if node.op != "call_function" or not args:
         return None
+    if node.target in POINTWISE:
+        return _aligned(node.all_input_nodes, axis, node.meta["val"].shape)
+    at = 1 if node.target is aten.addmm.default else 0
+    source = args[at]
+    if not isinstance(source, Node) or _times_read(node, source) != 1:
+        return None
+    along = _axis_read(node, axis, source)
+    return None if along is None else {source: along}
+
+
+def _times_read(node: Node, source: Node) -> int:
+    found: list[Node] = []
+    map_arg((node.args, node.kwargs), found.append)
+    return found.count(source)
+
+
+def _axis_read(node: Node, axis: int, source: Node) -> int | None:
+    """Along which axis of ``source`` the rows lie from which ``node``, no pointwise operation, makes those along its
+    ``axis``, if each is made from its own."""
+    target: Any = node.target
+    args: Any = node.args
+    value, made = source.meta.get("val"), node.meta.get("val")
     if target is operator.getitem:
-        return {source: axis}  # one of the pieces below
-    if not isinstance(source.meta["val"], torch.Tensor):
+        return axis if source.target in PIECES else None
+    if not isinstance(value, torch.Tensor):
         return None
-    before = source.meta["val"].shape
     if target in PIECES:
-        return {source: axis} if _axis(node) != axis else None
-    if not isinstance(node.meta.get("val"), torch.Tensor):
+        return axis if _axis(node) != axis else None
+    if not isinstance(made, torch.Tensor):
         return None
-    shape = node.meta["val"].shape
+    before, shape = value.shape, made.shape
     rank = len(shape)
-    if target in POINTWISE:
-        return _aligned(node.all_input_nodes, axis, shape)
     if target is aten.dropout.default:
-        return {source: axis} if not args[2] else None  # of inference: nothing
+        return axis if not args[2] else None  # of inference: nothing
     if target is aten.linear.default:
-        return {source: axis} if axis != rank - 1 else None
+        return axis if axis != rank - 1 and _is_flat(args[2:]) else None
+    if target is aten.addmm.default:
+        return axis if axis == 0 and _is_flat(args[:1]) else None
     if target is aten.layer_norm.default:
-        return {source: axis} if axis < rank - len(args[1]) else None
+        return axis if axis < rank - len(args[1]) else None
     if target is aten.mean.dim:
-        dims = [dim % len(before) for dim in args[1]]
+        dims = [dim % len(before) for dim in args[1] or range(len(before))]  # none named: all of them
         keeps = len(args) > 2 and args[2]
-        return {source: axis} if axis not in dims and (keeps or min(dims) > axis) else None
-    if target in SIZED:
-        same = len(before) > axis and all(_equal(before[i], shape[i]) for i in range(axis + 1))
-        return {source: axis} if same else None
+        return axis if axis not in dims and (keeps or min(dims) > axis) else None
+    if target in SIZED:  # elements keep their order, so a row is the same where as much lies before it and in it
+        ahead = prod(shape[:axis])
+        same = (i for i, size in enumerate(before) if _equal(size, shape[axis]) and _equal(prod(before[:i]), ahead))
+        return next(same, None)
     if target is aten.transpose.int:
         order = list(range(rank))
         first, second = args[1:3]
         order[first], order[second] = order[second], order[first]
-        return {source: order[axis]}
+        return order[axis]
     if target is aten.permute.default:
-        return {source: range(rank)[args[1][axis]]}
+        return range(rank)[args[1][axis]]
     return None
+
+
+def _is_flat(bias: tuple[Any, ...]) -> bool:
+    """Whether ``bias``, one or none, is the same for every row."""
+    return all(each is None or each.meta["val"].dim() == 1 for each in bias)
 
 
 def _axis(node: Node) -> int:
@@ -182,16 +221,19 @@ def _axis(node: Node) -> int:
 
 
 def _aligned(arguments: list[Node], axis: int, shape: torch.Size) -> dict[Node, int] | None:
-    """Of a pointwise operation, whose arguments are broadcast from the right."""
+    """Of a pointwise operation, whose arguments are broadcast from the right; None where no argument has the rows."""
     read = {}
     for argument in arguments:
         value = argument.meta.get("val")
         if not isinstance(value, torch.Tensor):
             return None
         along = axis - (len(shape) - value.dim())
-        if along >= 0 and not _equal(value.shape[along], 1):
-            read[argument] = along
-    return read
+        if along < 0 or _equal(value.shape[along], 1):
+            continue
+        if not _equal(value.shape[along], shape[axis]):
+            return None
+        read[argument] = along
+    return read or None
 
 
 def _equal(first: Any, second: Any) -> bool:

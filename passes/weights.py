@@ -15,7 +15,10 @@ def value_of(graph: GraphModule, node: Any) -> Tensor | None:
 
 
 def put(graph: GraphModule, name: str, value: Tensor) -> Node:
-    """A node, where nodes are inserted now, that stands for ``value``: a new buffer ``name`` of ``graph``."""
+    """A node, where nodes are inserted now, that stands for ``value``: a new buffer of ``graph``, called ``name`` or,
+    where something else is, nearly so."""
+    while hasattr(graph, name):
+        name += "_"
     graph.register_buffer(name, value)
     node = graph.graph.get_attr(name)
     node.meta["val"] = value

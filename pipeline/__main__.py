@@ -2,38 +2,44 @@
 
 Everything that can be wrong with the settings is found before a job is started, so that it costs one line,
 exit code 2 and no folder.  Exit code 1: a run, or a job of a sweep, failed, and its report says how.  130 and 143:
-Ctrl-C and SIGTERM; the report of the run that they ended is kept.
+Ctrl-C and SIGTERM; the report of the run that they ended is kept.  docs/endings.md has the whole table.
 """
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # imports this module by its name, and does not come back
+    from pipeline.start import main as start
+
+    start()
+
 import argparse
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from passes.errors import UserError
 from pipeline import gpu
-from pipeline.config import Config, from_hydra, schema_keys
+from pipeline.compose import from_hydra
+from pipeline.config import Config
+from pipeline.files import DISK, said_by_the_disk
+from pipeline.idle import refuse_idle
 from pipeline.memory import collector_paused
+from pipeline.overrides import explained, for_hydra, quoted, read, refuse_repetition, typed
 
 EXTRAS = {
     "submitit_local": "slurm",
@@ -51,7 +57,8 @@ def config_dir() -> Path:
     return beside if (beside / "config.yaml").is_file() else Path(__file__).resolve().parent / "conf"
 
 
-def main() -> None:
+def main() -> int:
+    """The whole command, once signals are handled (:mod:`pipeline.start`); returns its exit code."""
     # Read when torch is loaded.  By default its threads wait for each other busily, and where another process is on
     # one of their cores short operations take 30 times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -63,33 +70,40 @@ def main() -> None:
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     # conf/hydra has files of the names that plugins of Hydra have schemas for: they shall be checked against those.
     warnings.filterwarnings("ignore", "(?s).*validated against ConfigStore schema", UserWarning)
-    signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = _main(sys.argv[1:])
+        return _main(sys.argv[1:])
     except UserError as error:
         _print_error(error)
-        code = 2
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
-    sys.exit(code)
+        return 2
+    except OSError as error:  # outside of any run: a sweep's own files
+        if error.errno not in DISK:
+            raise
+        print(f"error: {said_by_the_disk(error)}", file=sys.stderr)
+        return 1
 
 
 def _main(arguments: list[str]) -> int:
-    arguments = [_admit(argument) for argument in arguments]
     parsed = _parse(arguments)
     if parsed.help or parsed.hydra_help or parsed.info is not None or parsed.shell_completion:
         _hydra(arguments, lambda composed: None)
         return 0
+    options = list(arguments)
+    for argument in parsed.overrides:
+        options.remove(argument)
     name, own_dir = parsed.config_name or "config", parsed.config_dir
-    overrides = _read(parsed.overrides)
-    fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
-    base = _compose(fixed, name, own_dir)
+    overrides, base = _read(parsed.overrides, parsed.multirun, name, own_dir)
     if parsed.cfg is None and (parsed.multirun or base.hydra.mode == RunMode.MULTIRUN):
+        if not parsed.multirun:  # the YAML asks for a sweep
+            overrides, base = _read(parsed.overrides, True, name, own_dir)
+        arguments = [*options, *(str(override.input_line) for override in overrides)]
         return _sweep(arguments, overrides, base, lambda job: compose_config(job, name, own_dir))
+    arguments = [*options, *(str(override.input_line) for override in overrides)]
     for override in overrides:
         if override.is_sweep_override():
-            raise UserError(f"{override.input_line}: several values are a sweep; add -m")
+            raise UserError(f"{typed(str(override.input_line))}: several values are a sweep; add -m")
     config = from_hydra(base)
+    if parsed.cfg is None:
+        refuse_idle(_by_key(overrides), [config], sweep=False)
     if config.tracking.register:
         raise UserError("tracking.register=true: enters the best of a sweep; add -m, or leave it out")
     if config.dry_run and parsed.cfg is None:
@@ -123,19 +137,27 @@ def _sweep(
     from pipeline.sweep.jobs import plan
     from pipeline.sweep.keys import settings_key
     from pipeline.sweep.run import Task, sweep
+    from pipeline.sweep.table import check_baseline
 
     sweeper, launcher = base.hydra.sweeper, base.hydra.launcher
+    if not overrides and not sweeper.params:
+        raise UserError("-m: a sweep over nothing; name settings with their values, such as strategy=lowering,upstream")
     _check_plugins(base)
     jobs = None
     if sweeper._target_.endswith(".BasicSweeper"):
-        swept = [*_read([f"{key}={value}" for key, value in (sweeper.params or {}).items()]), *overrides]
+        params = [for_hydra(f"{key}={value}", True) for key, value in (sweeper.params or {}).items()]
+        swept = [*read(params), *overrides]
         try:
             (batch,) = BasicSweeper.split_arguments(swept, None)
         except HydraException as error:
             raise UserError(f"-m: {error}") from None
         with collector_paused():
-            jobs = plan((job, composed(job)) for job in batch)
+            every = [(job, composed(job)) for job in batch]
+        refuse_idle(_by_key(overrides), [config for _, config in every], sweep=True)
+        jobs = plan(every)
     config = jobs[0].config if jobs else from_hydra(base)
+    if config.sweep.baseline is not None and jobs is not None:
+        check_baseline(config.sweep.baseline, [job.config.to_dict() for job in jobs])
     if config.dry_run:
         from pipeline.sweep.estimate import show
 
@@ -146,7 +168,7 @@ def _sweep(
 
     def launch(task: Task, folder: Path) -> None:
         fixed = frozenset(override.key_or_group for override in overrides if not override.is_sweep_override())
-        _hydra([*arguments, f"hydra.sweep.dir='{folder}'"], replace(task, fixed=fixed))
+        _hydra([*arguments, f"hydra.sweep.dir={quoted(str(folder))}"], replace(task, fixed=fixed))
 
     identity = OmegaConf.to_yaml({"settings": settings_key(config), "sweeper": sweeper, "overrides": arguments})
     return sweep(config, jobs, identity, None if jobs and launcher._target_.endswith(".BasicLauncher") else launch)
@@ -175,12 +197,7 @@ def _hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
 
 
 def _print_error(error: UserError) -> None:
-    print(f"error: {error}", file=sys.stderr)
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that the run that it ends is closed and reported."""
-    raise SystemExit(128 + number)
+    print("error: " + str(error).replace("\n", "\\n"), file=sys.stderr)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -191,7 +208,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
     parser = get_args_parser()
     parser.error = refuse  # type: ignore[method-assign]  # argparse's way prints its usage over the message
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_intermixed_args(arguments)  # -m may stand anywhere
     if parsed.config_path is not None:
         raise UserError(f"--config-path={parsed.config_path}: not taken; --config-dir DIR adds your own YAML to conf/")
     if parsed.experimental_rerun is not None:
@@ -216,37 +233,20 @@ def _compose(overrides: list[str], name: str, own_dir: str | None) -> DictConfig
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             return compose(name, overrides=[*overrides, *search], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(_one_line(error, overrides)) from None
+        raise UserError(explained(error, overrides, config_dir())) from None
 
 
-def _read(overrides: list[str]) -> list[Override]:
-    try:
-        return OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise UserError(f"{error.override}: cannot be read; settings are written key=value") from None
+def _read(given: list[str], several: bool, name: str, own_dir: str | None) -> tuple[list[Override], DictConfig]:
+    """The overrides of the command line, and what those that have one value make of the YAML."""
+    overrides = read(for_hydra(argument, several) for argument in given)
+    refuse_repetition(overrides)
+    fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
+    return overrides, _compose(fixed, name, own_dir)
 
 
-def _admit(argument: str) -> str:
-    """``a.b=c`` sets what the schema knows, also where the YAML leaves it out (Hydra's ``++``)."""
-    key, equals, _ = argument.partition("=")
-    group, dot, name = key.rpartition(".")
-    return f"++{argument}" if equals and dot and name in schema_keys(group) else argument
-
-
-def _one_line(error: Exception, overrides: list[str]) -> str:
-    """What Hydra says in several lines, with the override that it is about."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for override in overrides:
-        key, _, value = override.partition("=")
-        key = key.lstrip("+~")
-        if f"'{key}/{value}'" in lines[0]:  # Could not find 'strategy/foo'
-            options = sorted(path.stem for path in (config_dir() / key).glob("*.yaml"))
-            return f"{override}: allowed are {', '.join(options) or 'files of your own, with --config-dir DIR'}"
-        if f"'{key}'" in lines[0]:  # Could not override 'foo'
-            allowed = schema_keys(key.rpartition(".")[0])
-            remedy = f"allowed here: {', '.join(allowed)}" if allowed else f"+{override} would add it"
-            return f"{override}: no such setting; {remedy}"
-    return f"{' '.join(overrides) or '--config-name'}: {' '.join(lines)}"
+def _by_key(overrides: list[Override]) -> dict[str, str]:
+    """Key -> what was typed."""
+    return {override.key_or_group: typed(str(override.input_line)) for override in overrides}
 
 
 if __name__ == "__main__":

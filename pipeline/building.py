@@ -135,6 +135,7 @@ def assumed(report: dict[str, Any]) -> list[str]:
 
 def _dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
     """What the reader must know of masks that were dropped without a proof for every input."""
+    yield from dict.fromkeys(call.disagreement for call in rewritten.calls if call.disagreement)
     forced: dict[str, list[str]] = {}  # calls that share a mask share the warning
     for call in rewritten.calls:
         if call.unproved:

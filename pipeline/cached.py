@@ -23,12 +23,13 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from passes.cache_ops import cache_update
 from passes.claims import ancestors
-from passes.errors import RunError, UserError
+from passes.errors import AS_IT_IS, RunError, UserError
 from pipeline.config import CacheConfig, ShapeConfig
 from pipeline.export import InputSpec, Traced, example_length, exported, own_rows
 
 GRANULE = 128
 """Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
+WITHOUT = f"try cache=none; {AS_IT_IS}"
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
     if shape.kind == "dynamic":
         fixed = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
         dynamic = fixed | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
-    return Traced(exported(form, inputs, dynamic), tuple(specs))
+    return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
@@ -281,7 +282,7 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    program = exported(form, inputs | _caches(cache, device), None)
+    program = exported(form, inputs | _caches(cache, device), None, WITHOUT)
     if cache.batch > 1 and _reads_first_row(program):
         raise RunError(
             "ragged_batch",

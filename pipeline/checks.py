@@ -22,6 +22,7 @@ from pipeline.config import (
     ShapeConfig,
     StrategyConfig,
 )
+from pipeline.lengths import positions
 
 
 def one_of(key: str, value: object, allowed: Iterable[object]) -> None:
@@ -44,8 +45,9 @@ def check(config: Config) -> None:
     _check_strategy(config.strategy)
     _check_assumptions(config.strategy, config.model)
     _check_backend(config)
+    _check_profile(config)
     _check_cache(config)
-    _check_shapes(config)
+    _check_lengths(config)
     at_least("seed", config.seed, 0)
     at_least("verify.samples", config.verify.samples, 1)
     if not config.output:
@@ -152,7 +154,8 @@ def _check_cache(config: Config) -> None:
     if cache.capacity is not None:
         if cache.name in ("none", "dynamic"):
             raise UserError(f"cache.capacity={cache.capacity}: cache={cache.name} has no capacity; leave it out")
-        at_least("cache.capacity", cache.capacity, config.shape.max)
+        if cache.capacity < config.shape.max:
+            raise UserError(f"cache.capacity={cache.capacity}: holds no prompt of shape.max={config.shape.max} tokens")
     if cache.name != "none" and config.backend.name == "tensorrt":
         one_of(f"strategy (with cache={cache.name})", config.strategy.name, ("detect_causal", "lowering", "decompose"))
         for name in ("position_ids", "last"):
@@ -167,32 +170,36 @@ def _check_cache(config: Config) -> None:
         return
     at_least("benchmark.min_generations", config.benchmark.min_generations, 3)
     at_least("benchmark.generate.output_length", generate.output_length, 2)
-    total, key = generate.input_length + generate.output_length, "benchmark.generate.output_length"
+    total = generate.input_length + generate.output_length
+    asked = f"benchmark.generate.input_length={generate.input_length} output_length={generate.output_length}"
+    limit = positions(config.model.path, config.model.architecture)
+    if limit is not None and total > limit:  # before what would have it made longer still
+        raise UserError(f"{asked}: with the prompt {total} tokens, above max_position_embeddings={limit}")
     fits = config.shape.kind == "dynamic" or config.runs_at_one_length
+    if not config.runs_at_one_length and (fits or cache.name != "none"):
+        within("benchmark.generate.input_length", generate.input_length, config.shape)
     if cache.name == "none" and (not fits or total - 1 > config.shape.max):
         raise UserError(
-            f"{key}={generate.output_length}: without a cache every length up to {total - 1} runs as a prompt; "
+            f"{asked}: without a cache every length up to {total - 1} runs as a prompt; "
             f"set shape=dynamic shape.max={total - 1}, or model.inputs=[input_ids,last] with shape=static"
         )
-    if not config.runs_at_one_length:
-        within("benchmark.generate.input_length", generate.input_length, config.shape)
     if generate.batch != config.shape.batch:
         raise UserError(
             f"benchmark.generate.batch={generate.batch}: the profile has shape.batch={config.shape.batch}; "
             f"make them equal"
         )
     if cache.capacity is not None and total > cache.capacity:
-        raise UserError(f"{key}={generate.output_length}: {total} tokens in all, above cache.capacity={cache.capacity}")
-    limit = config.model.architecture.get("max_position_embeddings")
-    if limit is not None and total > limit:
-        raise UserError(f"{key}={generate.output_length}: {total} tokens in all, above max_position_embeddings={limit}")
+        raise UserError(f"{asked}: {total} tokens in all, above cache.capacity={cache.capacity}")
 
 
-def _check_shapes(config: Config) -> None:
+def _check_profile(config: Config) -> None:
     shape = config.shape
     one_of("shape", shape.kind, ("dynamic", "static"))
     at_least("shape.batch", shape.batch, 1)
     at_least("shape.min", shape.min, 1)
+    at_least("shape.max", shape.max, 1)
+    if shape.min > shape.max:
+        raise UserError(f"shape.min={shape.min} shape.max={shape.max}: the shortest length is above the longest")
     if not shape.min <= shape.opt <= shape.max:
         raise UserError(f"shape.opt={shape.opt}: must lie between shape.min={shape.min} and shape.max={shape.max}")
     if shape.kind == "static" and shape.min != shape.max:
@@ -205,9 +212,13 @@ def _check_shapes(config: Config) -> None:
         within("shape.exact", length, shape)
         if shape.exact.count(length) > 1:
             raise UserError(f"shape.exact={shape.exact}: name {length} once")
-    limit = config.model.architecture.get("max_position_embeddings")
+    limit = positions(config.model.path, config.model.architecture)
     if limit is not None and shape.max > limit:
         raise UserError(f"shape.max={shape.max}: above the model's max_position_embeddings={limit}")
+
+
+def _check_lengths(config: Config) -> None:
+    shape = config.shape
     for item in config.benchmark.shapes:
         within("benchmark.shapes.input_length", item.input_length, shape)
         if item.batch != shape.batch:

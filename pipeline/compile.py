@@ -21,9 +21,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from passes import cache_converters, converters, row_converters
+from passes import cache_converters, converters, missing_converters, network_form, row_converters
 from passes.attention import FORMS
-from passes.errors import RunError
+from passes.errors import AS_IT_IS, RunError, first_line
 from passes.rewrite import DECOMPOSITIONS
 from passes.stack import Stack, quiet, tensorrt_errors
 from pipeline import kernel_cache, profiles
@@ -64,7 +64,8 @@ class Built:
 def lower(
     stack: Stack, program: ExportedProgram, inputs: tuple[InputSpec, ...], backend: BackendConfig, precision: str
 ) -> Lowered:
-    """Torch-TensorRT's own lowering, with attention kept whole for the converter."""
+    """Torch-TensorRT's own lowering, with attention kept whole for the converter; raises :class:`RunError` of kind
+    ``lowering`` where it cannot."""
     dynamo = stack.torch_tensorrt.dynamo
     from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
 
@@ -76,7 +77,6 @@ def lower(
         immutable_weights=True,
     )
     with quiet(), torch.no_grad():
-        program = pre_export_lowering(program, settings)
         table = {**get_decompositions(), **DECOMPOSITIONS}
         if not torch.cuda.is_available():
             # torch up to 2.11 would pick the CPU's attention kernel, which has no converter.
@@ -84,7 +84,13 @@ def lower(
         for target in (*converters.CONVERTED, *cache_converters.CONVERTED):
             if any(node.target is target for node in program.graph.nodes):
                 table.pop(target, None)
-        graph = post_lowering(program.run_decompositions(table).module(), settings)
+        try:
+            program = pre_export_lowering(program, settings)
+            graph = post_lowering(program.run_decompositions(table).module(), settings)
+        except (RunError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RunError("lowering", f"Torch-TensorRT cannot lower it ({first_line(error)}); {AS_IT_IS}") from error
     return Lowered(graph, settings, inputs)
 
 
@@ -95,25 +101,44 @@ def interpret(
 
     ``in_place``: its KV cache is updated where it is; ``fused_rows``: see :mod:`passes.row_converters`.
     """
+    if not use_upstream:
+        network_form.prepare(lowered.graph)
     if fused_rows:
         row_converters.prepare(lowered.graph)
     made: list[converters.NativeLayer] = []
     interpreter_type = _interpreter_type(stack, made, use_upstream, in_place, fused_rows)
     specs = [_trt_input(stack, spec) for spec in lowered.inputs]
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), tensorrt_errors() as errors:
         interpreter = interpreter_type(lowered.graph, specs, compilation_settings=lowered.settings)
-        missing = sorted(str(op) for op in interpreter.validate_conversion())
-        if missing:
-            raise RunError("unsupported_op", f"TensorRT has no converter for {', '.join(missing)}")
+        _refuse_what_is_missing(lowered.graph, interpreter.validate_conversion())
         try:
             interpreter._construct_trt_network_def()
-        except RunError:
+        except (RunError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            raise RunError("conversion", f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+            reason = errors[0].strip().splitlines()[0] if errors else first_line(error)
+            at = getattr(interpreter, "_cur_node", None)
+            raise RunError("conversion", f"TensorRT refuses {_place(at)} ({reason}); {AS_IT_IS}") from error
     calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
     exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
     return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls), exact)
+
+
+def _refuse_what_is_missing(graph: GraphModule, missing: set[str]) -> None:
+    """``missing``: of operations in ``graph``, as Torch-TensorRT describes them."""
+    names = sorted(op.removeprefix("call_function ").removeprefix("torch.ops.") for op in missing)
+    names = [name for name in names if name != "_operator.getitem"] or names  # of one that gives several tensors
+    if names:
+        first = next((node for node in graph.graph.nodes if names[0] == str(node.target)), None)
+        raise RunError("unsupported_op", f"TensorRT has no layer for {', '.join(names)} ({_place(first)}); {AS_IT_IS}")
+
+
+def _place(node: Node | None) -> str:
+    """An operation, and the innermost module of the model that it was traced in."""
+    if node is None:
+        return "it"
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return f"{node.name} in {stack[-1][0]}" if stack and stack[-1][0] else str(node.name)
 
 
 def build(stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None) -> Built:
@@ -197,7 +222,8 @@ def _interpreter_type(
 
     class Interpreter(TRTInterpreter):
         def validate_conversion(self) -> set[str]:
-            ours = tuple(str(target) for target in (*converters.CONVERTED, *cache_converters.CONVERTED))
+            every = (converters, cache_converters, missing_converters)
+            ours = tuple(str(target) for module in every for target in module.CONVERTED)
             return {op for op in super().validate_conversion() if not op.endswith(ours)}
 
         def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -205,6 +231,8 @@ def _interpreter_type(
                 return row_converters.convert(stack, self.ctx, self._cur_node, args)
             if target in cache_converters.CONVERTED:
                 return cache_converters.convert(stack, self.ctx, self._cur_node, args, in_place)
+            if target in missing_converters.CONVERTED:
+                return missing_converters.convert(stack, self.ctx, self._cur_node, args)
             if target not in converters.CONVERTED:
                 return super().call_function(target, args, kwargs)
             output, layer = converters.convert(stack, self.ctx, self._cur_node, args, kwargs)

@@ -1,20 +1,13 @@
-"""Typed, validated configuration.  Nothing else in the project reads YAML.
+"""The settings of a run, as dataclasses: what there is to set, of which type, and what it means.
 
-Hydra composes ``conf/``; :func:`from_hydra` turns the result into the dataclasses below and checks
-what no single key can know.  Only light imports here: ``--help`` and a mistake in a setting must
+:mod:`pipeline.compose` makes them of the YAML.  Only light imports here: ``--help`` and a mistake in a setting must
 answer at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
-
-from passes.errors import UserError
 
 STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "benchmark")
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -26,7 +19,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
-ASSUMPTIONS = {  # what `strategy.assume` takes, the names of `passes.masks.CONDITIONS` -> the input that each is about
+ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.conditions.CONDITIONS`) -> the input that each is about
     "contiguous_positions": "position_ids",
     "no_padding": "attention_mask",
 }
@@ -232,6 +225,8 @@ class Config:
     """Do the jobs of a sweep again that were finished before."""
     dry_run: bool = False
     """Print what would be done, with an estimate of time and device memory, and do nothing."""
+    notes: tuple[str, ...] = field(default=(), metadata={"omegaconf_ignore": True})
+    """No setting: what the report must say of how the settings came about."""
 
     @property
     def last_stage(self) -> str:
@@ -253,61 +248,14 @@ class Config:
         return STAGES.index(stage) <= STAGES.index(self.last_stage)
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def from_hydra(composed: DictConfig) -> Config:
-    """The composed Hydra config as a validated :class:`Config`; raises :class:`UserError`."""
-    plain = OmegaConf.create(
-        {k: v for k, v in OmegaConf.to_container(composed, resolve=False).items() if k != "hydra"}  # type: ignore[union-attr]
-    )
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise UserError(_refusal(error, plain)) from None
-    assert isinstance(config, Config)
-    from pipeline.checks import check
-
-    check(config)
-    return config
+        """Every setting."""
+        return {key: value for key, value in asdict(self).items() if key != "notes"}
 
 
 def schema_keys(prefix: str = "") -> list[str]:
     """The settings of one level of the schema: ``schema_keys("backend")``; empty for what is no group of settings."""
     schema: Any = Config
     for part in filter(None, prefix.split(".")):
-        schema = get_type_hints(schema).get(part) if is_dataclass(schema) else None
-    return sorted(f.name for f in fields(schema)) if is_dataclass(schema) else []
-
-
-def _refusal(error: OmegaConfBaseException, plain: DictConfig) -> str:
-    """One line for what does not fit the schema: key, value and what is allowed."""
-    key: str = str(error.full_key)
-    owner: Any = error.object_type
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key}=???: has no default; set it, for example {key}=VALUE"
-    value: Any = OmegaConf.to_container(plain, resolve=False)
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    if owner is BenchmarkShape:  # the one that stands in a list, where OmegaConf loses the way
-        key, value = f"benchmark.shapes.{key}", "..."
-    setting = f"{key}={value if error.value is None else error.value}"
-    if isinstance(error, ConfigKeyError):
-        return f"{setting}: no such setting; allowed here: {', '.join(sorted(f.name for f in fields(owner)))}"
-    hint = get_type_hints(owner).get(error.key) if is_dataclass(owner) else None
-    kinds = [_KINDS.get(get_origin(t) or t) for t in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
-    if isinstance(error, ValidationError) and all(kinds):
-        return f"{setting}: must be {' or '.join(map(str, kinds))}"
-    return f"{setting}: {str(error.msg or error).splitlines()[0]}"
-
-
-_KINDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list: "a list, [a, b]",
-    dict: "a mapping, {a: 1}",
-    NoneType: "null",
-}
+        hint = get_type_hints(schema).get(part) if is_dataclass(schema) else None
+        schema = next(filter(is_dataclass, (hint, *get_args(hint))), None) if get_origin(hint) is not list else None
+    return sorted(f.name for f in fields(schema) if not f.metadata) if is_dataclass(schema) else []

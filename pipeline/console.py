@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
+from rich.text import Text
 
 from pipeline.report import worst_case
 
@@ -26,7 +26,7 @@ class StageDisplay:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self._stage = name
-        with self.console.status(f"[bold]{name}[/]") as self._status:
+        with self.console.status(Text(name, "bold")) as self._status:
             try:
                 yield
             finally:
@@ -35,7 +35,7 @@ class StageDisplay:
     def update(self, message: str) -> None:
         """Replace what is shown beside the running stage."""
         if self._status is not None:
-            self._status.update(f"[bold]{self._stage}[/]  {escape(message)}")
+            self._status.update(Text.assemble((self._stage, "bold"), "  ", message))
 
     def steps(self, message: str, done: int, total: int) -> bool:
         """Progress in steps; the shape of TensorRT's progress monitor (True: go on)."""
@@ -43,33 +43,37 @@ class StageDisplay:
         return True
 
     def done(self, name: str, seconds: float, detail: str = "") -> None:
-        self.console.print(f"[green]✓[/] {name:<10}{seconds:7.1f} s  [dim]{escape(detail)}[/]")
+        self.console.print(Text.assemble(("✓", "green"), f" {name:<10}{seconds:7.1f} s  ", (detail, "dim")))
 
     def failed(self, name: str, seconds: float, message: str) -> None:
-        self.console.print(f"[red]✗[/] {name:<10}{seconds:7.1f} s  [red]{escape(message)}[/]")
+        self.console.print(Text.assemble(("✗", "red"), f" {name:<10}{seconds:7.1f} s  ", (message, "red")))
 
     def note(self, message: str) -> None:
-        self.console.print(f"[yellow]![/] {escape(message)}")
+        self.console.print(Text.assemble(("!", "yellow"), " ", message))
 
     def summary(self, report: dict[str, Any], folder: Path, tracked: str | None) -> None:
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
         table.add_column(style="dim")
         table.add_column(overflow="fold")  # a path is no use with an ellipsis in it
-        for label, text in _summary_rows(report):
+        for label, text in ((label, Text.assemble(*parts)) for label, *parts in _summary_rows(report)):
             table.add_row(label, text)
-        table.add_row("report", escape(str(folder / "report.json")))
+        table.add_row("report", Text(str(folder / "report.json")))
         if tracked:
-            table.add_row("MLflow", escape(tracked))
+            table.add_row("MLflow", Text(tracked))
         self.console.print()
         self.console.print(table)
 
 
-def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
+Part = str | tuple[str, str]
+"""Text as it is, never markup: a path or a setting may hold brackets; with a style or without."""
+
+
+def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ...]]]:
     colour = {"ok": "green", "not_executed": "yellow", "unavailable": "yellow", "failed": "red"}[report["status"]]
     meaning = {"not_executed": "  (no GPU could run the engine: nothing was timed)"}.get(report["status"], "")
-    yield "status", f"[{colour}]{report['status']}[/]{meaning}"
+    yield "status", (report["status"], colour), meaning
     if report["failure"]:
-        yield "failure", escape("{stage}: {kind}: {message}".format(**report["failure"]))
+        yield "failure", "{stage}: {kind}: {message}".format(**report["failure"])
     if attention := report["attention"]:
         summary = attention["summary"]
         masks = ", ".join(f"{count} {kind}" for kind, count in summary["by_mask"].items())
@@ -89,7 +93,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 ", ".join(f"{least}..{most}" if least < most else str(most) for least, _, most in profiles),
             )
         for note in engine["notes"]:
-            yield "", escape(note)
+            yield "", note
     if store := report["store"]:
         seconds = sum(store.get("stages_s", {}).values())
         spared = f": no {', '.join(store['stages'])}; {seconds:.1f} s spared" if store["hit"] else ""
@@ -111,7 +115,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"{found} (allowed {position['allowed']:.2g})",
             )
         if arithmetic := verify.get("arithmetic"):
-            yield "judged in", escape(arithmetic)
+            yield "judged in", arithmetic
         if outside := verify.get("outside"):
             worst = outside["worst"]
             yield (
@@ -120,14 +124,14 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
                 f"relative error {worst['relative_error']:.2g}, top-1 {worst['top1_agreement']:.1%}",
             )
         if "answer" in verify:
-            yield "answer", escape(f"“{verify['answer']['engine']}”")
+            yield "answer", f"“{verify['answer']['engine']}”"
     for entry in _entries(report["benchmark"] or {}):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
-        tainted = _tainted(entry)
         yield (
             "prefill",
             f"{entry['batch']}×{entry['input_length']}: {entry['device_ms']['median']:.2f} ms on the device, "
-            f"{entry['host_ms']['median']:.2f} ms on the host, {entry['tokens_per_s']:.0f} tokens/s{fraction}{tainted}",
+            f"{entry['host_ms']['median']:.2f} ms on the host, {entry['tokens_per_s']:.0f} tokens/s{fraction}",
+            _tainted(entry),
         )
     if generate := (report["benchmark"] or {}).get("generate"):
         fraction = f", {generate['roofline_fraction']:.0%} of the roofline" if generate["roofline_fraction"] else ""
@@ -135,13 +139,14 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, str]]:
             "generation",
             f"{generate['batch']}×{generate['input_length']}+{generate['output_length']}: "
             f"{generate['device_ms']['median']:.1f} ms on the device, first token {generate['ttft_ms']['median']:.2f} "
-            f"ms, then {generate['tpot_ms']['median']:.3f} ms a token{fraction}{_tainted(generate)}",
+            f"ms, then {generate['tpot_ms']['median']:.3f} ms a token{fraction}",
+            _tainted(generate),
         )
     yield "stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages_s"].items())
 
 
-def _tainted(entry: dict[str, Any]) -> str:
-    return f"  [yellow]tainted: {'; '.join(entry['tainted'])}[/]" if entry["tainted"] else ""
+def _tainted(entry: dict[str, Any]) -> Part:
+    return (f"  tainted: {'; '.join(entry['tainted'])}", "yellow") if entry["tainted"] else ""
 
 
 def _entries(benchmark: dict[str, Any]) -> Iterator[dict[str, Any]]:

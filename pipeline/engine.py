@@ -20,6 +20,7 @@ from passes.errors import UserError
 from passes.stack import Stack, load_stack
 from pipeline import guard
 from pipeline.export import InputSpec, make_inputs
+from pipeline.files import draft, write_text
 from pipeline.generate import captured, chat_tokens, greedy
 from pipeline.session import Session
 
@@ -138,7 +139,8 @@ def write_engine(
     """The engine's file, ``engine.trt`` or ``decode.trt``, and beside it its manifest (``.json``): hash, inputs with
     their ranges, KV cache, target and versions, the conditions under which masks were dropped, and whether
     :func:`open_engine` has them checked."""
-    (folder / section["file"]).write_bytes(data)
+    with draft(folder / section["file"]) as part:
+        part.write_bytes(data)
     manifest = {
         "schema": 1,
         "file": section["file"],
@@ -152,7 +154,7 @@ def write_engine(
         "guard": guarded,
         "environment": environment,
     }
-    (folder / section["file"]).with_suffix(".json").write_text(json.dumps(manifest, indent=2) + "\n")
+    write_text((folder / section["file"]).with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
 
 
 def read_engine(path: Path) -> tuple[dict[str, Any], bytes]:

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import Node
 
-from passes.errors import RunError
+from passes.errors import AS_IT_IS, RunError, first_line
 from passes.rewrite import prepare
 from passes.stack import quiet
 from pipeline.config import ModelConfig, ShapeConfig
+from pipeline.experts import plain_experts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,11 +136,13 @@ def example_length(shape: ShapeConfig) -> int:
     return shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
 
 
-def exported(form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None) -> ExportedProgram:
+def exported(
+    form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None, remedy: str = AS_IT_IS
+) -> ExportedProgram:
     """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
-    ``export`` where torch.export cannot."""
+    ``export``, which says ``remedy``, where torch.export cannot, or what it traced hangs on the data of a tensor."""
     try:
-        with torch.no_grad(), quiet():
+        with torch.no_grad(), quiet(), plain_experts(form.model):
             program = torch.export.export(
                 form,
                 (),
@@ -148,8 +152,23 @@ def exported(form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | 
                 # Guards that torch 2.11 derives from kernel choices would narrow the length; check at run time instead.
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
-            return prepare(program)
+            program = prepare(program)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
-        raise RunError(
-            "export", f"torch.export: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise RunError("export", f"torch.export: {first_line(error)}; {remedy}") from error
+    for node in program.graph.nodes:
+        if node.target in NUMBERS_FROM_DATA and _is_read(node):
+            name = type(form.model).__name__
+            raise RunError(
+                "export", f"{name} reads a number out of a tensor ({node.name}), and no engine can; {remedy}"
+            )
+    return program
+
+
+NUMBERS_FROM_DATA = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)
+
+
+def _is_read(number: Node) -> bool:
+    """Whether a tensor hangs on ``number``, and not only assertions about it."""
+    return any("val" in user.meta and (isinstance(user.meta["val"], Tensor) or _is_read(user)) for user in number.users)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from passes.conditions import LARGEST_POSITION
 from passes.errors import RunError, UserError
-from passes.masks import LARGEST_POSITION
 from pipeline.config import ASSUMPTIONS
 
 

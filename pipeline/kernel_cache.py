@@ -11,10 +11,15 @@ has been made and serialised, by TensorRT-RTX's empty version of it only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from pipeline.files import draft
+
+_log = logging.getLogger(__name__)
 
 
 def use_runtime_cache(runtime_config: Any, path: Path, cache: Any = None) -> Any:
@@ -50,9 +55,10 @@ def save(cache: Any, path: Path) -> None:
     data = cache.serialize()
     if data is None or data.nbytes == 0 or not path.parent.is_dir():
         return
-    draft = path.with_name(path.name + ".part")
     try:
-        draft.write_bytes(data)
-        draft.replace(path)
+        with draft(path) as part:
+            part.write_bytes(data)
     except FileNotFoundError:  # it left in this moment
         return
+    except OSError as error:  # the next run compiles them again
+        _log.warning(f"{path}: not kept ({error.strerror})")

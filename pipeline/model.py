@@ -39,6 +39,8 @@ class LoadedModel:
     parameters: int
     """Number of parameters; tied ones count once."""
     weights: str
+    notes: tuple[str, ...] = ()
+    """What the reader of the report must know of how it was loaded."""
 
     def describe(self) -> dict[str, Any]:
         """The ``model`` section of report.json."""
@@ -64,7 +66,9 @@ def load(
         model = _pretrained(found, where, DTYPES[precision], device, progress)
         source, revision, sha256 = found.source, found.revision, found.sha256
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return LoadedModel(model, tokenizer, name, source, revision, sha256, parameters, config.weights)
+    read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
+    notes = tuple(dict.fromkeys(note for each in read if (note := checkpoint.unused_code(each))))
+    return LoadedModel(model, tokenizer, name, source, revision, sha256, parameters, config.weights, notes)
 
 
 def load_reference(config: ModelConfig, precision: str, device: torch.device, seed: int) -> PreTrainedModel:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import draft
+
 
 def latency_plot(samples: Mapping[str, Any], path: Path) -> None:
     """Write the distribution of every measurement in ``samples``, with its median and 95 % interval, to ``path``.
@@ -38,7 +40,8 @@ def latency_plot(samples: Mapping[str, Any], path: Path) -> None:
         axes.axvline(np.median(values), color="tab:red", label=f"median {np.median(values):.4g} ms")
         axes.set(title=f"{name}, n = {len(values)}", xlabel="ms", ylabel="samples")
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with draft(path) as part:
+        figure.savefig(part, dpi=120, format="png")
 
 
 def _series(samples: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Sequence[float]]]:

@@ -9,7 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline import markdown
 from pipeline.config import Config
+from pipeline.files import write_text
 
 SCHEMA = 1
 SECTIONS = ("attention", "engine", "verify", "benchmark")
@@ -34,6 +36,15 @@ def new_report(config: Config) -> dict[str, Any]:
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write report.json, sealed: its ``sha256`` is that of everything else in it."""
     write_json(path, report | {"sha256": _digest(finite(report))})
+
+
+def read_report(path: Path) -> dict[str, Any] | None:
+    """The report in ``path``; None where there is none of this schema, or none that can be read."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and report.get("schema") == SCHEMA else None
 
 
 def is_sealed(report: dict[str, Any]) -> bool:
@@ -66,10 +77,12 @@ def error_share(case: dict[str, Any]) -> float:
 
 def write_json(path: Path, content: Any) -> None:
     """Strict JSON: NaN and infinities become null.  Whole or not at all: a reader never sees half a file."""
-    text = json.dumps(finite(content), indent=2, allow_nan=False, ensure_ascii=False)
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(text + "\n", encoding="utf-8")
-    draft.replace(path)
+    write_text(path, strict_json(content) + "\n")
+
+
+def strict_json(content: Any) -> str:
+    """``content`` as strict JSON."""
+    return json.dumps(finite(content), indent=2, allow_nan=False, ensure_ascii=False)
 
 
 def finite(value: Any) -> Any:
@@ -86,6 +99,5 @@ def finite(value: Any) -> Any:
 def calls_table(calls: Iterable[dict[str, Any]]) -> str:
     """The attention calls as a Markdown table, one row a call."""
     columns = ("index", "name", "mask", "proof", "depends_on", "action", "native_gqa", "scale", "reason")
-    rows = [columns, ["---"] * len(columns)]
-    rows += [[", ".join(c[k]) if isinstance(c[k], list) else str(c[k]) for k in columns] for c in calls]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |\n" for row in rows)
+    lines = ([", ".join(c[k]) if isinstance(c[k], list) else c[k] for k in columns] for c in calls)
+    return markdown.table(columns, lines)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError
+from pipeline import interrupts
 from pipeline.config import Config
 from pipeline.console import StageDisplay
+from pipeline.files import check_output
 from pipeline.memory import collector_paused, trim
 from pipeline.record import Record, StopHere
 
@@ -56,12 +58,14 @@ def run(
     ``track`` stands in for :func:`pipeline.tracking.start`, and the store is then not asked whether it is there.
     ``turn`` is taken before anything is timed.
     """
-    from pipeline import plugin, tracking
+    from pipeline import plugin, recovery, tracking
     from pipeline.tracking_names import folder_name
 
     if config.generates and config.model.logits != "last":  # of a prompt, generation needs no other
         config = replace(config, model=replace(config.model, logits="last"))
     record = Record(config, display or StageDisplay())
+    check_output(config.output)
+    recovers = track is None
     if track is None:
         tracking.check_store(config.tracking.uri)
         track = tracking.start
@@ -73,37 +77,48 @@ def run(
                 status = plugin.unavailable(record)
             else:
                 loaded, device, cache = _load(record)
-    except UserError:
-        raise
     except Exception as error:
+        interrupts.check()  # a library may have made another error of it
+        if isinstance(error, UserError):
+            raise
         record.fail(error)
     gc.collect()
     trim()
     gc.freeze()  # a million objects of the libraries that the collector need not walk again and again
-    folder = record.open_folder(folder_name(config))
-    try:
-        tracked = track(config, folder, environment=record.report["environment"])
-    except BaseException:
-        record.discard_folder()
-        raise
-    record.report["mlflow"] = tracked.identity
-    with tracked:
+    with interrupts.held():  # an interruption ends the work, not the opening or the closing of the run
+        folder = record.open_folder(folder_name(config))
         try:
-            if loaded is not None:
-                if config.backend.name == "tensorrt":
-                    status = _tensorrt(record, loaded, device, cache, turn)
-                else:
-                    status = _rival(record, loaded, device, turn)
-        except StopHere:
-            pass
-        except Exception as error:
-            record.fail(error)
-        except BaseException as error:
-            record.fail(error)
-            interruption = error
-        record.close(status)
-        tracked.finish(record.report, folder)
-    record.display.summary(record.report, folder, f"run {tracked.run_id}  ({tracked.where})")
+            tracked = track(config, folder, environment=record.report["environment"])
+        except BaseException:
+            record.discard_folder()
+            raise
+        record.report["mlflow"] = tracked.identity
+        with tracked:
+            try:
+                with interrupts.allowed():
+                    record.checkpoint()
+                    for note in config.notes:
+                        record.note(note)
+                    if recovers:
+                        recovery.recover(config, record.display.note)
+                    if loaded is not None:
+                        if config.backend.name == "tensorrt":
+                            status = _tensorrt(record, loaded, device, cache, turn)
+                        else:
+                            status = _rival(record, loaded, device, turn)
+            except StopHere:
+                pass
+            except Exception as error:
+                record.fail(error)
+            except BaseException as error:
+                record.fail(error)
+                interruption = error
+            record.close(status)
+            sent = tracked.finish(record.report, folder)
+            record.release(sent)
+        record.display.summary(record.report, folder, f"run {tracked.run_id}  ({tracked.where})")
+        if not sent:
+            record.display.note("the next start with this output and this store sends the rest to MLflow")
     if interruption is not None:
         raise interruption
     return Outcome(record.report, folder)
@@ -124,7 +139,9 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = load_stack().versions() if config.backend.name == "tensorrt" else None
     record.report["environment"] = environment(versions)
-    loaded = model.load(config.model, config.precision, device, config.seed, record.display.update)
+    loaded = model.load(config.model, config.precision, device, config.seed, record.update)
+    for note in loaded.notes:
+        record.note(note)
     described = loaded.model.config.get_text_config()
     limit = getattr(described, "max_position_embeddings", None)
     if limit is not None and config.shape.max > limit:
@@ -212,7 +229,8 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
     config, device = record.config, loaded.model.device
     names = config.model.inputs
     form = CallForm(loaded.model, config.model.logits)
-    reference = CallForm(load_reference(config.model, config.precision, device, config.seed), config.model.logits)
+    same = replace(config.model, revision=loaded.revision)  # a branch may have moved since
+    reference = CallForm(load_reference(same, config.precision, device, config.seed), config.model.logits)
 
     def inputs_of(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
         seed = config.seed + case.sample

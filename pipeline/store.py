@@ -71,7 +71,8 @@ class Store:
         return content
 
     def restore(self, key: str, sums: dict[str, str], into: Path) -> None:
-        """Copy the files of ``key``, name -> sha256, to ``into``; raises :class:`Damaged`, and then leaves none there.
+        """Copy the files of ``key``, name -> sha256, to ``into``; raises :class:`Damaged` or, of a full disk,
+        :class:`OSError`, and then leaves none there.
 
         Copies, not links: what becomes of a run's folder must not reach the store.  The copies are what is hashed.
         """
@@ -84,7 +85,7 @@ class Store:
                     raise Damaged(f"{name} is missing") from None
                 if sha256_of(copy) != sums[name]:
                     raise Damaged(f"{name} was changed")
-        except Damaged:
+        except (Damaged, OSError):
             for copy in copies.values():
                 copy.unlink(missing_ok=True)
             raise

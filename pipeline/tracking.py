@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import logging
+import socket
 import tempfile
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from passes.errors import UserError
+from pipeline import unfinished
 from pipeline.tracking_names import environment_tags, final_tags, legal, metrics, parameters, run_name, sample_points
 from pipeline.tracking_store import (
     as_user_error,
@@ -48,6 +50,8 @@ SAMPLES_FILE = "samples.json"
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
 MANIFEST_FILE = "engine.json"
+FOLDER, HOST, PARENT = "run_folder", "host", "mlflow.parentRunId"
+"""Tags: where the run's files lie, on which machine, and the sweep that it belongs to."""
 SOURCE_TAGS = {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
 
 _log = logging.getLogger(__name__)
@@ -96,7 +100,8 @@ def start(
         labels = {
             "mlflow.user": user(),
             **SOURCE_TAGS,
-            "run_folder": str(run_folder.resolve()),
+            FOLDER: str(run_folder.resolve()),
+            HOST: socket.gethostname(),
             "status": "running",
             **environment_tags(environment or {}),
             **(tags or {}),
@@ -141,7 +146,7 @@ class TrackedRun:
         already.
         """
         status = "FAILED" if report["status"] == "failed" else "FINISHED"
-        if (report.get("failure") or {}).get("kind") == "interrupted":
+        if (report.get("failure") or {}).get("kind") in ("interrupted", "killed"):
             status = "KILLED"
         stored, complete = "nothing", False
         try:
@@ -172,17 +177,20 @@ class TrackedRun:
         if not self._open:
             return
         self._open = False
-        failure = {
-            "status": "failed",
-            "failure.kind": kind.__name__ if kind else "unfinished",
-            "failure.message": one_line(error) if error else "the run ended without a report",
-        }
         killed = kind is not None and not issubclass(kind, Exception)  # Ctrl-C, sys.exit
+        self.close(
+            "KILLED" if killed else "FAILED",
+            kind.__name__ if kind else "unfinished",
+            one_line(error) if error else "the run ended without a report",
+        )
+
+    def close(self, status: str, kind: str, message: str) -> None:
+        """Close the run without a report, as one that failed: tags say how."""
         try:
             with quiet():
                 check_store(self.uri, must_exist=True)
-                self._log_batch(tags=failure)
-                self._terminate("KILLED" if killed else "FAILED")
+                self._log_batch(tags={"status": "failed", "failure.kind": kind, "failure.message": message})
+                self._terminate(status)
         except store_errors() as lost:
             _log.warning(f"MLflow run {self.run_id} could not be closed: {one_line(lost)}")
 
@@ -215,7 +223,7 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=made[start : start + METRICS_AT_ONCE])
 
     def _log_files(self, folder: Path) -> None:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
             if path.suffix != ENGINE_SUFFIX or self._log_engine:
                 parent = path.relative_to(folder).parent.as_posix()
                 self._client.log_artifact(self.run_id, str(path), None if parent == "." else parent)

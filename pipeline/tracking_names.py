@@ -45,8 +45,9 @@ def run_name(config: Config) -> str:
 
 
 def folder_name(config: Config) -> str:
-    """:func:`run_name` as part of a path."""
-    return "-".join(run_name(config).replace(" · ", "-").split())
+    """:func:`run_name` as part of a path: no separator in it, and no longer than file systems take beside a time."""
+    name = re.sub(r"[/\x00-\x1f\x7f]", "_", "-".join(run_name(config).replace(" · ", "-").split()))
+    return name.encode()[:200].decode(errors="ignore")
 
 
 def parameters(config: Config) -> dict[str, str]:

@@ -170,12 +170,13 @@ def as_user_error(key: str) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Log messages below ERROR are held back meanwhile: MLflow and alembic narrate every migration.
+    """Log messages are held back meanwhile: MLflow and alembic narrate every migration, and what the store refuses is
+    logged with its traceback beside being raised.
 
     ``logging.disable`` and not the level of their loggers: MLflow sets those anew on import and when it migrates.
     """
     before = logging.root.manager.disable
-    logging.disable(max(before, logging.WARNING))
+    logging.disable(max(before, logging.ERROR))
     try:
         yield
     finally:

@@ -80,8 +80,9 @@ class Sweep:
 def make(cwd: Path, model: Path, *arguments: str) -> Sweep:
     """A sweep whose jobs only load the model, unless ``arguments`` say more."""
     cwd.mkdir(parents=True, exist_ok=True)
-    settings = ("model=local", f"model.path={model}", "shape.max=16", "benchmark=none", "until=load")
-    return Sweep(cwd, (*settings, *arguments))
+    settings = ("model=local", f"model.path={model}", "shape.max=16", "benchmark=none")
+    stop = () if any(each.startswith("until=") for each in arguments) else ("until=load",)
+    return Sweep(cwd, (*settings, *stop, *arguments))
 
 
 def _in(folder: Path) -> Iterator[psutil.Process]:

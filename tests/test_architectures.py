@@ -16,7 +16,7 @@ from benchmarks.masks import Cell, CheckedCall, cells, check, markdown
 from passes.attention import find_calls
 from passes.counterexample import Counterexample
 from passes.masks import PROVED, MaskProof
-from passes.symbolic import symbol_ranges
+from passes.sizes import symbol_ranges
 
 FORM = {form.name: form for form in FORMS}
 

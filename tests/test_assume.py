@@ -15,8 +15,8 @@ from rich.console import Console
 from runs import DONE, do, failure, mlflow_run, outcome_in
 from torch import Tensor
 
+from passes.conditions import CONDITIONS, LARGEST_POSITION
 from passes.errors import RunError, UserError
-from passes.masks import CONDITIONS, LARGEST_POSITION
 from pipeline import guard, tracking
 from pipeline.__main__ import _main, compose_config
 from pipeline.cases import Case, case_inputs, cases, split

@@ -18,7 +18,8 @@ from passes.attention import find_calls
 from passes.claims import Claims
 from passes.counterexample import Counterexample, find
 from passes.masks import constants_of
-from passes.symbolic import Evaluator, symbol_ranges
+from passes.sizes import symbol_ranges
+from passes.symbolic import Evaluator
 
 LONGEST = 12
 SDPA = torch.ops.aten.scaled_dot_product_attention.default

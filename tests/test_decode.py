@@ -43,9 +43,9 @@ def programs(
     return cache, traced, [apply_strategy(each.program, strategy, "mask") for each in traced]
 
 
-def lowered_step(name: str) -> tuple[GraphModule, dict[str, Any]]:
+def lowered_step(name: str, **changes: Any) -> tuple[GraphModule, dict[str, Any]]:
     """The caller's own copy of the lowered decode graph, and inputs for it: token 7 at place 3 of random caches."""
-    cache, traced, rewritten = programs(name, "in_engine", 1)
+    cache, traced, rewritten = programs(name, "in_engine", 1, **changes)
     lowered = compile.lower(load_stack(), rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
     caches, count = [torch.randn(x.shape) for x in cache.tensors(CPU)], len(cache.layers)
     inputs = {"input_ids": torch.tensor([[7]]), "position": torch.tensor([3])}
@@ -284,6 +284,27 @@ def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
     assert sum(len(node.args) > 2 and node.args[2] is not None for node in lone) == biases * count
     for one, other in zip(graph(**inputs), before, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+slow = pytest.mark.slow
+PARALLEL = [
+    ("gptj", 3), ("cohere", 4), pytest.param("phi", 3, marks=slow), pytest.param("stablelm", 4, marks=slow),
+    pytest.param("gpt_neox", 0, marks=slow), pytest.param("falcon", 0, marks=slow),  # one already, and a norm each
+]  # fmt: skip
+"""Attention and MLP read the same row: the products that are put together stand far apart.  How many there are less."""
+
+
+@pytest.mark.parametrize(("name", "less"), PARALLEL)
+def test_products_of_parallel_blocks_become_one_in_an_order_that_runs(name: str, less: int) -> None:
+    graph, inputs = lowered_step(name)
+    before = graph(**inputs)
+    count = sum(node.target is row_converters.LINEAR for node in graph.graph.nodes)
+
+    row_converters.prepare(graph)
+
+    assert sum(node.target is row_converters.LINEAR for node in graph.graph.nodes) == count - less
+    for one, other in zip(graph(**inputs), before, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows_and_a_square_a_product() -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from passes.attention import FORMS, find_calls
 from passes.errors import RunError
+from passes.lowerings import SDPA
 from passes.masks import classify
-from passes.rewrite import SDPA, apply_strategy
+from passes.rewrite import apply_strategy
 
 aten = torch.ops.aten
 X = torch.randn(1, 2, 7, 16, generator=torch.Generator().manual_seed(0))

@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, TINY_LLAMA, model_config
+from conftest import CONF, TINY_LLAMA, model_config, save_tiny_llama
 
 from passes.errors import UserError
 from pipeline import checkpoint, gguf_cache
+from pipeline.__main__ import compose_config
 from pipeline.config import ModelConfig
 from pipeline.model import LoadedModel, load, load_reference
+from pipeline.sweep.keys import Commits, content_key, pinned
 from pipeline.text import token_batch
 
 CPU = torch.device("cpu")
@@ -560,6 +562,38 @@ def test_hub_model_is_pinned_to_its_commit_and_served_offline_afterwards(
         load(from_hub("some/model"), "fp32", CPU, 0, nothing).model.lm_head.weight, loaded.model.lm_head.weight
     )
     assert load_reference(from_hub("some/model"), "fp16", CPU, 0).dtype == torch.float32
+
+
+def test_a_branch_that_moved_is_not_taken_for_the_same_weights(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    config = compose_config(["model=llama3_1b", "model.source=some/model", "model.revision=main"])
+    commits, moved = Commits(), "f" * 40
+    before = content_key(config, "", commits)
+    assert pinned(config, commits).model.revision == COMMIT
+    assert content_key(pinned(config, commits), "", Commits()) == before  # by its name or by its commit
+    loaded = load(from_hub("some/model"), "fp32", CPU, 0, nothing)
+
+    monkeypatch.setattr("test_model.COMMIT", moved)
+    assert content_key(config, "", commits) == before  # within one sweep nothing moves
+    assert content_key(config, "", Commits()) != before
+    save_tiny_llama(hub, vocab_size=64)
+    assert load(from_hub("some/model"), "fp32", CPU, 0, nothing).revision == moved
+    reference = load_reference(replace(from_hub("some/model"), revision=loaded.revision), "fp16", CPU, 0)
+    assert reference.config.vocab_size == loaded.model.config.vocab_size == 128
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert pinned(config, Commits()).model.revision == moved  # what the cache holds
+
+
+def test_what_is_not_on_the_hub_is_not_asked_for(tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("asked the hub")
+
+    monkeypatch.setattr("pipeline.checkpoint.commit", refuse)
+    for overrides in ([], ["model=llama3_1b", "model.weights=random"], ["model=local", f"model.path={tiny_llama_dir}"]):
+        config = compose_config(overrides)
+        assert pinned(config, Commits()) is config
 
 
 def test_hub_model_of_another_kind_is_refused_before_its_weights_are_fetched(hub: Path) -> None:

@@ -102,4 +102,4 @@ def test_the_installed_package_finds_its_data_and_its_strategies(unpacked: Path,
 def test_the_console_script_is_the_module(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
-        assert "proved-attention = pipeline.__main__:main" in archive.read(name).decode()
+        assert "proved-attention = pipeline.start:main" in archive.read(name).decode()

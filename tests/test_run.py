@@ -20,8 +20,8 @@ from rich.console import Console
 from runs import APART, DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, outcome_in
 
 from passes.errors import UserError
-from pipeline import tracking
-from pipeline.__main__ import _main, _terminated, compose_config
+from pipeline import interrupts, tracking
+from pipeline.__main__ import _main, compose_config
 from pipeline.config import STAGES
 from pipeline.console import StageDisplay
 from pipeline.engine import load_engine, open_engine
@@ -464,12 +464,14 @@ class Killed(StageDisplay):
 def test_sigterm_during_an_engine_build_stops_it_and_closes_the_run(
     store: str, one_layer: Path, tmp_path: Path
 ) -> None:
-    before = signal.signal(signal.SIGTERM, _terminated)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    interrupts.install()
     try:
         with pytest.raises(SystemExit) as left:
             do(store, tmp_path, one_layer, *SMALL, display=Killed(Console(file=io.StringIO())))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     outcome = outcome_in(tmp_path)
     assert left.value.code == 143 and failure(outcome)[0] == "build"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import tiny
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from mask_programs import Program, listing, needed, programs, values, without_refused
+from mask_tables import CLASSES, DROPPED, Table, is_true, table_of
 from torch import Tensor
 
 from passes import counterexample
@@ -60,20 +61,6 @@ def contents(keys: int) -> Iterator[Inputs]:
         yield Inputs(ids[place % len(ids)], keeps[place % len(keeps)], ts[place % len(ts)])
 
 
-class Table(NamedTuple):
-    """One mask in full: where it attends, and whether it blocks everywhere else."""
-
-    attends: Tensor
-    is_mask: bool
-
-
-def table_of(mask: Tensor) -> Table:
-    if mask.dtype == torch.bool:
-        return Table(mask, True)
-    allowed, blocked = mask == 0, mask <= torch.finfo(mask.dtype).min
-    return Table(allowed, bool((allowed | blocked).all()))
-
-
 def tables(program: Program, form: Form) -> list[dict[str, Table]]:
     """Every mask of ``program`` for every length of ``form`` and many inputs."""
     return [
@@ -81,51 +68,6 @@ def tables(program: Program, form: Form) -> list[dict[str, Table]]:
         for queries, keys in ((length, length + form.past) for length in form.lengths)
         for inputs in contents(keys)
     ]
-
-
-def places(table: Tensor) -> tuple[Tensor, Tensor]:
-    """p [L, 1], the place of each query among the keys, and k [1, S]."""
-    queries, keys = table.shape
-    return torch.arange(queries)[:, None] + keys - queries, torch.arange(keys)[None]
-
-
-def is_packed(table: Tensor) -> bool:
-    """Whether there are segments of which ``table`` [L, S] is causal attention."""
-    p, k = places(table)
-    segment = list(range(table.shape[1]))
-    for query, key in torch.nonzero(table).tolist():
-        old, new = segment[key], segment[query + table.shape[1] - table.shape[0]]
-        segment = [new if each == old else each for each in segment]
-    same = torch.tensor(segment)
-    return torch.equal(table, (k <= p) & (same[None] == same[p]))
-
-
-def for_one(numbers: range, predicate: Callable[[Tensor, Tensor, int], Tensor], found: list[Tensor]) -> bool:
-    """Whether one number makes ``predicate`` right for all masks."""
-    return any(all(torch.equal(table, predicate(*places(table), number)) for table in found) for number in numbers)
-
-
-def is_offset(table: Tensor) -> bool:
-    past = table.shape[1] - table.shape[0]
-    return for_one(range(-16, 16), lambda p, k, t: k <= p - past + t, [table])
-
-
-# The classes of passes/masks.py, recomputed from their definitions there.
-CLASSES: dict[str, Callable[[list[Tensor]], bool]] = {
-    "full": lambda found: all(bool(table.all()) for table in found),
-    "causal": lambda found: all(torch.equal(t, torch.ones_like(t).tril()) for t in found),
-    "causal_lower_right": lambda found: all(torch.equal(t, k <= p) for t in found for p, k in [places(t)]),
-    "sliding_window": lambda found: for_one(range(1, 16), lambda p, k, w: (k <= p) & (p - k < w), found),
-    "chunked": lambda found: for_one(range(1, 16), lambda p, k, c: (k <= p) & (k // c == p // c), found),
-    "padding": lambda found: all(torch.equal(t, (k <= p) & t[-1]) for t in found for p, k in [places(t)]),
-    "packed": lambda found: all(map(is_packed, found)),
-    "causal_offset": lambda found: all(map(is_offset, found)),
-}
-DROPPED = ("full", "causal", "causal_lower_right")
-
-
-def is_true(kind: str, found: list[Table]) -> bool:
-    return all(table.is_mask for table in found) and CLASSES[kind]([table.attends for table in found])
 
 
 # -- proofs ------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from pipeline.sweep import isolation, registry, table
 from pipeline.sweep.estimate import device_bytes
 from pipeline.sweep.isolation import Ended
 from pipeline.sweep.jobs import Row, plan
-from pipeline.sweep.keys import content_key, settings_key, sweep_key
+from pipeline.sweep.keys import Commits, content_key, settings_key, sweep_key
 
 # Keys and the plan
 
@@ -42,11 +42,11 @@ def test_the_content_key_changes_with_the_weights_of_a_local_folder_and_with_wha
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     config = compose_config(["model=local", f"model.path={tmp_path}"])
-    before = content_key(config, "versions")
-    assert content_key(config, "versions") == before != content_key(config, "other versions")
+    before = content_key(config, "versions", Commits())
+    assert content_key(config, "versions", Commits()) == before != content_key(config, "other versions", Commits())
 
     os.utime(tmp_path / "model.safetensors", (1, 1))
-    assert content_key(config, "versions") != before
+    assert content_key(config, "versions", Commits()) != before
     assert settings_key(config) == settings_key(replace(config, output="elsewhere"))
 
 

@@ -24,7 +24,8 @@ from passes import terms
 from passes.attention import find_calls
 from passes.masks import Prover
 from passes.operations import MODELS
-from passes.symbolic import INT64_MAX, Evaluator, symbol_ranges
+from passes.sizes import INT64_MAX, symbol_ranges
+from passes.symbolic import Evaluator
 from passes.terms import in_range
 
 aten = torch.ops.aten

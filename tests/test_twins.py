@@ -57,9 +57,9 @@ def normed(x: Tensor, gain: Tensor, least: float = 1e-6) -> Tensor:
 class Attention(torch.nn.Module):
     """One product into the heads of query and key, and ``then`` what is done to them."""
 
-    def __init__(self, then: Callable[..., tuple[Tensor, Tensor]], heads: int = HEADS) -> None:
+    def __init__(self, then: Callable[..., tuple[Tensor, Tensor]], heads: int = HEADS, around: int = 1) -> None:
         super().__init__()
-        self.then, self.heads = then, heads
+        self.then, self.heads, self.around = then, heads, around
         self.product = torch.nn.Linear(16, (heads + KEY_HEADS) * SIZE)
         self.gains = torch.nn.ParameterList(torch.randn(SIZE) for _ in range(2))
 
@@ -69,15 +69,17 @@ class Attention(torch.nn.Module):
             product[..., : self.heads * SIZE],
             product[..., self.heads * SIZE : (self.heads + KEY_HEADS) * SIZE],
         )
-        query, key = query.reshape(1, 1, -1, SIZE), key.reshape(1, 1, -1, SIZE)
+        query, key = (each.reshape(1, self.around, -1, SIZE) for each in (query, key))
         return self.then(query, key, angle, *self.gains)
 
 
-def joined(then: Callable[..., tuple[Tensor, Tensor]], angle: tuple[int, ...], heads: int = HEADS) -> Counter[Any]:
+def joined(
+    then: Callable[..., tuple[Tensor, Tensor]], angle: tuple[int, ...], heads: int = HEADS, around: int = 1
+) -> Counter[Any]:
     """The operations of the joined graph, which gives what the graph gave before, bit by bit."""
     torch.manual_seed(0)
     inputs = torch.randn(1, 1, 16), torch.randn(angle)
-    graph = torch.export.export(Attention(then, heads), inputs).run_decompositions({}).module()
+    graph = torch.export.export(Attention(then, heads, around), inputs).run_decompositions({}).module()
     for node in list(graph.graph.nodes):  # as in a lowered graph
         if node.target is aten.reshape.default:
             node.target = aten._reshape_copy.default
@@ -157,3 +159,51 @@ def test_a_gain_becomes_part_of_the_weights_behind_it_alone() -> None:
 
     assert kinds(graph)[aten.mul.Tensor] == 2  # by 2, and the gain of the row that is read twice
     torch.testing.assert_close(graph(row), before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_is_put_together_is_made_before_all_that_reads_it(early: bool) -> None:
+    """One product of a row is far from the other, and what reads the first of them may stand between."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(16, 8), torch.nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            row = x * 2
+            first = self.one(row).tanh()
+            return first + self.other(row) * 2 if early else self.other(row) * 2 + first
+
+    row = torch.randn(1, 1, 16)
+    graph = torch.export.export(Layer(), (row,)).run_decompositions({}).module()
+    before = graph(row)
+    (read,) = (node for node in graph.graph.nodes if node.target is aten.mul.Tensor and len(node.users) == 2)
+    users = list(read.users)
+    for user in users if early else users[::-1]:  # the order in which a pass before has left them
+        del read.users[user]
+        read.users[user] = None
+
+    row_converters.prepare(graph)
+
+    assert len(products(graph)) == 1
+    torch.testing.assert_close(graph(row), before, rtol=1e-5, atol=1e-6)
+
+
+def test_channels_that_are_split_into_more_than_heads_stay_apart() -> None:
+    found = joined(
+        lambda q, k, angle, a, b: (turned(q, angle), turned(k, angle)),
+        (SIZE,),
+        around=2,
+    )
+    assert found[aten.neg.default] == 2
+
+
+def test_a_whole_number_to_the_power_of_two_point_zero_stays_a_fraction() -> None:
+    class Square(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.pow(2.0)
+
+    graph = torch.export.export(Square(), (torch.tensor([3]),)).run_decompositions({}).module()
+    row_converters.prepare(graph)
+    assert torch.equal(graph(torch.tensor([3])), torch.tensor([9.0]))

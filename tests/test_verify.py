@@ -168,6 +168,18 @@ def test_a_block_of_the_vocabulary_that_is_slightly_wrong_everywhere_fails_by_it
         gate(section)
 
 
+def test_a_candidate_that_is_coarser_everywhere_may_be_so_at_each_position_and_no_further() -> None:
+    truth, length = logits_of(0.0, 0, 512), 512
+    coarse = truth + 2.5 * (logits_of(0.01, 2, length) - truth)
+    (case,) = judged(coarse, own=rounded(1, length))["cases"]
+    assert case["passed"] and 2 < case["relative_error"] / case["tolerance"] * 3 < 3
+
+    coarse[0, 100] = truth[0, 99]
+    (case,) = judged(coarse, own=rounded(1, length))["cases"]
+    assert not case["passed"] and case["positions_failed"] == 1
+    assert (case["worst_position"]["row"], case["worst_position"]["position"]) == (0, 100)
+
+
 def test_a_position_may_be_as_wrong_as_pytorch_is_there_and_no_other_for_that() -> None:
     own, logits = rounded(1), rounded(2)
     own[1, 30] = logits_of(0.0, 0)[1, 30] * 1.5  # PyTorch itself loses it

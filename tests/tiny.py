@@ -1,7 +1,8 @@
 """Tiny random causal LMs and programs traced from them, each made once a session.
 
 ``llama``, ``qwen2`` and ``qwen3`` are the architectures of ``conf/model`` with small sizes; the others have what those
-lack: ``mistral`` a sliding window, ``gpt2`` and ``phi3`` one projection for query, key and value.
+lack: ``mistral`` a sliding window, ``gpt2`` and ``phi3`` one projection for query, key and value, and the rest of them
+attention and MLP side by side.
 """
 
 from __future__ import annotations
@@ -42,6 +43,17 @@ SHIPPED = {"llama": "llama3_1b", "qwen2": "qwen2_5_0_5b", "qwen3": "qwen3_0_6b"}
 OTHERS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
     "phi3": {"model_type": "phi3"},
+    "phi": {"model_type": "phi"},
+    "cohere": {"model_type": "cohere"},
+    "gptj": {"model_type": "gptj", "rotary_dim": 8},
+    "stablelm": {"model_type": "stablelm", "use_parallel_residual": True},
+    "gpt_neox": {
+        "model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "use_parallel_residual": True,
+    },
+    "falcon": {
+        "model_type": "falcon", "new_decoder_architecture": True, "num_kv_heads": 2, "parallel_attn": True,
+        "bias": False, "alibi": False,
+    },
     "gpt2": {
         "model_type": "gpt2", "vocab_size": 128, "n_positions": 1024, "n_embd": 64, "n_layer": 1, "n_head": 4,
         "bos_token_id": 1, "eos_token_id": 2,

@@ -10,6 +10,7 @@ import z3
 
 from passes.operations.registry import Model, arguments, models
 from passes.terms import (
+    FLOATS,
     INTEGERS,
     Index,
     Term,
@@ -39,16 +40,33 @@ _models = models(MODELS)
 def _arange(ev: Evaluator, node: Any, index: Index) -> Term:
     if dtype_of(node) not in INTEGERS:
         raise Unmodelled("a range of fractions")
-    args = (0, *node.args) if len(node.args) == 1 else node.args
-    step = ev.size(args[2]) if len(args) > 2 else z3.IntVal(1)
-    term = z3.simplify(ev.size(args[0]) + product(index[0], step))
+    start, step = 0, 1
+    if node.target is aten.arange.start_step:
+        start, _end, step = arguments(node, "start", "end", "step")
+    elif node.target is aten.arange.start:
+        start, _end = arguments(node, "start", "end")
+    else:
+        arguments(node, "end")
+    term = z3.simplify(ev.size(start) + product(index[0], ev.size(step)))
     return cast(ev, term, torch.int64, dtype_of(node), in_range(ev, node, index))
 
 
-@_models(aten.full.default, aten.new_full.default, aten.full_like.default, aten.scalar_tensor.default)
+@_models(aten.full.default)
 def _full(ev: Evaluator, node: Any, index: Index) -> Term:
-    fill = node.args[0] if node.target is aten.scalar_tensor.default else node.args[-1]
+    (fill,) = arguments(node, "fill_value")
     return stored(ev, fill, node)
+
+
+@_models(aten.new_full.default, aten.full_like.default)
+def _full_like(ev: Evaluator, node: Any, index: Index) -> Term:
+    _like, fill = arguments(node, "self", "fill_value")
+    return stored(ev, fill, node)
+
+
+@_models(aten.scalar_tensor.default)
+def _scalar_tensor(ev: Evaluator, node: Any, index: Index) -> Term:
+    (scalar,) = arguments(node, "s")
+    return stored(ev, scalar, node)
 
 
 @_models(aten.new_ones.default, aten.ones.default, aten.ones_like.default)
@@ -63,9 +81,14 @@ def _zeros(ev: Evaluator, node: Any, index: Index) -> Term:
 
 def stored(ev: Evaluator, scalar: Any, node: Any) -> Term:
     """A scalar argument as an element of ``node``."""
+    return scalar_as(ev, scalar, dtype_of(node))
+
+
+def scalar_as(ev: Evaluator, scalar: Any, dtype: torch.dtype) -> Term:
+    """A scalar argument, a number or a size, as ``dtype``; raises :class:`Unmodelled` where it may not fit."""
     if isinstance(scalar, bool | int | float):
-        return literal(scalar, dtype_of(node))
-    return cast(ev, ev.at(scalar, ()), torch.int64, dtype_of(node), ())
+        return literal(scalar, dtype)
+    return cast(ev, ev.size(scalar), torch.int64, dtype, ())
 
 
 def cast(ev: Evaluator, term: Term, source: torch.dtype, target: torch.dtype, inside: Sequence[z3.BoolRef]) -> Term:
@@ -79,6 +102,8 @@ def cast(ev: Evaluator, term: Term, source: torch.dtype, target: torch.dtype, in
         if source != torch.bool and not ev.proves(fits(term, target), *inside):
             raise Unmodelled(f"may not fit {target}")
         return term
+    if not {source, target} <= {torch.bool, *INTEGERS, *FLOATS}:
+        raise Unmodelled(f"{source} as {target}")
 
     def convert(leaf: Term) -> Term:
         number = value_of(leaf)
@@ -91,10 +116,12 @@ def cast(ev: Evaluator, term: Term, source: torch.dtype, target: torch.dtype, in
 
 @_models(aten._to_copy.default)
 def _convert(ev: Evaluator, node: Any, index: Index) -> Term:
-    return cast(ev, ev.at(node.args[0], index), dtype_of(node.args[0]), dtype_of(node), in_range(ev, node, index))
+    (source,) = arguments(node, "self")
+    return cast(ev, ev.at(source, index), dtype_of(source), dtype_of(node), in_range(ev, node, index))
 
 
 def choice(ev: Evaluator, operand: Any, node: Any, index: Index) -> Term:
+    """The element of ``operand``, a tensor or a scalar, at ``index`` of ``node``, in the type of ``node``."""
     if not is_tensor(operand):
         return stored(ev, operand, node)
     term = ev.broadcast(operand, node, index)
@@ -103,21 +130,25 @@ def choice(ev: Evaluator, operand: Any, node: Any, index: Index) -> Term:
 
 @_models(aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 def _where(ev: Evaluator, node: Any, index: Index) -> Term:
-    condition = boolean(ev.broadcast(node.args[0], node, index))
-    yes, no = (choice(ev, operand, node, index) for operand in node.args[1:])
-    return z3.If(condition, yes, no)
+    condition, yes, no = arguments(node, "condition", "self", "other")
+    chosen = boolean(ev.broadcast(condition, node, index))
+    return z3.If(chosen, choice(ev, yes, node, index), choice(ev, no, node, index))
 
 
 @_models(aten.masked_fill.Scalar, aten.masked_fill.Tensor)
 def _masked_fill(ev: Evaluator, node: Any, index: Index) -> Term:
-    source, mask, value = node.args
+    source, mask, value = arguments(node, "self", "mask", "value")
     filled = boolean(ev.broadcast(mask, node, index))
-    return z3.If(filled, choice(ev, value, node, index), ev.broadcast(source, node, index))
+    if is_tensor(value) and dtype_of(value) != dtype_of(node):  # torch takes its number, as if it were a scalar
+        value = leaf_by_leaf(lambda leaf: literal(value_of(leaf), dtype_of(node)), ev.at(value, ()))
+    else:
+        value = choice(ev, value, node, index)
+    return z3.If(filled, value, ev.broadcast(source, node, index))
 
 
 @_models(aten.tril.default, aten.triu.default)
 def _triangle(ev: Evaluator, node: Any, index: Index) -> Term:
-    source, diagonal = arguments(node, 0)
+    source, diagonal = arguments(node, "self", "diagonal")
     row, column = index[-2:]
     distance, bound = column - row, ev.size(diagonal)
     keep = distance <= bound if node.target is aten.tril.default else distance >= bound
@@ -126,7 +157,7 @@ def _triangle(ev: Evaluator, node: Any, index: Index) -> Term:
 
 @_models(aten.constant_pad_nd.default)
 def _pad(ev: Evaluator, node: Any, index: Index) -> Term:
-    source, pads, value = arguments(node, None, 0)
+    source, pads, value = arguments(node, "self", "pad", "value")
     inner, exists = list(index), []
     for place, (before, size) in enumerate(zip(pads[::2], reversed(ev.shape(source)), strict=False)):
         at = len(index) - 1 - place

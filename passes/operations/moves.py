@@ -8,15 +8,14 @@ import sympy
 import torch
 import z3
 
-from passes.operations.making import choice
+from passes.operations.making import cast, choice
 from passes.operations.registry import Model, arguments, models
 from passes.terms import (
-    INTEGERS,
     Index,
     Term,
     Unmodelled,
-    align,
     dtype_of,
+    in_range,
     integer,
     positive,
     same_size,
@@ -47,50 +46,61 @@ MOVES = frozenset(
 
 @_models(aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default)
 def _same(ev: Evaluator, node: Any, index: Index) -> Term:
-    return ev.at(node.args[0], index)
+    (source,) = arguments(node, "self")
+    return ev.at(source, index)
 
 
 @_models(aten.copy.default)
 def _copy(ev: Evaluator, node: Any, index: Index) -> Term:
-    return choice(ev, node.args[1], node, index)
+    _onto, source = arguments(node, "self", "src")
+    return choice(ev, source, node, index)
 
 
 @_models(aten.expand.default)
 def _expand(ev: Evaluator, node: Any, index: Index) -> Term:
-    return ev.broadcast(node.args[0], node, index)
+    (source,) = arguments(node, "self")
+    return ev.broadcast(source, node, index)
 
 
 @_models(aten.unsqueeze.default)
 def _unsqueeze(ev: Evaluator, node: Any, index: Index) -> Term:
-    dim = ev.dim(node, node.args[1])
-    return ev.at(node.args[0], index[:dim] + index[dim + 1 :])
+    source, dim = arguments(node, "self", "dim")
+    dim = ev.dim(node, dim)
+    return ev.at(source, index[:dim] + index[dim + 1 :])
 
 
 @_models(aten.squeeze.dim, aten.squeeze.dims)
 def _squeeze(ev: Evaluator, node: Any, index: Index) -> Term:
-    source = node.args[0]
-    dims = [node.args[1]] if isinstance(node.args[1], int) else list(node.args[1])
-    gone = {ev.dim(source, dim) for dim in dims}
+    source, dims = arguments(node, "self", "dim")
+    gone = {ev.dim(source, dim) for dim in ([dims] if isinstance(dims, int) else dims)}
     if not all(same_size(source.meta["val"].shape[dim], 1) for dim in gone):
         raise Unmodelled("a squeeze of a size that may not be 1")
     rest = iter(index)
     return ev.at(source, tuple(z3.IntVal(0) if dim in gone else next(rest) for dim in range(source.meta["val"].dim())))
 
 
-@_models(aten.permute.default, aten.transpose.int, aten.t.default)
+@_models(aten.permute.default)
 def _permute(ev: Evaluator, node: Any, index: Index) -> Term:
-    rank = len(index)
-    if node.target is aten.permute.default:
-        order = [ev.dim(node, dim) for dim in node.args[1]]
-    else:
-        order = list(range(rank))
-        dims = node.args[1:3] if node.target is aten.transpose.int else (0, rank - 1)
-        a, b = (ev.dim(node, dim) for dim in dims)
-        order[a], order[b] = order[b], order[a]
-    source: list[Any] = [None] * rank
-    for position, dim in enumerate(order):
-        source[dim] = index[position]
-    return ev.at(node.args[0], tuple(source))
+    source, dims = arguments(node, "self", "dims")
+    inner: list[Any] = [None] * len(index)
+    for item, dim in zip(index, dims, strict=True):
+        inner[ev.dim(node, dim)] = item
+    return ev.at(source, tuple(inner))
+
+
+@_models(aten.transpose.int)
+def _transpose(ev: Evaluator, node: Any, index: Index) -> Term:
+    source, *dims = arguments(node, "self", "dim0", "dim1")
+    a, b = (ev.dim(node, dim) for dim in dims)
+    inner = list(index)
+    inner[a], inner[b] = index[b], index[a]
+    return ev.at(source, tuple(inner))
+
+
+@_models(aten.t.default)
+def _t(ev: Evaluator, node: Any, index: Index) -> Term:
+    (source,) = arguments(node, "self")
+    return ev.at(source, index[::-1])  # two dimensions at most
 
 
 def _bound(ev: Evaluator, position: Any, size: z3.ArithRef, default: int) -> z3.ArithRef:
@@ -102,7 +112,7 @@ def _bound(ev: Evaluator, position: Any, size: z3.ArithRef, default: int) -> z3.
 
 @_models(aten.slice.Tensor)
 def _slice(ev: Evaluator, node: Any, index: Index) -> Term:
-    source, dim, start, _end, step = arguments(node, 0, None, None, 1)
+    source, dim, start, _end, step = arguments(node, "self", "dim", "start", "end", "step")
     dim = ev.dim(source, dim)
     first = _bound(ev, start, ev.shape(source)[dim], 0)
     return ev.at(source, (*index[:dim], z3.simplify(index[dim] * ev.size(step) + first), *index[dim + 1 :]))
@@ -110,7 +120,7 @@ def _slice(ev: Evaluator, node: Any, index: Index) -> Term:
 
 @_models(aten.slice_scatter.default)
 def _slice_scatter(ev: Evaluator, node: Any, index: Index) -> Term:
-    target, source, dim, start, end, step = arguments(node, None, 0, None, None, 1)
+    target, source, dim, start, end, step = arguments(node, "self", "src", "dim", "start", "end", "step")
     if step != 1 or dtype_of(source) != dtype_of(node):
         raise Unmodelled("a slice with a step, or of another type")
     dim = ev.dim(node, dim)
@@ -124,7 +134,7 @@ def _slice_scatter(ev: Evaluator, node: Any, index: Index) -> Term:
 
 @_models(aten.select.int)
 def _select(ev: Evaluator, node: Any, index: Index) -> Term:
-    source, dim, position = node.args
+    source, dim, position = arguments(node, "self", "dim", "index")
     dim, chosen = ev.dim(source, dim), ev.size(position)
     chosen = z3.If(chosen < 0, chosen + ev.shape(source)[dim], chosen)
     return ev.at(source, (*index[:dim], z3.simplify(chosen), *index[dim:]))
@@ -132,16 +142,17 @@ def _select(ev: Evaluator, node: Any, index: Index) -> Term:
 
 @_models(aten.flip.default)
 def _flip(ev: Evaluator, node: Any, index: Index) -> Term:
-    turned = {ev.dim(node, dim) for dim in node.args[1]}
-    sizes = ev.shape(node)
-    return ev.at(node.args[0], tuple(sizes[d] - 1 - at if d in turned else at for d, at in enumerate(index)))
+    source, dims = arguments(node, "self", "dims")
+    turned, sizes = {ev.dim(node, dim) for dim in dims}, ev.shape(node)
+    return ev.at(source, tuple(sizes[d] - 1 - at if d in turned else at for d, at in enumerate(index)))
 
 
 @_models(aten.repeat.default)
 def _repeat(ev: Evaluator, node: Any, index: Index) -> Term:
-    source = node.args[0]
+    source, repeats = arguments(node, "self", "repeats")
     shape, inner = source.meta["val"].shape, []
-    for at, size, times in zip(index[len(index) - len(shape) :], shape, node.args[1][-len(shape) :], strict=True):
+    new = len(index) - len(shape)  # dimensions, all in front
+    for at, size, times in zip(index[new:], shape, repeats[new:], strict=True):
         if same_size(size, 1):
             inner.append(z3.IntVal(0))
         elif times == 1:
@@ -153,10 +164,10 @@ def _repeat(ev: Evaluator, node: Any, index: Index) -> Term:
 
 @_models(aten.index.Tensor)
 def _index(ev: Evaluator, node: Any, index: Index) -> Term:
-    source, positions = node.args
+    source, positions = arguments(node, "self", "indices")
     given = [dim for dim, position in enumerate(positions) if position is not None]
-    if any(dtype_of(positions[dim]) not in INTEGERS for dim in given):
-        raise Unmodelled("an index of another type")
+    if not given or any(dtype_of(positions[dim]) not in (torch.int64, torch.int32) for dim in given):
+        raise Unmodelled("an index of another type")  # booleans and bytes are masks
     rank = max(positions[dim].meta["val"].dim() for dim in given)
     # torch's rule: indices side by side leave their dimensions where they are, others put them first.
     at = given[0] if given == list(range(given[0], given[-1] + 1)) else 0
@@ -168,7 +179,7 @@ def _index(ev: Evaluator, node: Any, index: Index) -> Term:
             inner.append(next(rest))
             continue
         position = positions[dim]
-        where = integer(ev.at(position, align(position.meta["val"].shape, target, picked)))
+        where = integer(ev.at(position, ev.align(position.meta["val"].shape, target, picked)))
         inner.append(z3.simplify(z3.If(where < 0, where + shape[dim], where)))
     return ev.at(source, tuple(inner))
 
@@ -176,7 +187,7 @@ def _index(ev: Evaluator, node: Any, index: Index) -> Term:
 @_models(aten.index_select.default, aten.gather.default)
 def _pick(ev: Evaluator, node: Any, index: Index) -> Term:
     """Positions below zero are an error here, unlike in ``index``."""
-    source, dim, positions = node.args[:3]
+    source, dim, positions = arguments(node, "self", "dim", "index")
     dim = ev.dim(source, dim)
     along = index if node.target is aten.gather.default else (index[dim],)
     return ev.at(source, (*index[:dim], z3.simplify(integer(ev.at(positions, along))), *index[dim + 1 :]))
@@ -184,38 +195,41 @@ def _pick(ev: Evaluator, node: Any, index: Index) -> Term:
 
 @_models(aten.cat.default)
 def _cat(ev: Evaluator, node: Any, index: Index) -> Term:
-    parts = node.args[0]
-    dim = ev.dim(node, node.args[1] if len(node.args) > 1 else 0)
-    kind = (dtype_of(node), node.meta["val"].dim())
-    if not all((dtype_of(part), part.meta["val"].dim()) == kind for part in parts):
-        raise Unmodelled("a concatenation of mixed types, or with torch's empty 1-D tensor")
+    parts, dim = arguments(node, "tensors", "dim")
+    dim = ev.dim(node, dim)
+    if any(part.meta["val"].dim() != len(index) for part in parts):
+        raise Unmodelled("a concatenation with torch's empty 1-D tensor")
     position, pieces = index[dim], []
     for part in parts:
-        pieces.append((position, ev.shape(part)[dim], part))
-        position = position - pieces[-1][1]
-    result = ev.at(pieces[-1][2], (*index[:dim], pieces[-1][0], *index[dim + 1 :]))
-    for where, size, part in reversed(pieces[:-1]):
-        result = z3.If(where < size, ev.at(part, (*index[:dim], where, *index[dim + 1 :])), result)
+        size, place = ev.shape(part)[dim], (*index[:dim], position, *index[dim + 1 :])
+        pieces.append((position, size, _part(ev, part, node, place)))
+        position = position - size
+    result = pieces[-1][2]
+    for where, size, element in reversed(pieces[:-1]):
+        result = z3.If(where < size, element, result)
     return result
 
 
 @_models(aten.stack.default)
 def _stack(ev: Evaluator, node: Any, index: Index) -> Term:
-    parts = node.args[0]
-    dim = ev.dim(node, node.args[1] if len(node.args) > 1 else 0)
-    if any(dtype_of(part) != dtype_of(node) for part in parts):
-        raise Unmodelled("a stack of mixed types")
-    rest = index[:dim] + index[dim + 1 :]
-    result = ev.at(parts[-1], rest)
+    parts, dim = arguments(node, "tensors", "dim")
+    dim = ev.dim(node, dim)
+    elements = [_part(ev, part, node, index[:dim] + index[dim + 1 :]) for part in parts]
+    result = elements[-1]
     for place in range(len(parts) - 2, -1, -1):
-        result = z3.If(index[dim] == place, ev.at(parts[place], rest), result)
+        result = z3.If(index[dim] == place, elements[place], result)
     return result
+
+
+def _part(ev: Evaluator, part: Any, node: Any, index: Index) -> Term:
+    """The element of one of the tensors that ``node`` joins, in the type of ``node``."""
+    return cast(ev, ev.at(part, index), dtype_of(part), dtype_of(node), in_range(ev, part, index))
 
 
 @_models(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten._reshape_copy.default)
 def _view(ev: Evaluator, node: Any, index: Index) -> Term:
     """Splits and merges of neighbouring dimensions; sizes inside a split or merge must be static but the first."""
-    source = node.args[0]
+    (source,) = arguments(node, "self")
     before = [size_expression(size) for size in source.meta["val"].shape]
     after = [size_expression(size) for size in node.meta["val"].shape]
     rest, result = list(index), []

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import z3
 
+from passes.operations.making import cast
 from passes.operations.registry import Model, arguments, models
 from passes.terms import (
     FLOATS,
@@ -33,22 +34,23 @@ _models = models(MODELS)
 
 @_models(aten.diff.default)
 def _diff(ev: Evaluator, node: Any, index: Index) -> Term:
-    """First difference with an optional prepended slice of length 1."""
-    source, order, dim, prepend, append = arguments(node, 1, -1, None, None)
-    if order != 1 or append is not None or dtype_of(source) not in INTEGERS:
-        raise Unmodelled("a difference of another order")
+    """First difference with an optional prepended slice of length 1, both in the type that torch joins them in."""
+    source, order, dim, prepend, append = arguments(node, "self", "n", "dim", "prepend", "append")
+    if order != 1 or append is not None or dtype_of(node) not in INTEGERS:
+        raise Unmodelled("a difference of another order, or of another type")
     dim = ev.dim(source, dim)
 
-    def element(position: z3.ArithRef) -> Term:
-        return ev.at(source, (*index[:dim], position, *index[dim + 1 :]))
+    def element(of: Any, position: z3.ArithRef) -> Term:
+        place = (*index[:dim], position, *index[dim + 1 :])
+        return integer(cast(ev, ev.at(of, place), dtype_of(of), dtype_of(node), in_range(ev, of, place)))
 
     here = index[dim]
     if prepend is None:
-        return element(here + 1) - element(here)
+        return element(source, here + 1) - element(source, here)
     if not same_size(prepend.meta["val"].shape[dim], 1):
         raise Unmodelled("more than one prepended element")
-    before = ev.at(prepend, (*index[:dim], z3.IntVal(0), *index[dim + 1 :]))
-    return z3.If(here == 0, element(here) - before, element(here) - element(here - 1))
+    before = z3.If(here == 0, element(prepend, z3.IntVal(0)), element(source, here - 1))
+    return element(source, here) - before
 
 
 def _constant_row(ev: Evaluator, source: Any, dim: int, node: Any, index: Index, candidates: tuple[int, ...]) -> int:
@@ -65,9 +67,10 @@ def _constant_row(ev: Evaluator, source: Any, dim: int, node: Any, index: Index,
 @_models(aten.cumsum.default)
 def _cumsum(ev: Evaluator, node: Any, index: Index) -> Term:
     """Modelled where the operand is provably one constant on the whole row: then it is that many times it."""
-    if dtype_of(node) not in INTEGERS or dtype_of(node.args[0]) in FLOATS:
+    source, dim = arguments(node, "self", "dim")
+    if dtype_of(node) not in INTEGERS or dtype_of(source) in FLOATS:
         raise Unmodelled("a sum of fractions")
-    source, dim = node.args[0], ev.dim(node, node.args[1])
+    dim = ev.dim(node, dim)
     return _constant_row(ev, source, dim, node, index, (0, 1)) * (index[dim] + 1)
 
 
@@ -77,16 +80,16 @@ def _getitem(ev: Evaluator, node: Any, index: Index) -> Term:
     made, item = node.args
     if made.target not in (aten.cummax.default, aten.cummin.default) or item != 0:
         raise Unmodelled("one of several results")
-    source = made.args[0]
+    source, dim = arguments(made, "self", "dim")
     if dtype_of(source) not in INTEGERS:
         raise Unmodelled("a running maximum of another type")
-    return z3.IntVal(_constant_row(ev, source, ev.dim(source, made.args[1]), node, index, (0, 1)))
+    return z3.IntVal(_constant_row(ev, source, ev.dim(source, dim), node, index, (0, 1)))
 
 
 @_models(aten.any.dim, aten.all.dim)
 def _any(ev: Evaluator, node: Any, index: Index) -> Term:
     """Modelled where a witness settles it: an element that is provably true, or none that can be."""
-    source, dim, keepdim = arguments(node, 0, False)
+    source, dim, keepdim = arguments(node, "self", "dim", "keepdim")
     if dtype_of(source) != torch.bool:
         raise Unmodelled("any of numbers")
     dim = ev.dim(source, dim)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
 from passes.attention import AttentionCall
 from passes.cache_ops import update_behind
 from passes.masks import PROVED, MaskProof
@@ -34,7 +36,8 @@ class Action(Enum):
     DECOMPOSED = "decomposed"
     """Written out as matmul, add, softmax, matmul."""
     UNTOUCHED = "untouched"
-    """Left to the installed Torch-TensorRT."""
+    """Left to the installed Torch-TensorRT; a row that sees no key is then not 0 as in PyTorch, but what its layers
+    make of it."""
 
 
 KEEPS_MASK = frozenset({Action.NATIVE_MASK, Action.DECOMPOSED, Action.UNTOUCHED})
@@ -59,11 +62,28 @@ def over_cache(call: AttentionCall, proof: MaskProof, unproven: str | None) -> D
     update = update_behind(call.key)
     if update is None:
         return None
-    rows = update.args[0].meta["val"].shape[0]  # type: ignore[union-attr]
-    position = f"{update.args[2]}[{'b' if rows > 1 else 0}]"
-    if proof.proof == PROVED and proof.predicate == f"k <= q + {position}" and call.query.meta["val"].shape[2] == 1:
+    row = "b" if update.args[0].meta["val"].shape[0] > 1 else 0  # type: ignore[union-attr]
+    offset = (str(update.args[2]), (row,))
+    if proof.proof == PROVED and proof.offset == offset and call.query.meta["val"].shape[2] == 1:
         return Decision(Action.CACHED, why(proof))
     return None if unproven == "error" else Decision(Action.DECOMPOSED, why(proof))
+
+
+SEES_FIRST_KEY = ("none", "full", "causal")
+SEES_ITSELF = ("causal_lower_right", "sliding_window", "chunked", "packed")
+
+
+def every_row_sees_a_key(call: AttentionCall, proof: MaskProof) -> bool:
+    """Whether no row of the call is blocked from every key, by the class of its mask (:mod:`passes.masks`).
+
+    A row that sees none gives 0 in PyTorch, and anything in TensorRT's softmax and attention layers.
+    """
+    queries, keys = (tensor.meta["val"].shape[-2] for tensor in (call.query, call.key))
+    if proof.proof != PROVED:
+        return False
+    if proof.mask in SEES_FIRST_KEY:
+        return bool(statically_known_true(keys >= 1))
+    return proof.mask in SEES_ITSELF and bool(statically_known_true(keys >= queries))
 
 
 Strategy = Callable[[AttentionCall, MaskProof, "str | None"], Decision]

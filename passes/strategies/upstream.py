@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from passes.attention import AttentionCall
 from passes.masks import MaskProof
-from passes.strategies import Action, Decision
+from passes.strategies import Action, Decision, every_row_sees_a_key
 
 
 def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision:
-    return Decision(Action.UNTOUCHED, "left to Torch-TensorRT")
+    reason = "left to Torch-TensorRT"
+    if not every_row_sees_a_key(call, proof):
+        reason += "; a row that sees no key need not be 0 as in PyTorch"
+    return Decision(Action.UNTOUCHED, reason)

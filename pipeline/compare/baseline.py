@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from passes.errors import UserError
+from pipeline.axes import Axes, has, parse
 from pipeline.compare.labels import Section
 from pipeline.compare.ratios import Ratio, ratio
-from pipeline.compare.rows import Axes, Measure, Row
+from pipeline.compare.rows import Measure, Row
 
-SHORT = {"model": "model.name", "strategy": "strategy.name", "backend": "backend.name", "cache": "cache.name",
-         "shape": "shape.kind"}  # fmt: skip
 MUST_AGREE = ("precision", "cache.", "model.", "shape.batch")  # or the two rows do different work
 HOW = ("strategy.", "backend.")
 
@@ -45,24 +44,9 @@ class Against:
 
 
 def parse_baseline(text: str, rows: list[Row]) -> Axes:
-    """``strategy:upstream``, or several such with commas between, as axes that at least one of ``rows`` has."""
-    wanted: Axes = {}
-    known = {key for row in rows for key in row.axes}
-    for part in text.split(","):
-        axis, colon, value = part.strip().partition(":")
-        if not colon or not axis or not value:
-            raise UserError(f"--baseline {text}: is written AXIS:VALUE, for example strategy:upstream")
-        key = SHORT.get(axis, axis)
-        if key not in known:
-            names = sorted(known - set(SHORT.values()) | {short for short, full in SHORT.items() if full in known})
-            raise UserError(f"--baseline {text}: no axis {axis}; these reports have {', '.join(names)}")
-        values = {row.axes[key] for row in rows if key in row.axes}
-        if value not in values:
-            raise UserError(f"--baseline {text}: no report has it; {axis} here is {', '.join(sorted(values))}")
-        wanted[key] = value
-    if not any(_has(row, wanted) for row in rows):
-        raise UserError(f"--baseline {text}: no report has all of it together")
-    return wanted
+    """``--baseline``, in the grammar of :mod:`pipeline.axes`, as axes that at least one of ``rows`` has."""
+    unset = {key for row in rows for key in row.known}
+    return parse(text, "--baseline ", "axis", [row.axes for row in rows], unset, "report")
 
 
 def against_baseline(section: Section, wanted: Axes) -> list[Against]:
@@ -73,17 +57,13 @@ def against_baseline(section: Section, wanted: Axes) -> list[Against]:
     """
     found = []
     for measure in section.measures:
-        baselines = [row for row in section.timed(measure) if _has(row, wanted)]
+        baselines = [row for row in section.timed(measure) if has(row.axes, wanted)]
         for row in section.timed(measure):
             if any(row is other for other in baselines):
                 continue
             chosen, why = _choose(row, baselines, wanted)
             found.append(_compare(row, measure, chosen, chosen[0].label if chosen else "", why))
     return found
-
-
-def _has(row: Row, wanted: Axes) -> bool:
-    return all(row.axes.get(key) == value for key, value in wanted.items())
 
 
 def _choose(row: Row, baselines: list[Row], wanted: Axes) -> tuple[list[Row], str]:

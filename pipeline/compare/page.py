@@ -11,8 +11,8 @@ from functools import partial
 from importlib.resources import files
 
 from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
-from markupsafe import escape
 
+from pipeline import markdown
 from pipeline.compare import charts
 from pipeline.compare.baseline import Against
 from pipeline.compare.labels import Section
@@ -169,7 +169,7 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "cell": _markdown_cell}
+    environment.filters |= {"number": number, "cell": markdown.cell}
     rows = [row for one in shown for row in one.section.rows]
     context = {
         "shown": shown,
@@ -183,9 +183,3 @@ def render(
         "has_links": any(row.link for row in rows),
     }
     return environment.get_template("page.html").render(context), environment.get_template("page.md").render(context)
-
-
-def _markdown_cell(text: object) -> str:
-    """``text`` so that it stays one cell and shows as it is: Markdown knows HTML."""
-    flat = " ".join(str(text).split())
-    return re.sub(r"([\\`*\[\]|])", r"\\\1", str(escape(flat)).replace("&#39;", "'").replace("&#34;", '"'))

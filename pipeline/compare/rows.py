@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from passes.errors import UserError
+from pipeline.axes import Axes, axes, settings
 from pipeline.compare.sources import Found
 from pipeline.config import STRATEGIES
 from pipeline.report import error_share, worst_case
 from pipeline.tracking_names import verified
 
-AXES = ("model", "precision", "strategy", "backend", "shape", "cache")
-"""The settings of a report's ``config`` that make one row another than the next."""
-NO_AXES = ("model.source", "model.revision", "model.architecture", "model.path")  # the model's name stands for them
 CLOCKS = ("device_ms", "ttft_ms", "tpot_ms")
-Axes = dict[str, str]
 
 
 class Measure(NamedTuple):
@@ -145,7 +141,7 @@ def row(found: Found) -> Row:
         return Row(
             name=found.name,
             axes=axes(report["config"]),
-            known=frozenset(key for key, _ in _settings(report["config"])),
+            known=frozenset(key for key, _ in settings(report["config"])),
             status=report["status"],
             reason=None if timings else _reason(report),
             timings=timings,
@@ -161,39 +157,6 @@ def row(found: Found) -> Row:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"{error}"
         raise UserError(f"{found.name}: is no report of a run ({what})") from None
-
-
-def axes(config: Mapping[str, Any]) -> Axes:
-    """The settings of a config that tell rows apart, dotted, as the command line writes them.
-
-    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption.
-    """
-    found = {key: _written(value) for key, value in _settings(config) if value not in (None, [], {})}
-    model = config.get("model") or {}
-    if model.get("path"):
-        found["model.name"] = Path(model["path"]).name
-    if found.get("backend.name", "tensorrt") != "tensorrt":
-        found = {key: value for key, value in found.items() if not key.startswith("strategy.")}
-    if "strategy.assume" not in found:
-        found.pop("strategy.guard", None)
-    return found
-
-
-def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for group in AXES:
-        value = config.get(group)
-        if not isinstance(value, Mapping):
-            yield group, value
-            continue
-        for key, setting in value.items():
-            if f"{group}.{key}" not in NO_AXES:
-                yield f"{group}.{key}", setting
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"[{','.join(map(_written, value))}]" if isinstance(value, list) else str(value)
 
 
 def _timings(report: Mapping[str, Any], samples: Mapping[str, Any]) -> Iterator[tuple[Measure, Timing]]:

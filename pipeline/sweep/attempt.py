@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from passes.errors import UserError
+from pipeline import unfinished
 from pipeline.config import Config
 from pipeline.console import StageDisplay
 from pipeline.environment import environment
@@ -101,6 +102,7 @@ def _failed(progress: _Progress, config: Config, error: UserError) -> None:
     folder = record.open_folder(folder_name(config))
     progress.write(folder=str(folder.relative_to(progress.ledger.output)))
     record.close("failed")
+    record.release(sent=True)
 
 
 def settle(config: Config, key: str, name: str, ended: Ended, log: Path) -> tuple[Entry, dict[str, Any]]:
@@ -115,7 +117,8 @@ def settle(config: Config, key: str, name: str, ended: Ended, log: Path) -> tupl
     report = ledger.report(entry)
     if report is None or (ended.timed_out and report["status"] == "failed"):
         record = Record(config, StageDisplay())
-        record.report |= report or {"environment": environment()}
+        so_far = None if entry.folder is None else unfinished.read(ledger.output / entry.folder)
+        record.report |= report or (so_far or {}).get("report") or {"environment": environment()}
         record.report["failure"] = {"stage": entry.stage, **_why(ended, config)}
         if entry.folder is None:
             folder = record.open_folder(folder_name(config))
@@ -124,6 +127,8 @@ def settle(config: Config, key: str, name: str, ended: Ended, log: Path) -> tupl
         record.folder = ledger.output / entry.folder
         record.folder.mkdir(parents=True, exist_ok=True)
         record.close("failed")
+        record.release(sent=True)
+        unfinished.clear(record.folder)
         ledger.write(key, entry)
         report = ledger.report(entry)
     assert entry.folder is not None and report is not None

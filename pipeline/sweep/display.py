@@ -18,7 +18,8 @@ from pipeline.sweep.jobs import at, headline, read_rows
 def line(label: str, report: dict[str, Any], folder: Path, seconds: float, skipped: bool) -> str:
     """One job, over."""
     if report["status"] == "failed":
-        return f"✗ {label}  {seconds:.1f} s  {{stage}}: {{kind}}: {{message}}  {folder}".format(**report["failure"])
+        why = "{stage}: {kind}: {message}".format(**report["failure"])
+        return f"✗ {label}  {seconds:.1f} s  {why}  {folder}"
     path = headline(report)
     number = "" if path is None else f"  {at(report, path):.2f} ms"
     took = "finished before" if skipped else f"{seconds:.1f} s"

@@ -10,12 +10,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from passes.errors import UserError
 from pipeline.config import Config, ModelConfig
 from pipeline.report import SCHEMA
 from pipeline.sweep.jobs import Job, at
-from pipeline.sweep.keys import content_key, surroundings
+from pipeline.sweep.keys import Commits, content_key, surroundings
 from pipeline.sweep.ledger import Ledger
 
 BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -24,7 +25,7 @@ BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 def show(jobs: Sequence[Job]) -> None:
     """Print the plan; creates nothing."""
     here, output = surroundings(), Path(jobs[0].config.output)
-    ledger, earlier = Ledger(output), _earlier(output)
+    ledger, earlier, commits = Ledger(output), _earlier(output), Commits()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("job", "", "time", "device memory"):
         table.add_column(column, overflow="fold")
@@ -32,16 +33,18 @@ def show(jobs: Sequence[Job]) -> None:
     times: list[float | None] = []
     most = 0.0
     for job in jobs:
-        if not job.config.rerun and ledger.finished(content_key(job.config, here)):
-            table.add_row(job.label, "finished")
+        if not job.config.rerun and ledger.finished(content_key(job.config, here, commits)):
+            table.add_row(Text(job.label), "finished")
             continue
         times.append(_seconds(job.config, earlier))
         memory = device_bytes(job.config, models)
         most = max(most, memory or 0.0)
-        table.add_row(job.label, "to do", _time(times[-1]), _memory(memory))
+        table.add_row(Text(job.label), "to do", _time(times[-1]), _memory(memory))
     known = [seconds for seconds in times if seconds is not None]
     console = Console(highlight=False)
     console.print(table)
+    for note in dict.fromkeys(note for job in jobs for note in job.config.notes):
+        console.print(Text(f"! {note}"))
     console.print(f"\n{len(jobs)} jobs, {len(jobs) - len(times)} of them finished, {len(times)} to do")
     if times:
         strange = len(times) - len(known)

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
+
+from pipeline import interrupts
 
 GRACE_S = 15.0
 """How long a process that was told to end may take to write its report."""
@@ -204,8 +205,8 @@ def _inside(target: Callable[..., int], arguments: tuple[Any, ...], log: Path, l
         os.dup2(nothing.fileno(), 0)
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the server ignores it
+    interrupts.install()
     faulthandler.enable()
     faulthandler.dump_traceback_later(limit_s, exit=True)
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
@@ -213,11 +214,9 @@ def _inside(target: Callable[..., int], arguments: tuple[Any, ...], log: Path, l
         code = target(*arguments)
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
-    sys.exit(code)
-
-
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    sys.exit(interrupts.exit_code(code))
 
 
 def _end_with_the_caller() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from passes.errors import UserError
 from pipeline.config import Config
+from pipeline.idle import why_idle
+from pipeline.overrides import typed
 from pipeline.report import write_json
 from pipeline.sweep.keys import NOT_SETTINGS, settings_key
 from pipeline.tracking_names import run_name
@@ -44,20 +47,28 @@ class Row:
 def plan(composed: Iterable[tuple[Sequence[str], Config]]) -> list[Job]:
     """The jobs of a sweep, from the overrides and the configuration of each.
 
-    Raises :class:`UserError` for two that ask for the same, and where they differ in what a sweep has only one of.
+    Those that differ only in what has no part in them are one job, and the console says so.  Raises :class:`UserError`
+    for two that are the same to the letter, and where they differ in what a sweep has only one of.
     """
     composed = list(composed)
     often = Counter(override for overrides, _ in composed for override in overrides)
     jobs: dict[str, Job] = {}
+    merged: Counter[str] = Counter()
     for overrides, config in composed:
-        own = [override.lstrip("+") for override in overrides if often[override] < len(composed)]
+        own = [typed(override) for override in overrides if often[override] < len(composed)]
+        own = [text for text in own if why_idle(config, text.partition("=")[0]) is None]
         job = Job(config, settings_key(config), " ".join(own) or run_name(config))
         for setting in NOT_SETTINGS:
             if getattr(config, setting) != getattr(composed[0][1], setting):
                 raise UserError(f"-m: {job.label} changes {setting}, which the whole sweep has in common; leave it out")
         if (twin := jobs.setdefault(job.key, job)) is not job:
-            what = twin.label if twin.label == job.label else f"{twin.label} and {job.label}"
-            raise UserError(f"-m: {what}: two jobs with the same settings; leave one out")
+            if twin.config.to_dict() == config.to_dict():
+                what = twin.label if twin.label == job.label else f"{twin.label} and {job.label}"
+                raise UserError(f"-m: {what}: two jobs with the same settings; leave one out")
+            merged[twin.label] += 1
+    for label, more in merged.items():
+        print(f"! {label}: {more} more of the combinations are this job; what else they set has no part in it",
+              file=sys.stderr)  # fmt: skip
     return list(jobs.values())
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.report import SCHEMA, write_json
+from pipeline.report import read_report, write_json
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,14 @@ class Ledger:
     def read(self, key: str) -> Entry | None:
         try:
             return Entry(**json.loads(self._file(key).read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):  # there is none, or none that can be read
             return None
 
     def report(self, entry: Entry) -> dict[str, Any] | None:
-        """The report of that attempt; None while there is none."""
+        """The report of that attempt; None while there is none, where it was thrown away, or cannot be read."""
         if entry.folder is None:
             return None
-        try:
-            report = json.loads((self.output / entry.folder / "report.json").read_text())
-        except FileNotFoundError:  # not there yet, or the run was thrown away
-            return None
-        return report if report["schema"] == SCHEMA else None
+        return read_report(self.output / entry.folder / "report.json")
 
     def finished(self, key: str) -> tuple[Entry, dict[str, Any]] | None:
         """The attempt that finished the job, and its report; None: it must be done."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ def best(rows: Mapping[str, Row], reports: Mapping[str, dict[str, Any]]) -> dict
         run_id, size, path = rows[key].run_id, at(report, "engine.bytes"), headline(report)
         if run_id is None or size is None or report["status"] == "failed" or not verified(report):
             continue
-        aliases = found.setdefault(report["model"]["name"], {})
+        aliases = found.setdefault(re.sub(r"[^\w.\- ]", "_", report["model"]["name"]), {})  # what MLflow takes
         numbers = {"smallest": float(size)} | ({} if path is None else {"fastest": float(at(report, path))})
         for alias, number in numbers.items():
             aliases[alias] = min(aliases.get(alias, (number, run_id)), (number, run_id))

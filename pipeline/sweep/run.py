@@ -7,7 +7,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,18 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from passes.errors import UserError
-from pipeline.config import Config, from_hydra
+from pipeline import interrupts
+from pipeline.compose import from_hydra
+from pipeline.config import Config
+from pipeline.files import check_output, write_text
+from pipeline.overrides import typed
+from pipeline.recovery import recover
 from pipeline.report import write_json
 from pipeline.sweep import isolation, registry, table, tracking, waves
 from pipeline.sweep.attempt import attempt, settle
 from pipeline.sweep.display import line, live
 from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
-from pipeline.sweep.keys import content_key, settings_key, surroundings, sweep_key
+from pipeline.sweep.keys import Commits, content_key, pinned, settings_key, surroundings, sweep_key
 from pipeline.sweep.ledger import Entry, Ledger
 from pipeline.tracking_store import check_store
 
@@ -51,6 +56,7 @@ class Task:
     """Settings that the command gives one value: they tell no job from another."""
     surroundings: str | None = None
     """Those of the machine that it runs on; None: another than the one that made the task."""
+    commits: Commits = field(default_factory=Commits)
 
     def __call__(self, composed: DictConfig) -> float | None:
         """What Hydra calls: the job's objective, None where it has none."""
@@ -70,8 +76,10 @@ class Task:
 
     def attempt(self, config: Config, turns: isolation.Turns | None = None) -> Done:
         """Do the job, unless it is finished."""
+        interrupts.check()
         job, ledger = settings_key(config), Ledger(Path(config.output))
-        key = content_key(config, self.surroundings or surroundings())
+        key = content_key(config, self.surroundings or surroundings(), self.commits)
+        config = pinned(config, self.commits)
         finished = None if config.rerun else ledger.finished(key)
         if finished is not None:
             if turns is not None:
@@ -98,7 +106,7 @@ class Task:
 
     def _chosen(self) -> str:
         """What Hydra's sweeper chose for the job that it is calling."""
-        given = (override.lstrip("+") for override in HydraConfig.get().overrides.task)
+        given = map(typed, HydraConfig.get().overrides.task)
         return " ".join(override for override in given if override.partition("=")[0] not in self.fixed)
 
 
@@ -110,25 +118,26 @@ def sweep(
     ``config`` is any of theirs: they agree on where everything goes.  ``jobs`` is None where only Hydra's sweeper
     knows them, as they come; ``identity`` then stands for them.  Raises :class:`UserError`, with nothing created.
     """
-    here = surroundings()
+    here, commits = surroundings(), Commits()
     if config.sweep.builders > 1 and launch is not None:
         raise UserError(f"sweep.builders={config.sweep.builders}: leave it out where Hydra's plugins place the jobs")
-    if config.sweep.baseline is not None and jobs is not None:
-        table.check_baseline(config.sweep.baseline, jobs)
-    key = sweep_key([identity, here] if jobs is None else [content_key(job.config, here) for job in jobs])
+    keys = {job.key: content_key(job.config, here, commits) for job in jobs or ()}
+    key = sweep_key([identity, here] if jobs is None else keys.values())
     output = Path(config.output)
     folder = output / "sweeps" / key[:12]
     check_store(config.tracking.uri)
+    check_output(config.output)
     with _only_one(output):
         labels = {job.key: job.label for job in jobs or ()}
         ledger = Ledger(output)
-        left = [job for job in jobs or () if config.rerun or not ledger.finished(content_key(job.config, here))]
+        left = [job for job in jobs or () if config.rerun or not ledger.finished(keys[job.key])]
         if launch is None and left:
             isolation.warm_up()
         parent = tracking.open_parent(config, key, f"sweep of {len(jobs)} jobs" if jobs else "sweep")
+        recover(config, lambda message: print(f"! {message}", file=sys.stderr))
         shutil.rmtree(folder / "rows", ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        task = Task(parent, folder, labels, surroundings=here if launch is None else None)
+        task = Task(parent, folder, labels, surroundings=here if launch is None else None, commits=commits)
         status = "KILLED"
         try:
             with live(folder / "rows", None if jobs is None else len(jobs)):
@@ -145,7 +154,8 @@ def sweep(
             print("\ninterrupted; the same command goes on with the jobs that are left", file=sys.stderr)
             raise
         finally:
-            failed = _close(config, task, labels, status)
+            with interrupts.held():
+                failed = _close(config, task, labels, status)
     return 1 if failed else 0
 
 
@@ -159,7 +169,7 @@ def _close(config: Config, task: Task, labels: Mapping[str, str], status: str) -
     entries = table.entries({**labels, **{key: row.label for key, row in rows.items()}}, rows, reports, ratios)
     write_json(task.folder / "summary.json", {"sweep": task.folder.name, "baseline": baseline, "jobs": entries})
     shown, shown_in = table.markdown(entries, baseline), task.folder / "summary.md"
-    shown_in.write_text(shown, encoding="utf-8")
+    write_text(shown_in, shown)
 
     lost = [entry for entry in entries if status == "FINISHED" and entry["status"] == "not_done"]
     failed = [entry for entry in entries if entry["status"] == "failed"]

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError
-from pipeline.sweep.jobs import Job, Row, at, headline
+from pipeline.axes import Axes, axes, has, parse, settings
+from pipeline.markdown import table as markdown_table
+from pipeline.sweep.jobs import Row, at, headline
 
 SAME = ("model", "precision", "shape", "benchmark", "until")
 """Settings in which a row and its baseline agree, whatever the baseline is about: else their times say nothing."""
@@ -18,17 +20,12 @@ NOT_EXECUTED = "not executed: no GPU could run the engine, so nothing was timed"
 COLUMNS = ("job", "status", "time", "speed-up", "engine", "why")
 
 
-def check_baseline(baseline: str, jobs: Sequence[Job]) -> None:
-    """Raises :class:`UserError` unless some of the ``jobs`` are what ``sweep.baseline`` names."""
-    axis, colon, value = baseline.partition(":")
-    refusal = f"sweep.baseline={baseline}"
-    if not colon or not value:
-        raise UserError(f"{refusal}: write SETTING:VALUE, such as strategy:upstream")
-    known = sorted({str(found) for job in jobs if (found := _value(job.config.to_dict(), axis)) is not None})
-    if not known:
-        raise UserError(f"{refusal}: {axis} is no setting; write SETTING:VALUE, such as strategy:upstream")
-    if value not in known:
-        raise UserError(f"{refusal}: no job has it; {axis} is {', '.join(known)} here")
+def check_baseline(baseline: str, configs: Iterable[Mapping[str, Any]]) -> Axes:
+    """What ``sweep.baseline`` names, in the grammar of :mod:`pipeline.axes`; raises :class:`UserError` unless some of
+    the ``configs``, as they stand in reports, have it."""
+    configs = list(configs)
+    unset = {key for config in configs for key, _ in settings(config)}
+    return parse(baseline, "sweep.baseline=", "setting", [axes(config) for config in configs], unset, "job")
 
 
 def speed_ups(
@@ -36,14 +33,17 @@ def speed_ups(
 ) -> dict[str, tuple[float, float, float]]:
     """Key of a job -> ratio, low, high: the time of its baseline over its own, medians, with the bootstrapped 95 %
     interval.  Jobs that were not timed, and those without one baseline that agrees with them, are left out."""
-    axis, _, value = baseline.partition(":")
-    group = axis.partition(".")[0]
     timed = {key: path for key, report in reports.items() if (path := headline(report)) is not None}
     configs = {key: reports[key]["config"] for key in timed}
-    bases = [key for key in timed if str(_value(configs[key], axis)) == value]
+    try:
+        wanted = check_baseline(baseline, configs.values())
+    except UserError:  # the jobs that have it were not timed
+        return {}
+    groups = {axis.partition(".")[0] for axis in wanted}
+    bases = [key for key in timed if has(axes(configs[key]), wanted)]
 
     def agree(key: str, base: str, settings: Iterable[str]) -> bool:
-        return all(configs[key].get(name) == configs[base].get(name) for name in settings if name != group)
+        return all(configs[key].get(name) == configs[base].get(name) for name in settings if name not in groups)
 
     ratios = {}
     for key, path in timed.items():
@@ -88,8 +88,7 @@ def _entry(
 
 def markdown(table: Sequence[Mapping[str, Any]], baseline: str | None) -> str:
     """The table, for people."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *(_cells(entry, baseline) for entry in table)]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return markdown_table(COLUMNS, (_cells(entry, baseline) for entry in table))
 
 
 def _cells(entry: Mapping[str, Any], baseline: str | None) -> tuple[str, ...]:
@@ -106,11 +105,6 @@ def _cells(entry: Mapping[str, Any], baseline: str | None) -> tuple[str, ...]:
         f"{size / 1e6:.1f} MB" if size else "",
         why,
     )
-
-
-def _value(config: Mapping[str, Any], axis: str) -> Any:
-    found = at(dict(config), axis)
-    return found.get("name", found.get("kind")) if isinstance(found, dict) else found
 
 
 def _samples(folder: Path, path: str) -> list[float]:

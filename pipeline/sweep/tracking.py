@@ -19,6 +19,7 @@ from pipeline import tracking
 from pipeline.config import Config
 from pipeline.memory import collector_paused
 from pipeline.report import write_report
+from pipeline.tracking import PARENT
 from pipeline.tracking_store import (
     as_user_error,
     check_store,
@@ -34,7 +35,6 @@ from pipeline.tracking_store import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PARENT = "mlflow.parentRunId"
 SWEEP, OUTPUT, JOB, SENT = "sweep.key", "sweep.output", "sweep.job", "sweep.report_sha256"
 """Tags: of a parent the sweep and the folder of its runs; of a child the job and, once it is complete, its report."""
 
@@ -57,8 +57,9 @@ class Parent:
 def open_parent(config: Config, key: str, name: str) -> Parent:
     """The parent run of the sweep ``key``: the one that was started before, or a new one.
 
-    Parents that a killed sweep over the same folder left running are closed, children that were not sent whole are
-    thrown away.  Raises :class:`UserError` naming ``tracking.uri`` or ``tracking.experiment``; nothing exists then.
+    Parents and children that a killed sweep over the same folder left running are closed; children of this sweep that
+    were not sent whole are thrown away.  Raises :class:`UserError` naming ``tracking.uri`` or
+    ``tracking.experiment``; nothing exists then.
     """
     uri, output = check_store(config.tracking.uri), str(Path(config.output).resolve())
     with as_user_error(f"tracking.uri={redacted(config.tracking.uri)}"), quiet():
@@ -67,8 +68,9 @@ def open_parent(config: Config, key: str, name: str) -> Parent:
         experiment = experiment_id(client, uri, config.tracking.experiment)
         sweeps = search_runs(client, experiment, f"tags.`{SWEEP}` != ''")
         here = [run for run in sweeps if run.data.tags.get(OUTPUT) == output]  # a path may hold what no filter takes
-        for run in here:
-            if run.info.status == "RUNNING":
+        theirs = {run.info.run_id for run in here}
+        for run in search_runs(client, experiment, "attributes.status = 'RUNNING'"):
+            if run.info.run_id in theirs or run.data.tags.get(PARENT) in theirs:
                 _close(client, run.info.run_id, "KILLED")
         found = [run.info.run_id for run in here if run.data.tags[SWEEP] == key]
         if found:
