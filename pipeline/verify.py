@@ -223,8 +223,8 @@ def gate(section: dict[str, Any]) -> None:
     where = ""
     if worst["positions_failed"]:
         where = (
-            f"; {worst['positions_failed']} of {worst['positions_judged']} positions, the worst at row {position['row']}, "
-            f"position {position['position']}: {position['measure']} {position['found']:.3g} where "
+            f"; {worst['positions_failed']} of {worst['positions_judged']} positions, the worst at row "
+            f"{position['row']}, position {position['position']}: {position['measure']} {position['found']:.3g} where "
             f"{position['allowed']:.3g} is allowed"
         )
     elif not block["relative_error"] <= block["allowed"]:
