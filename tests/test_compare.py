@@ -368,3 +368,24 @@ def test_five_hundred_reports_take_at_most_ten_seconds(compare, tmp_path):
 
     assert code == 0 and "Comparison of 500 runs" in html
     assert seconds < 10
+
+
+@pytest.mark.parametrize("make", [cut_off, edited, lambda f: keep(f, real("llama3_1b-lowering") | {"config": None})])
+def test_reports_that_cannot_be_read_are_named_and_left_out_and_the_others_are_compared(compare, tmp_path, make):
+    keep(tmp_path / "all" / "good", real("llama3_1b-upstream"))
+    make(tmp_path / "all" / "bad")
+
+    code, html, markdown, said = compare(tmp_path / "all")
+
+    assert code == 0 and said.count("\n") == 1
+    assert said.startswith(f"unreadable: {tmp_path}/all/bad/report.json: ")
+    assert "Comparison of 1 run" in html and "left out, unreadable:" in html and "left out, unreadable:" in markdown
+
+
+def test_a_folder_of_which_no_report_can_be_read_is_refused_in_one_line(compare, tmp_path):
+    for name in ("one", "two"):
+        cut_off(tmp_path / "all" / name)
+
+    code, html, _, said = compare(tmp_path / "all")
+
+    assert (code, html) == (2, "") and said.startswith("error: ") and said.count("\n") == 1

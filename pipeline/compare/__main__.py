@@ -74,15 +74,18 @@ def _main(arguments: list[str]) -> int:
     ui = asked.mlflow_ui or UI
     if not re.match(r"https?://", ui):
         raise UserError(f"--mlflow-ui {ui}: is no address; write http://HOST:PORT")
-    rows = [row(found) for found in read(asked.sources or ["outputs"], asked.uri, ui)]
+    rows, unreadable = read(asked.sources or ["outputs"], asked.uri, row, ui)
     shown, compared = _shown(rows, asked.baseline)
     regressions = None
     if asked.against:
-        earlier = [row(found) for found in read(asked.against, asked.uri, ui)]
+        earlier, also = read(asked.against, asked.uri, row, ui)
+        unreadable += also
         sections(earlier)  # for their labels
         regressions = against_earlier(rows, earlier)
-    _write(html_path, *page.render(shown, asked.baseline, regressions, limit))
+    _write(html_path, *page.render(shown, asked.baseline, regressions, limit, unreadable))
 
+    for text in unreadable:
+        print(f"unreadable: {text}", file=sys.stderr)
     for one in shown:
         for text in one.verdicts:
             print(f"{one.section.title}: {text}")
@@ -103,9 +106,9 @@ def write_page(folders: Sequence[Path], html_path: Path, baseline: str | None) -
     from pipeline.compare.rows import row
     from pipeline.compare.sources import read
 
-    rows = [row(found) for found in read([str(folder) for folder in folders], "")]
+    rows, unreadable = read([str(folder) for folder in folders], "", row)
     shown, _ = _shown(rows, baseline)
-    _write(html_path, *page.render(shown, baseline, None, None))
+    _write(html_path, *page.render(shown, baseline, unreadable=unreadable))
 
 
 def _shown(rows: list[Row], asked_baseline: str | None) -> tuple[list[Shown], list[Against]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -157,9 +157,10 @@ def render(
     baseline: str | None = None,
     regressions: list[Against] | None = None,
     limit: float | None = None,
+    unreadable: Sequence[str] = (),
     made: datetime | None = None,
 ) -> tuple[str, str]:
-    """The HTML page and the Markdown text."""
+    """The HTML page and the Markdown text; ``unreadable``: why reports are left out."""
     loader = DictLoader({name: files("pipeline.compare").joinpath(name).read_text("utf-8") for name in TEMPLATES})
     environment = Environment(
         loader=loader,
@@ -179,6 +180,7 @@ def render(
         "baseline": baseline,
         "regressions": regressions,
         "limit": limit,
+        "unreadable": unreadable,
         "made": (made or datetime.now()).strftime("%Y-%m-%d %H:%M"),
         "has_links": any(row.link for row in rows),
     }

@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from passes.errors import UserError
 from pipeline.report import SCHEMA, is_sealed
 from pipeline.tracking_store import as_user_error, check_store, is_server, open_client, quiet, redacted, search_runs
+from pipeline.unfinished import STATE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 REPORT, SAMPLES = "report.json", "samples.json"
-OTHERS = (SAMPLES, "engine.json", "decode.json", "stored.json")  # that a run or the engine store leaves beside a report
+OTHERS = (
+    SAMPLES,
+    "engine.json",
+    "decode.json",
+    "stored.json",
+    STATE,
+)  # that a run or the engine store leaves beside a report
 UI = "http://localhost:5000"  # where `mlflow ui` listens by default
+Made = TypeVar("Made")
 STATUSES = ("ok", "failed", "not_executed", "unavailable")
 
 
@@ -40,25 +48,43 @@ class Found:
     """The page of its MLflow run."""
 
 
-def read(sources: list[str], uri: str, ui: str = UI) -> list[Found]:
-    """The reports of ``sources``, each a file, a folder, or an experiment in the MLflow store ``uri``; at least one.
+def read(sources: list[str], uri: str, make: Callable[[Found], Made], ui: str = UI) -> tuple[list[Made], list[str]]:
+    """What ``make`` makes of the reports of ``sources``, each a file, a folder, or an experiment in the MLflow store
+    ``uri``; and why some of them cannot be read.
 
     Of a folder, every report.json below it; where there is none, every other JSON file, as in benchmarks/results.
-    ``ui`` is where the pages of a store without a server are.  Raises :class:`UserError`.
+    ``ui`` is where the pages of a store without a server are.  Raises :class:`UserError` for a source of which nothing
+    can be read.
     """
-    found: dict[str, Found] = {}  # a report that is named twice counts once
+    made: dict[str, Made] = {}  # a report that is named twice counts once
+    unreadable: list[UserError] = []
     for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            files = sorted(path.rglob(REPORT)) or sorted(p for p in path.rglob("*.json") if p.name not in OTHERS)
-            if not files:
-                raise UserError(f"{source}: no {REPORT} in this folder; name one that runs have written to")
-            found |= {str(file.resolve()): read_file(file, ui) for file in files}
-        elif path.is_file():
-            found[str(path.resolve())] = read_file(path, ui)
-        else:
-            found |= {run.name: run for run in read_experiment(source, uri, ui)}
-    return list(found.values())
+        readable, refused = 0, []
+        for report in _reports_of(source, uri, ui):
+            try:
+                if isinstance(report, UserError):
+                    raise report
+                found = read_file(report, ui) if isinstance(report, Path) else report
+                made[str(report.resolve()) if isinstance(report, Path) else found.name] = make(found)
+                readable += 1
+            except UserError as error:
+                refused.append(error)
+        if not readable:
+            raise refused[0]
+        unreadable += refused
+    return list(made.values()), list(dict.fromkeys(map(str, unreadable)))
+
+
+def _reports_of(source: str, uri: str, ui: str) -> Iterable[Path | Found | UserError]:
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        return read_experiment(source, uri, ui)
+    files = sorted(path.rglob(REPORT)) or sorted(p for p in path.rglob("*.json") if p.name not in OTHERS)
+    if not files:
+        raise UserError(f"{source}: no {REPORT} in this folder; name one that runs have written to")
+    return files
 
 
 def read_file(path: Path, ui: str = UI) -> Found:
@@ -106,8 +132,8 @@ def run_page(uri: str, ui: str, experiment_id: str, run_id: str) -> str:
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
-def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found]:
-    """Every run of experiment ``name``.  A run without a report (it still runs, or was killed) is one that failed;
+def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found | UserError]:
+    """Every run of experiment ``name``, or why its report cannot be read.  A run without a report (it still runs, or was killed) is one that failed;
     a sweep's parent, which is the sum of its children, is none."""
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"{name}: no such file or folder, and no MLflow store {uri} to have an experiment of this name")
@@ -134,7 +160,11 @@ def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found]:
                 yield Found(_without_report(run), where, link=link)
                 continue
             samples = _artifact(client, run, SAMPLES, folder)
-            yield Found(parse(report, where), where, _object(samples, f"{where}, {SAMPLES}") if samples else {}, link)
+            try:
+                times = _object(samples, f"{where}, {SAMPLES}") if samples else {}
+                yield Found(parse(report, where), where, times, link)
+            except UserError as error:
+                yield error
 
 
 def _artifact(client: MlflowClient, run: Run, name: str, folder: Path) -> Path | None:
