@@ -39,7 +39,7 @@ from pipeline.config import Config
 from pipeline.files import DISK, said_by_the_disk
 from pipeline.idle import refuse_idle
 from pipeline.memory import collector_paused
-from pipeline.overrides import explained, for_hydra, quoted, read, refuse_repetition, typed
+from pipeline.overrides import explained, for_hydra, quoted, read, typed
 
 EXTRAS = {
     "submitit_local": "slurm",
@@ -239,7 +239,6 @@ def _compose(overrides: list[str], name: str, own_dir: str | None) -> DictConfig
 def _read(given: list[str], several: bool, name: str, own_dir: str | None) -> tuple[list[Override], DictConfig]:
     """The overrides of the command line, and what those that have one value make of the YAML."""
     overrides = read(for_hydra(argument, several) for argument in given)
-    refuse_repetition(overrides)
     fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     return overrides, _compose(fixed, name, own_dir)
 

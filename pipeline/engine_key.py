@@ -29,7 +29,7 @@ BESIDE_THE_ENGINE = frozenset(
     {
         "__init__", "__main__", "benchmark", "clock", "console", "environment", "gpu", "memory", "plots", "record",
         "report", "roofline", "statistics", "tracking", "tracking_names", "tracking_store", "compare", "sweep",
-        "benchmark_generate", "kernels", "steady", "start", "interrupts", "files", "unfinished", "recovery",
+        "benchmark_generate", "kernels", "steady", "start", "interrupts", "unfinished", "recovery",
     }
 )  # fmt: skip
 """Modules and packages of ``pipeline`` that start, show, time or record a run.  All others count, and with them every

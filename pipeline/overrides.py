@@ -107,18 +107,6 @@ def read(overrides: Iterable[str]) -> list[Override]:
     return found
 
 
-def refuse_repetition(overrides: Iterable[Override]) -> None:
-    """Raises :class:`UserError` for a setting that is given twice, with two values: Hydra takes the last."""
-    seen: dict[str, str] = {}
-    for override in overrides:
-        text = typed(str(override.input_line))
-        if override.is_delete() or seen.setdefault(override.get_key_element().lstrip("+"), text) == text:
-            continue
-        first = seen[override.get_key_element().lstrip("+")]
-        hint = "; a shell takes {a,b} apart unless it stands in quotes" if schema_keys(override.key_or_group) else ""
-        raise UserError(f"{first} {text}: given twice; leave one out{hint}")
-
-
 def explained(error: Exception, overrides: list[str], conf: Path) -> str:
     """What Hydra says in several lines, with the override that it is about; ``conf`` has the groups."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

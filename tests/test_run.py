@@ -367,7 +367,7 @@ def short(folder: Path) -> None:
         (bert, "BertModel is not a causal LM"),
         (pickled, "pytorch_model.bin, which is a pickle and is never loaded"),
         (empty, "holds no weights"),
-        (short, "shape.max=64: above max_position_embeddings=32"),
+        (short, "shape.max=64: above the model's max_position_embeddings=32"),
     ],
 )
 def test_a_model_folder_that_will_not_do_is_refused_and_nothing_is_created(
@@ -430,7 +430,7 @@ def test_a_sweep_makes_a_run_of_each_combination_and_a_job_that_is_refused_does_
     assert [report["config"]["strategy"]["name"] for report in reports] == [*["detect_causal"] * 2, *["lowering"] * 2]
     assert [report["status"] for report in reports] == ["ok", "failed"] * 2
     assert reports[1]["failure"]["kind"] == "refused" and reports[1]["failure"]["stage"] == "load"
-    assert "shape.max=64: above max_position_embeddings=32" in capsys.readouterr().err
+    assert "shape.max=64: above the model's max_position_embeddings=32" in capsys.readouterr().err
 
 
 def is_closed_as_interrupted(outcome: Outcome, by: str, store: str) -> None:

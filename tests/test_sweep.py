@@ -124,7 +124,7 @@ def test_a_sweep_with_nothing_to_do_imports_no_torch_starts_no_process_and_asks_
     done = subprocess.run(program, cwd=twenty.sweep.cwd, env=twenty.sweep.environment(), capture_output=True, text=True)
 
     # For the parents of this folder and for the children of this one, however many jobs there are.
-    assert done.stdout.split("\n")[-2] == "0 [] 2 []", done.stderr
+    assert done.stdout.split("\n")[-2] == "0 [] 4 []", done.stderr
 
 
 def test_a_process_of_its_own_costs_a_job_less_than_six_seconds(twenty: Twenty) -> None:

@@ -26,7 +26,7 @@ from pipeline.console import StageDisplay
 from pipeline.idle import idle, refuse_idle, why_idle
 from pipeline.lengths import positions, settle
 from pipeline.markdown import cell
-from pipeline.overrides import for_hydra, quoted, read, refuse_repetition, split, typed, unquoted
+from pipeline.overrides import for_hydra, quoted, read, split, typed, unquoted
 from pipeline.sweep.display import line
 from pipeline.sweep.jobs import plan
 from pipeline.sweep.keys import settings_key
@@ -139,15 +139,6 @@ def test_what_cannot_be_read_is_shown_as_typed_with_how_to_write_it(text: str) -
     with pytest.raises(UserError, match=r"cannot be read; .*'key=\[a, b\]', 'key=\{a: 1\}'") as caught:
         read([for_hydra(text, several=False)])
     assert str(caught.value).startswith(f"{text}: ")
-
-
-def test_a_setting_that_is_given_twice_is_refused_and_a_shells_braces_are_recognised() -> None:
-    refuse_repetition(read(["seed=1", "seed=1", "precision=fp16", "~model.source", "+model.source=x"]))
-    with pytest.raises(UserError, match=r"^seed=1 seed=2: given twice; leave one out$"):
-        refuse_repetition(read(["seed=1", "seed=2"]))
-    bash = [for_hydra(f"benchmark.generate={each}", False) for each in ("input_length:8", "output_length:4")]
-    with pytest.raises(UserError, match=r"benchmark.generate=input_length:8 .*in quotes"):
-        refuse_repetition(read(bash))
 
 
 REFUSED: list[tuple[list[str], str]] = [

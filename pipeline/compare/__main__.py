@@ -84,8 +84,8 @@ def _main(arguments: list[str]) -> int:
         regressions = against_earlier(rows, earlier)
     _write(html_path, *page.render(shown, asked.baseline, regressions, limit, unreadable))
 
-    for text in unreadable:
-        print(f"unreadable: {text}", file=sys.stderr)
+    for why in unreadable:
+        print(f"unreadable: {why}", file=sys.stderr)
     for one in shown:
         for text in one.verdicts:
             print(f"{one.section.title}: {text}")

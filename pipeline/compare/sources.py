@@ -133,8 +133,11 @@ def run_page(uri: str, ui: str, experiment_id: str, run_id: str) -> str:
 
 
 def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found | UserError]:
-    """Every run of experiment ``name``, or why its report cannot be read.  A run without a report (it still runs, or was killed) is one that failed;
-    a sweep's parent, which is the sum of its children, is none."""
+    """Every run of experiment ``name``, or why its report cannot be read.
+
+    A run without a report (it still runs, or was killed) is one that failed; a sweep's parent, which is the sum of its
+    children, is none.
+    """
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
         raise UserError(f"{name}: no such file or folder, and no MLflow store {uri} to have an experiment of this name")
     store = check_store(uri, must_exist=True)
