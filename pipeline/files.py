@@ -24,7 +24,7 @@ def draft(path: Path) -> Iterator[Path]:
 
     Raises :class:`OSError` that names ``path``: that of a write names no file.
     """
-    part = path.with_name(path.name + PART)
+    part = Path(path).with_name(Path(path).name + PART)
     try:
         yield part
         part.replace(path)
