@@ -127,7 +127,9 @@ def test_a_family_goes_from_its_config_to_an_engine_that_is_verified(
     assert report["verify"]["passed"] and report["engine"]["bytes"] > 0
     assert report["attention"]["summary"]["by_action"].keys() <= {"native_causal", "native_mask"}
     if "cache=in_engine" in overrides:
-        assert report["attention"]["decode"]["summary"]["by_action"] == {"cached": 1}
+        # DeepSeek's cache holds latents, of which keys are made anew: no attention over the cache as it lies.
+        action = "decomposed" if name == "deepseek_v3" else "cached"
+        assert report["attention"]["decode"]["summary"]["by_action"] == {action: 1}
 
 
 # Mixtures of experts

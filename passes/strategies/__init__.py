@@ -53,20 +53,23 @@ class Decision:
 
 
 def over_cache(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision | None:
-    """What is done about a call over a KV cache of fixed capacity; None for any other call.
+    """What is done about a call over a KV cache of fixed capacity, or of one query over keys that are made of what such
+    a cache holds (DeepSeek keeps latents); None for any other call.
 
     The mask goes where it was proved to be ``k <= q + position[b]`` with the position at which row b of the cache is
     written.  Otherwise it is applied in the written-out form: the native layer with a mask and a query length of 1
     does not build (TensorRT-RTX 1.4).
     """
     update = update_behind(call.key)
+    one = call.query.meta["val"].shape[2] == 1
+    written_out = None if unproven == "error" else Decision(Action.DECOMPOSED, why(proof))
     if update is None:
-        return None
+        return written_out if one is True else None
     row = "b" if update.args[0].meta["val"].shape[0] > 1 else 0  # type: ignore[union-attr]
     offset = (str(update.args[2]), (row,))
-    if proof.proof == PROVED and proof.offset == offset and call.query.meta["val"].shape[2] == 1:
+    if proof.proof == PROVED and proof.offset == offset and one:
         return Decision(Action.CACHED, why(proof))
-    return None if unproven == "error" else Decision(Action.DECOMPOSED, why(proof))
+    return written_out
 
 
 SEES_FIRST_KEY = ("none", "full", "causal")
