@@ -357,17 +357,12 @@ def empty(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
 
 
-def short(folder: Path) -> None:
-    save_tiny_llama(folder, max_position_embeddings=32)
-
-
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (bert, "BertModel is not a causal LM"),
         (pickled, "pytorch_model.bin, which is a pickle and is never loaded"),
         (empty, "holds no weights"),
-        (short, "shape.max=64: above the model's max_position_embeddings=32"),
     ],
 )
 def test_a_model_folder_that_will_not_do_is_refused_and_nothing_is_created(
@@ -382,6 +377,15 @@ def test_a_model_folder_that_will_not_do_is_refused_and_nothing_is_created(
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert code == 2
     assert len(errors) == 1 and said in errors[0]
+    assert list(cwd.iterdir()) == []
+
+
+def test_a_length_above_the_models_own_is_refused_before_anything_is_loaded(tmp_path: Path, cwd: Path) -> None:
+    folder = save_tiny_llama(tmp_path / "short", max_position_embeddings=32)
+
+    with pytest.raises(UserError, match="shape.max=64: above the model's max_position_embeddings=32"):
+        _main(["model=local", f"model.path={folder}", *SMALL])
+
     assert list(cwd.iterdir()) == []
 
 
@@ -419,8 +423,9 @@ def test_an_experiment_that_was_deleted_is_refused_and_the_run_folder_is_gone(
 def test_a_sweep_makes_a_run_of_each_combination_and_a_job_that_is_refused_does_not_keep_the_rest_from_running(
     store: str, tiny: Path, tmp_path: Path, cwd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "short"
-    short(folder)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    empty(folder)
     settings = ["model=local", f"model.path={tiny},{folder}", "until=strategy", f"tracking.uri={store}", *SMALL]
 
     code = _main(["-m", "strategy=detect_causal,lowering", *settings])
@@ -430,7 +435,7 @@ def test_a_sweep_makes_a_run_of_each_combination_and_a_job_that_is_refused_does_
     assert [report["config"]["strategy"]["name"] for report in reports] == [*["detect_causal"] * 2, *["lowering"] * 2]
     assert [report["status"] for report in reports] == ["ok", "failed"] * 2
     assert reports[1]["failure"]["kind"] == "refused" and reports[1]["failure"]["stage"] == "load"
-    assert "shape.max=64: above the model's max_position_embeddings=32" in capsys.readouterr().err
+    assert "holds no weights" in capsys.readouterr().err
 
 
 def is_closed_as_interrupted(outcome: Outcome, by: str, store: str) -> None:
