@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from passes.attention import AttentionCall
 from passes.sizes import INT64_MAX
@@ -30,6 +30,20 @@ class NotRunnable(Exception):
     """The mask hangs on values that only a whole run of the model gives, such as its weights or its state."""
 
 
+class _Step(NamedTuple):
+    node: Node
+    args: Any
+    kwargs: Any
+    last_read: tuple[Node, ...]
+    """What nothing reads after it: a long mask's intermediates would fill the memory."""
+
+    @property
+    def call(self) -> Callable[..., Any]:
+        target = self.node.target
+        assert callable(target)
+        return target
+
+
 class MaskProgram:
     """A call's mask as a function of the shape symbols and of the run-time inputs whose content it reads.
 
@@ -47,7 +61,9 @@ class MaskProgram:
         self._backed = _symbols_of_placeholders(call.mask.graph)
         self.nodes: list[Node] = []
         """The nodes of the call's graph that are run."""
-        self._module = self._extract(call.mask, constants, inputs)
+        self._mask = call.mask
+        self._parameters: list[Node] = []
+        self._steps = self._extract(call.mask, constants, inputs)
         self._scores = (*call.query.meta["val"].shape[:3], call.key.meta["val"].shape[2])
         expressions = [*map(size_expression, self._scores), *self._elements]
         expressions += [size_expression(value) for kind, value in self._arguments if kind == "size"]
@@ -94,28 +110,41 @@ class MaskProgram:
                 arguments.append(torch.zeros((), dtype=value.dtype).expand(_shape(tuple(value.shape), sizes)))
             else:
                 arguments.append(value)
+        values = dict(zip(self._parameters, arguments, strict=True))
         with torch.no_grad():
-            return self._module(*arguments)
+            for step in self._steps:
+                args, kwargs = map_arg(step.args, values.__getitem__), map_arg(step.kwargs, values.__getitem__)
+                values[step.node] = step.call(*args, **kwargs)
+                for node in step.last_read:
+                    del values[node]
+        mask: Tensor = values[self._mask]
+        return mask
 
-    def _extract(self, mask: Node, constants: Mapping[str, Tensor], inputs: frozenset[str]) -> GraphModule:
+    def _extract(self, mask: Node, constants: Mapping[str, Tensor], inputs: frozenset[str]) -> list[_Step]:
+        """What is run, in order; what it is given goes to ``_parameters`` and ``_arguments``.
+
+        Not a graph module: writing and compiling its code takes longer than all the runs of a second look.
+        """
         needed, typed = self._needed(mask)
-        graph, copies = Graph(), {}
-        wanted = [node for node in mask.graph.nodes if node in needed or node in typed]
-        for node in wanted:  # parameters of a function come first
-            if node not in needed or node.op == "placeholder" or self._is_size(node):
-                copies[node] = graph.placeholder(node.name)
-                self._arguments.append(self._argument(node, node in needed, constants, inputs))
-        for node in wanted:
+        for node in mask.graph.nodes:
+            if node not in needed and node not in typed:
+                continue
             self._count(node.meta.get("val"))  # a nested graph has none
-            if node not in copies:
-                if node.op != "call_function":
-                    raise NotRunnable(f"{node.op} {node.name}")
+            if node not in needed or node.op == "placeholder" or self._is_size(node):
+                self._parameters.append(node)
+                self._arguments.append(self._argument(node, node in needed, constants, inputs))
+            elif node.op == "call_function":
                 self.nodes.append(node)
-                copies[node] = graph.node_copy(node, copies.__getitem__)
-                copies[node].args = map_aggregate(copies[node].args, _on_cpu)
-                copies[node].kwargs = map_aggregate(copies[node].kwargs, _on_cpu)
-        graph.output(copies[mask])
-        return GraphModule(torch.nn.Module(), graph)
+            else:
+                raise NotRunnable(f"{node.op} {node.name}")
+        steps: list[_Step] = []
+        read = {mask}
+        for node in reversed(self.nodes):
+            last = tuple(source for source in node.all_input_nodes if source not in read)
+            read.update(last)
+            args, kwargs = map_aggregate(node.args, _on_cpu), map_aggregate(node.kwargs, _on_cpu)
+            steps.append(_Step(node, args, kwargs, last))
+        return steps[::-1]
 
     def _argument(
         self, node: Node, needed: bool, constants: Mapping[str, Tensor], inputs: frozenset[str]

@@ -79,7 +79,7 @@ def build(
             _put(report, "attention", name, described[name])
         actions = [str(section["summary"]["by_action"]) for section in described.values()]
         record.detail = " + ".join(actions).replace("'", "").replace("{", "").replace("}", "")
-    for note in dict.fromkeys(note for each in rewritten.values() for note in _dropped(each, asked)):
+    for note in dict.fromkeys(note for each in rewritten.values() for note in dropped(each, asked)):
         record.note(note)
 
     with record.stage("lower"), collector_paused():
@@ -133,7 +133,7 @@ def assumed(report: dict[str, Any]) -> list[str]:
     return list(report["attention"]["summary"]["assumed"])
 
 
-def _dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
+def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
     """What the reader must know of masks that were dropped without a proof for every input."""
     yield from dict.fromkeys(call.disagreement for call in rewritten.calls if call.disagreement)
     forced: dict[str, list[str]] = {}  # calls that share a mask share the warning

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import pytest
 from pipeline.config import ModelConfig
 
 if TYPE_CHECKING:
+    from passes.second_look import Look
     from pipeline.model import LoadedModel
 
 HEAVIEST = ("test_sweep.py", "test_sweep_server.py", "test_soundness.py", "test_run.py", "test_store.py")
@@ -68,6 +69,24 @@ def save_tiny_llama(folder: Path, **changes: Any) -> Path:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {name: place for place, name in enumerate(HEAVIEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.fixture(autouse=True)
+def prover_and_program_agree(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A mask that is not what was proved of it is an error of ours, whatever the test that meets it looks for."""
+    masks = sys.modules.get("passes.masks")
+    found: list[str] = []
+    if masks is not None and request.node.get_closest_marker("wrong_prover") is None:
+        look = masks.look
+
+        def noted(*args: Any, **kwargs: Any) -> Look:
+            seen: Look = look(*args, **kwargs)
+            found.extend([seen.disagreement] if seen.disagreement else [])
+            return seen
+
+        monkeypatch.setattr(masks, "look", noted)
+    yield
+    assert not found
 
 
 @pytest.fixture

@@ -383,7 +383,7 @@ def test_a_model_folder_that_will_not_do_is_refused_and_nothing_is_created(
 def test_a_length_above_the_models_own_is_refused_before_anything_is_loaded(tmp_path: Path, cwd: Path) -> None:
     folder = save_tiny_llama(tmp_path / "short", max_position_embeddings=32)
 
-    with pytest.raises(UserError, match="shape.max=64: above the model's max_position_embeddings=32"):
+    with pytest.raises(UserError, match=r"shape\.max=64: above the model's max_position_embeddings=32"):
         _main(["model=local", f"model.path={folder}", *SMALL])
 
     assert list(cwd.iterdir()) == []
