@@ -4,6 +4,10 @@ Two runs with one key would build the same engine and judge it by the same code.
 measured, compared or recorded (``verify``, ``benchmark``, ``tracking``, ``output``, ``until``, ``cuda_graph``) is left
 out, and so is where the weights lie: a checkpoint is named by its sha256, and by the config that the model was made
 from, which is no part of the weights' file.
+
+What became of each mask needs no line of its own.  A claim is given up after so many of z3's own steps and not after so
+many seconds (``passes.symbolic.SOLVER_STEPS``), so the outcome of a proof follows from the architecture, the profile,
+the code and the versions of torch and z3, on every machine, and those are here.
 """
 
 from __future__ import annotations
