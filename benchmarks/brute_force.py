@@ -1,6 +1,6 @@
 """What a mask is, found by running its part of the graph on concrete inputs: the check on every proof.
 
-Each class of :mod:`passes.masks` is written down here a second time, as a comparison of tensors.
+Each class of :mod:`passes.proof.masks` is written down here a second time, as a comparison of tensors.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from benchmarks.call_forms import LONGEST, PADDED, POSITIONS, CallForm, contents
-from passes.attention import AttentionCall
-from passes.counterexample import Counterexample
-from passes.masks import MaskProof
+from passes.proof.calls import AttentionCall
+from passes.proof.counterexample import Counterexample
+from passes.proof.masks import MaskProof
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from passes.rewrite import prepare
-from passes.stack import quiet
+from passes.graph.driver import prepare
+from passes.tensorrt.versions import quiet
 
 LONGEST = 12
 """Keys that a query may see at most; also the capacity of the static cache."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from passes.stack import load_stack
+from passes.tensorrt.versions import load_stack
 
 HEADS = {"llama3_1b": (32, 8, 64), "qwen2_5_0_5b": (14, 2, 64), "qwen3_0_6b": (16, 8, 128), "smollm2_135m": (9, 3, 64)}
 SIZES = {  # hidden, q+k+v, attention output, intermediate, vocabulary

@@ -42,9 +42,9 @@ from benchmarks.kernel_forms import (
     linear_weights,
 )
 from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
-from passes.stack import load_stack
-from pipeline.environment import environment
-from pipeline.generate import captured
+from passes.tensorrt.versions import load_stack
+from pipeline.generate.protocol import captured
+from pipeline.record.environment import environment
 
 KINDS: dict[str, tuple[Callable[..., Net], Callable[..., Any]]] = {
     "attention": (attention_net, attention_inputs),

@@ -25,8 +25,8 @@ from torch.export import ExportedProgram
 from benchmarks.architectures import VARIANTS, build
 from benchmarks.brute_force import MaskGraph, Run, confirms, contradiction, parameters, runs, truths
 from benchmarks.call_forms import BATCH, FORMS, LONGEST, CallForm, export
-from passes.attention import AttentionCall, find_calls
-from passes.masks import PROVED, MaskProof, prover_of
+from passes.proof.calls import AttentionCall, find_calls
+from passes.proof.masks import PROVED, MaskProof, prover_of
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 
 from passes.errors import RunError
-from passes.stack import load_stack
-from pipeline.engine import read_engine
-from pipeline.generate import captured
-from pipeline.session import Session
+from passes.tensorrt.versions import load_stack
+from pipeline.engine.runner import read_engine
+from pipeline.engine.session import Session
+from pipeline.generate.protocol import captured
 
 
 def profile(path: Path) -> dict[str, Any]:

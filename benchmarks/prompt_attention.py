@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernel_forms import HEADS, Net
 from benchmarks.kernels import kernel_times
-from passes.stack import load_stack
+from passes.tensorrt.versions import load_stack
 
 MODELS = ("llama3_1b", "qwen2_5_0_5b", "qwen3_0_6b")
 FORMS = ("causal", "causal.repeated", "causal.turned", "causal.repeated.turned", "full")

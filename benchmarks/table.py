@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generation_table import generation_tables, is_generation
-from pipeline.report import worst_case
+from pipeline.record.report import worst_case
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

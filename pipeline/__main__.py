@@ -33,13 +33,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from passes.errors import UserError
-from pipeline import gpu
-from pipeline.compose import from_hydra
-from pipeline.config import Config
-from pipeline.files import DISK, said_by_the_disk
-from pipeline.idle import refuse_idle
-from pipeline.memory import collector_paused
-from pipeline.overrides import explained, for_hydra, quoted, read, typed
+from pipeline.config.compose import from_hydra
+from pipeline.config.idle import refuse_idle
+from pipeline.config.overrides import explained, for_hydra, quoted, read, typed
+from pipeline.config.schema import Config
+from pipeline.host import gpu
+from pipeline.host.files import DISK, said_by_the_disk
+from pipeline.host.memory import collector_paused
 
 EXTRAS = {
     "submitit_local": "slurm",

@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline import gpu, verify_generation
-from pipeline.arithmetic import Arithmetic, in_arithmetic
-from pipeline.benchmark_generate import measure_generation
-from pipeline.cases import ragged_padding
-from pipeline.decode import CachedGenerator
-from pipeline.generate import behind_caller
-from pipeline.model import DTYPES, LoadedModel, load_reference
-from pipeline.record import Record
-from pipeline.roofline import DecoderCost
-from pipeline.text import tokens_for
+from pipeline.generate.protocol import behind_caller
+from pipeline.generate.with_cache import CachedGenerator
+from pipeline.host import gpu
+from pipeline.measure.generation import measure_generation
+from pipeline.measure.roofline import DecoderCost
+from pipeline.model.load import DTYPES, LoadedModel, load_reference
+from pipeline.model.text import tokens_for
+from pipeline.record.record import Record
+from pipeline.verify import tokens
+from pipeline.verify.arithmetic import Arithmetic, in_arithmetic
+from pipeline.verify.cases import ragged_padding
 
 if TYPE_CHECKING:
-    from pipeline.ceilings import Ceilings
-    from pipeline.generate import Generator
-    from pipeline.steady import BenchmarkResult
+    from pipeline.generate.protocol import Generator
+    from pipeline.measure.ceilings import Ceilings
+    from pipeline.measure.until_settled import BenchmarkResult
 
 
 def prompts(record: Record, loaded: LoadedModel) -> Tensor:
@@ -37,8 +38,8 @@ def prompts(record: Record, loaded: LoadedModel) -> Tensor:
 def verify(record: Record, loaded: LoadedModel, generator: Generator, arithmetic: Arithmetic = nullcontext) -> None:
     """Judge the very generation that will be timed and end the run if one token of it is wrong.
 
-    ``arithmetic``: in which PyTorch judges it, see :mod:`pipeline.arithmetic`.  Adds ``verify.generation`` to the
-    report, in which ``verify`` must stand already.
+    ``arithmetic``: in which PyTorch judges it, see :mod:`pipeline.verify.arithmetic`.  Adds ``verify.generation`` to
+    the report, in which ``verify`` must stand already.
     """
     config, shape = record.config, record.config.benchmark.generate
     assert shape is not None
@@ -49,10 +50,10 @@ def verify(record: Record, loaded: LoadedModel, generator: Generator, arithmetic
     except torch.OutOfMemoryError as error:
         raise gpu.out_of_memory(error, free) from error
     reference = load_reference(config.model, config.precision, loaded.model.device, config.seed)
-    own, wide = (verify_generation.last_positions(m, shape.output_length) for m in (loaded.model, reference))
+    own, wide = (tokens.last_positions(m, shape.output_length) for m in (loaded.model, reference))
 
     judge = partial(
-        verify_generation.judge_generation,
+        tokens.judge_generation,
         prompt,
         forward=in_arithmetic(own, arithmetic),
         reference=wide,
@@ -65,10 +66,10 @@ def verify(record: Record, loaded: LoadedModel, generator: Generator, arithmetic
     if isinstance(generator, CachedGenerator) and shape.batch > 1:  # rows at places of their own
         padding = ragged_padding(*prompt.shape).to(prompt.device)
         cases.append(judge(_again(generator, prompt, shape.output_length, padding), padding, name=f"{name}_ragged"))
-    verified["generation"] = verify_generation.section(cases)
+    verified["generation"] = tokens.section(cases)
     verified["passed"] = before and verified["generation"]["passed"]
     record.detail += f", {sum(case.tokens for case in cases)} generated tokens"
-    verify_generation.gate(verified["generation"])
+    tokens.gate(verified["generation"])
 
 
 def _again(generator: CachedGenerator, prompt: Tensor, new_tokens: int, padding: Tensor) -> Tensor:
@@ -89,7 +90,7 @@ def measure(
     ceilings: Ceilings | None,
     read_state: Callable[[], gpu.GpuState],
 ) -> BenchmarkResult:
-    """Time it; see :func:`pipeline.benchmark_generate.measure_generation`."""
+    """Time it; see :func:`pipeline.measure.generation.measure_generation`."""
     config = record.config
     prompt, cached = prompts(record, loaded), config.cache.name != "none"
     return measure_generation(

@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError
-from pipeline import interrupts
-from pipeline.config import Config
-from pipeline.console import StageDisplay
-from pipeline.files import check_output
-from pipeline.memory import collector_paused, trim
-from pipeline.record import Record, StopHere
+from pipeline.config.schema import Config
+from pipeline.host import interrupts
+from pipeline.host.files import check_output
+from pipeline.host.memory import collector_paused, trim
+from pipeline.record.console import StageDisplay
+from pipeline.record.record import Record, StopHere
 
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.cached import CacheShape
-    from pipeline.machine import Machine
-    from pipeline.model import LoadedModel
-    from pipeline.tracking import Tracked
+    from pipeline.model.load import LoadedModel
+    from pipeline.trace.cached_forms import CacheShape
+    from pipeline.tracking.runs import Tracked
+    from pipeline.verify.candidate import Machine
 
 QUESTION = "What is the capital of France?"
 
@@ -55,11 +55,12 @@ def run(
     """Do what ``config`` says.  Raises :class:`passes.errors.UserError`, and then nothing was created; whatever
     goes wrong later is in the report.  Ctrl-C and SIGTERM are passed on, with the report written.
 
-    ``track`` stands in for :func:`pipeline.tracking.start`, and the store is then not asked whether it is there.
+    ``track`` stands in for :func:`pipeline.tracking.runs.start`, and the store is then not asked whether it is there.
     ``turn`` is taken before anything is timed.
     """
-    from pipeline import plugin, recovery, tracking
-    from pipeline.tracking_names import folder_name
+    from pipeline.rivals import plugin
+    from pipeline.tracking import recovery, runs
+    from pipeline.tracking.names import folder_name
 
     if config.generates and config.model.logits != "last":  # of a prompt, generation needs no other
         config = replace(config, model=replace(config.model, logits="last"))
@@ -67,8 +68,8 @@ def run(
     check_output(config.output)
     recovers = track is None
     if track is None:
-        tracking.check_store(config.tracking.uri)
-        track = tracking.start
+        runs.check_store(config.tracking.uri)
+        track = runs.start
     loaded = cache = interruption = None
     status = "ok"
     try:
@@ -129,17 +130,19 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
     here."""
     import torch
 
-    from passes.stack import load_stack
-    from pipeline import building, model, reuse
-    from pipeline.environment import environment
-    from pipeline.store import Store
-    from pipeline.text import token_batch
+    from passes.tensorrt.versions import load_stack
+    from pipeline.engine import build
+    from pipeline.model import load
+    from pipeline.model.text import token_batch
+    from pipeline.record.environment import environment
+    from pipeline.store import reuse
+    from pipeline.store.entries import Store
 
     config = record.config
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = load_stack().versions() if config.backend.name == "tensorrt" else None
     record.report["environment"] = environment(versions)
-    loaded = model.load(config.model, config.precision, device, config.seed, record.update)
+    loaded = load.load(config.model, config.precision, device, config.seed, record.update)
     for note in loaded.notes:
         record.note(note)
     described = loaded.model.config.get_text_config()
@@ -154,7 +157,7 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
             f"{loaded.source}"
         )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
-    cache = building.cache_of(config, loaded) if config.backend.name == "tensorrt" else None
+    cache = build.cache_of(config, loaded) if config.backend.name == "tensorrt" else None
     if reuse.applies(config):
         Store.of(config.store)  # refuses a folder that cannot be written
     record.report["model"] = loaded.describe()
@@ -164,24 +167,26 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
 
 def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: CacheShape | None, turn: Turn) -> str:
     """export → … → build, or the same engines out of the store; then verify → benchmark; returns the status."""
-    from passes.stack import load_stack
-    from pipeline import building, machine, reuse
+    from passes.tensorrt.versions import load_stack
+    from pipeline.engine import build
+    from pipeline.store import reuse
+    from pipeline.verify import candidate
 
     config, report, stack = record.config, record.report, load_stack()
     with reuse.engine_of(record, loaded, device, stack) as place:
-        programs = None if place.restored else building.build(record, stack, loaded, cache, place.timing_cache)
+        programs = None if place.restored else build.build(record, stack, loaded, cache, place.timing_cache)
         assert record.folder is not None
-        assumed = building.assumed(report)
+        assumed = build.assumed(report)
         if device.type == "cuda":
             with record.stage("verify"):
-                what = machine.engines(config, loaded, record.folder, cache, place.runtime_cache)
+                what = candidate.engines(config, loaded, record.folder, cache, place.runtime_cache)
                 _verify(record, loaded, what, assumed)
         elif programs is None:
             place.take_over_verification()
         else:
             with record.stage("verify"):
                 # Without a GPU no engine can run; what can be checked are the graphs that they were built from.
-                _verify(record, loaded, machine.graphs(config, loaded, programs, cache), assumed)
+                _verify(record, loaded, candidate.graphs(config, loaded, programs, cache), assumed)
         place.keep()
     if device.type != "cuda":
         return "not_executed"
@@ -193,10 +198,10 @@ def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: 
 
 def _rival(record: Record, loaded: LoadedModel, device: torch.device, turn: Turn) -> str:
     """verify → benchmark of eager PyTorch or torch.compile; without a GPU nothing is timed."""
-    from pipeline.export import CallForm
-    from pipeline.machine import Machine
-    from pipeline.rival_generators import rival_generator
-    from pipeline.rivals import TorchRunner
+    from pipeline.rivals.generation import rival_generator
+    from pipeline.rivals.prompt import TorchRunner
+    from pipeline.trace.call_form import CallForm
+    from pipeline.verify.candidate import Machine
 
     config = record.config
     name, generates = config.backend.name, config.benchmark.generate is not None
@@ -220,11 +225,12 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
     failed; then show what it does to inputs outside of what was ``assumed``, on which it is not judged."""
     import torch
 
-    from pipeline import arithmetic, generation, verify
-    from pipeline.cases import Case, case_inputs, cases, split
-    from pipeline.export import CallForm
-    from pipeline.model import DTYPES, load_reference
-    from pipeline.text import tokens_for
+    from pipeline import generation
+    from pipeline.model.load import DTYPES, load_reference
+    from pipeline.model.text import tokens_for
+    from pipeline.trace.call_form import CallForm
+    from pipeline.verify import arithmetic, logits
+    from pipeline.verify.cases import Case, case_inputs, cases, split
 
     config, device = record.config, loaded.model.device
     names = config.model.inputs
@@ -250,7 +256,7 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
         record.display.steps("case", done, total)
 
     judge = partial(
-        verify.judge,
+        logits.judge,
         inputs_of=inputs_of,
         reference=lambda inputs: reference(**inputs),
         yardsticks=yardsticks,
@@ -262,28 +268,30 @@ def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collect
     ragged = what.longest > 0 and config.shape.batch > 1  # a cache's rows are at places of their own
     every = cases(config.verify, lengths, names, config.model.logits, what.longest, what.exact, ragged)
     inside, outside = split(every, assumed, names, config.shape.batch)
-    described = {"executed": what.executed, "arithmetic": arithmetic.described(*computing), "factor": verify.FACTOR}
+    described = {"executed": what.executed, "arithmetic": arithmetic.described(*computing), "factor": logits.FACTOR}
     record.report["verify"] = {**described, **judge(inside)}
     if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
-        record.report["verify"]["answer"] = verify.answers(
+        record.report["verify"]["answer"] = logits.answers(
             loaded.tokenizer, QUESTION, what.forward, yardsticks["pytorch"], names, config.shape.max, device
         )
     record.detail = f"{len(inside)} cases on the {what.executed}"
-    verify.gate(record.report["verify"])
+    logits.gate(record.report["verify"])
     if what.generator is not None:
         generation.verify(record, loaded, what.generator, list(arithmetics.values())[-1])
     if outside:
-        record.report["verify"]["outside"] = verify.cost(judge(outside)["cases"], assumed)
+        record.report["verify"]["outside"] = logits.cost(judge(outside)["cases"], assumed)
 
 
 def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -> None:
     """Time what was verified; nothing else ever reaches this."""
     import torch
 
-    from pipeline import benchmark, ceilings, generation, gpu
-    from pipeline.plots import latency_plot
-    from pipeline.roofline import decoder_cost
-    from pipeline.text import tokens_for
+    from pipeline import generation
+    from pipeline.host import gpu
+    from pipeline.measure import ceilings, prompt
+    from pipeline.measure.roofline import decoder_cost
+    from pipeline.model.text import tokens_for
+    from pipeline.record.plots import latency_plot
 
     config = record.config
     if not config.benchmark.shapes and what.generator is None:
@@ -295,7 +303,7 @@ def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -
         cost = decoder_cost(loaded.model, config.model.logits)
         roof, read_state = ceilings.measure(config.precision), partial(gpu.read_state, waiting)
         tokens = partial(tokens_for, loaded, seed=config.seed)
-        result = benchmark.measure(
+        result = prompt.measure(
             what.runner, config.benchmark, tokens, cost, roof, config.precision, read_state=read_state
         )
         if what.generator is not None:

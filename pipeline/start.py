@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline import interrupts
+from pipeline.host import interrupts
 
 
 def main() -> None:

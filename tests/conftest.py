@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 
 if TYPE_CHECKING:
-    from passes.second_look import Look
-    from pipeline.model import LoadedModel
+    from passes.proof.second_look import Look
+    from pipeline.model.load import LoadedModel
 
 HEAVIEST = ("test_sweep.py", "test_sweep_server.py", "test_soundness.py", "test_run.py", "test_store.py")
 """Begun first, so that no worker is still at one of them when the others have nothing left to do."""
@@ -50,7 +50,7 @@ def smollm2() -> LoadedModel:
     """SmolLM2-135M-Instruct, pretrained, float32, CPU; fetched the first time and then kept in the user's cache."""
     import torch
 
-    from pipeline.model import load
+    from pipeline.model.load import load
 
     return load(model_config("smollm2_135m"), "fp32", torch.device("cpu"), 0, print)
 
@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def prover_and_program_agree(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A mask that is not what was proved of it is an error of ours, whatever the test that meets it looks for."""
-    masks = sys.modules.get("passes.masks")
+    masks = sys.modules.get("passes.proof.masks")
     found: list[str] = []
     if masks is not None and request.node.get_closest_marker("wrong_prover") is None:
         look = masks.look

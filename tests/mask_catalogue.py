@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from passes.stack import quiet
+from passes.tensorrt.versions import quiet
 
 
 class Setting(NamedTuple):

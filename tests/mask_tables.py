@@ -1,4 +1,5 @@
-"""Brute force: whether concrete masks are of a class of ``passes.masks``, recomputed from the definitions there."""
+"""Brute force: whether concrete masks are of a class of ``passes.proof.masks``, recomputed from the definitions
+there."""
 
 from __future__ import annotations
 
@@ -50,7 +51,7 @@ def is_offset(table: Tensor) -> bool:
     return for_one(range(-16, 16), lambda p, k, t: k <= p - past + t, [table])
 
 
-# The classes of passes/masks.py, recomputed from their definitions there.
+# The classes of passes/proof/masks.py, recomputed from their definitions there.
 CLASSES: dict[str, Callable[[list[Tensor]], bool]] = {
     "full": lambda found: all(bool(table.all()) for table in found),
     "causal": lambda found: all(torch.equal(t, torch.ones_like(t).tril()) for t in found),

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from pipeline.__main__ import compose_config
-from pipeline.console import StageDisplay
+from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome, run
 
 GPU = torch.cuda.is_available()

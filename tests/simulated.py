@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from pipeline.gpu import GpuState
+from pipeline.host.gpu import GpuState
 
 MS = 1_000_000  # ns
 QUIET = GpuState(at_s=0.0, throttle_reasons=(), foreign_processes=0)

@@ -13,10 +13,10 @@ from benchmarks.architectures import build
 from benchmarks.brute_force import MEANINGS, MaskGraph, Run, confirms, contradiction, describes, runs
 from benchmarks.call_forms import FORMS, LONGEST, export
 from benchmarks.masks import Cell, CheckedCall, cells, check, markdown
-from passes.attention import find_calls
-from passes.counterexample import Counterexample
-from passes.masks import PROVED, MaskProof
-from passes.sizes import symbol_ranges
+from passes.proof.calls import find_calls
+from passes.proof.counterexample import Counterexample
+from passes.proof.masks import PROVED, MaskProof
+from passes.proof.sizes import symbol_ranges
 
 FORM = {form.name: form for form in FORMS}
 

@@ -15,13 +15,14 @@ from rich.console import Console
 from runs import DONE, do, failure, mlflow_run, outcome_in
 from torch import Tensor
 
-from passes.conditions import CONDITIONS, LARGEST_POSITION
 from passes.errors import RunError, UserError
-from pipeline import guard, tracking
+from passes.proof.conditions import CONDITIONS, LARGEST_POSITION
 from pipeline.__main__ import _main, compose_config
-from pipeline.cases import Case, case_inputs, cases, split
-from pipeline.config import ASSUMPTIONS, ShapeConfig, VerifyConfig
-from pipeline.console import StageDisplay
+from pipeline.config.schema import ASSUMPTIONS, ShapeConfig, VerifyConfig
+from pipeline.engine import guard
+from pipeline.record.console import StageDisplay
+from pipeline.tracking import runs
+from pipeline.verify.cases import Case, case_inputs, cases, split
 
 BOTH = ["input_ids", "attention_mask", "position_ids"]
 
@@ -97,7 +98,7 @@ def test_a_mask_dropped_against_the_proof_fails_verification_and_its_engine_is_n
     assert kept.data.metrics["verify.passed"] == 0
     assert not any(key.startswith("benchmark") for key in kept.data.metrics)
     with pytest.raises(UserError, match="did not pass verification"):
-        tracking.fetch_engine(kept.info.run_id, store)
+        runs.fetch_engine(kept.info.run_id, store)
 
 
 # Assumed: dropped on the user's word

@@ -19,14 +19,15 @@ from hypothesis import strategies as st
 from simulated import MS, QUIET, SimulatedClock
 
 from passes.errors import RunError
-from pipeline import ceilings, gpu
-from pipeline.benchmark import BenchmarkResult, CudaClock, measure
-from pipeline.ceilings import Ceilings
-from pipeline.config import BenchmarkConfig, BenchmarkShape
-from pipeline.gpu import GpuState
-from pipeline.roofline import DecoderCost, decoder_cost, prefill_bytes, prefill_floor_s, prefill_flops
-from pipeline.statistics import bootstrap_medians, drifts, median_interval, quantile, summarise
-from pipeline.text import token_batch
+from pipeline.config.schema import BenchmarkConfig, BenchmarkShape
+from pipeline.host import gpu
+from pipeline.host.gpu import GpuState
+from pipeline.measure import ceilings
+from pipeline.measure.ceilings import Ceilings
+from pipeline.measure.prompt import BenchmarkResult, CudaClock, measure
+from pipeline.measure.roofline import DecoderCost, decoder_cost, prefill_bytes, prefill_floor_s, prefill_flops
+from pipeline.measure.statistics import bootstrap_medians, drifts, median_interval, quantile, summarise
+from pipeline.model.text import token_batch
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 
@@ -138,7 +139,7 @@ def test_a_loop_honours_both_its_least_iterations_and_its_least_seconds(
 
 
 def test_a_loop_of_tiny_passes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.benchmark.MAX_ITERATIONS", 500)
+    monkeypatch.setattr("pipeline.measure.prompt.MAX_ITERATIONS", 500)
     runner = simulated(device_ns=lambda i: 1000, launch_ns=100)
     result = measured(runner, config(min_iterations=50, min_seconds=10.0, warmup_seconds=0.01))
     assert result.report["prefill"]["device_ms"]["n"] == 500

@@ -13,12 +13,12 @@ from simulated import MS, QUIET, SimulatedClock
 from torch import Tensor
 
 from passes.errors import RunError
-from pipeline.benchmark_generate import STEPPED_GENERATIONS, measure_generation
-from pipeline.ceilings import Ceilings
-from pipeline.config import BenchmarkConfig, GenerateShape
-from pipeline.plots import latency_plot
-from pipeline.roofline import DecoderCost, decode_floor_s, prefill_floor_s, step_floors_s
-from pipeline.steady import BenchmarkResult
+from pipeline.config.schema import BenchmarkConfig, GenerateShape
+from pipeline.measure.ceilings import Ceilings
+from pipeline.measure.generation import STEPPED_GENERATIONS, measure_generation
+from pipeline.measure.roofline import DecoderCost, decode_floor_s, prefill_floor_s, step_floors_s
+from pipeline.measure.until_settled import BenchmarkResult
+from pipeline.record.plots import latency_plot
 
 PROMPT, NEW = 16, 5
 COST = DecoderCost(4, 8, (None, 10), 1000, 500, False, 2, key_value_heads=2)

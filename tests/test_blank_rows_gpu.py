@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from passes.rewrite import apply_strategy, prepare
-from passes.stack import load_stack, quiet
-from pipeline import compile
-from pipeline.config import BackendConfig
-from pipeline.engine import Engine
-from pipeline.export import InputSpec, Traced
+from passes.graph.driver import apply_strategy, prepare
+from passes.tensorrt.versions import load_stack, quiet
+from pipeline.config.schema import BackendConfig
+from pipeline.engine import network as compile
+from pipeline.engine.runner import Engine
+from pipeline.trace.call_form import InputSpec, Traced
 
 pytestmark = [
     pytest.mark.gpu,

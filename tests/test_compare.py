@@ -18,7 +18,7 @@ from pipeline.compare.labels import Section, sections
 from pipeline.compare.ratios import ratio
 from pipeline.compare.rows import Figure, Row, axes, row
 from pipeline.compare.sources import Found, read_file
-from pipeline.report import is_sealed, write_report
+from pipeline.record.report import is_sealed, write_report
 
 
 def rows_of(*reports: dict) -> list[Row]:

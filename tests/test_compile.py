@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, scaled_dot_product_attention
 
-from passes import converters, ops
 from passes.errors import RunError
-from passes.rewrite import apply_strategy, prepare
-from passes.stack import Stack, load_stack, quiet
-from pipeline import compile
-from pipeline.compile import Built, Network
-from pipeline.config import BackendConfig
-from pipeline.export import InputSpec, Traced
+from passes.graph import ops
+from passes.graph.driver import apply_strategy, prepare
+from passes.tensorrt import attention
+from passes.tensorrt.versions import Stack, load_stack, quiet
+from pipeline.config.schema import BackendConfig
+from pipeline.engine import network as compile
+from pipeline.engine.network import Built, Network
+from pipeline.trace.call_form import InputSpec, Traced
 
 BACKEND = BackendConfig("tensorrt")
 
@@ -190,9 +191,9 @@ def test_a_mask_of_any_form_reaches_the_layer(name: str, static: bool) -> None:
 
 def test_a_layer_that_dropped_its_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     # What TensorRT itself does with a mask that is assigned to a causal layer: nothing, and says nothing.
-    add_layer = converters._add_layer
+    add_layer = attention._add_layer
     monkeypatch.setattr(
-        converters, "_add_layer", lambda stack, net, qkv, causal: add_layer(stack, net, qkv, "upper_left")
+        attention, "_add_layer", lambda stack, net, qkv, causal: add_layer(stack, net, qkv, "upper_left")
     )
     given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=MASKS["bool, 4-D"](q)))
     with pytest.raises(
@@ -217,8 +218,8 @@ def test_a_scale_that_cannot_be_folded_is_a_factor_for_each_channel() -> None:
 def test_the_build_finds_a_fused_kernel_exactly_where_one_is_promised(
     dtype: torch.dtype, size: int, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert converters.has_fused_kernel(dtype, size) == fused
-    monkeypatch.setattr(converters, "has_fused_kernel", lambda dtype, size: True)  # the build fails without one
+    assert attention.has_fused_kernel(dtype, size) == fused
+    monkeypatch.setattr(attention, "has_fused_kernel", lambda dtype, size: True)  # the build fails without one
     given = small(lambda q, k, v: ops.native(q, k, v, None, "upper_left", 1.0), dtype, size)
     made = compile.interpret(load_stack(), lowered(given), False)
     if fused:

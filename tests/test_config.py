@@ -16,8 +16,8 @@ from conftest import CONF
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
-from pipeline.config import STAGES, schema_keys
-from pipeline.overrides import for_hydra
+from pipeline.config.overrides import for_hydra
+from pipeline.config.schema import STAGES, schema_keys
 
 ROOT = CONF.parent
 LOCAL = f"model.path={Path(__file__).parent / 'data-that-is-not-there'}"
@@ -353,7 +353,7 @@ def test_a_mistake_is_found_without_heavy_imports(tmp_path: Path) -> None:
 
 
 def test_every_field_of_the_schema_can_be_set_from_the_command_line() -> None:
-    from pipeline.config import Config
+    from pipeline.config.schema import Config
 
     assert {field.name for field in fields(Config)} - {"notes"} == set(schema_keys())  # notes come out, not in
     assert schema_keys("model.architecture") == [] and schema_keys("nowhere.at.all") == []

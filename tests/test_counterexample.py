@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram
 from torch.fx import Interpreter
 
-from passes.attention import find_calls
-from passes.claims import Claims
-from passes.counterexample import Counterexample, find
-from passes.masks import constants_of
-from passes.sizes import symbol_ranges
-from passes.symbolic import Evaluator
+from passes.proof.calls import find_calls
+from passes.proof.claims import Claims
+from passes.proof.counterexample import Counterexample, find
+from passes.proof.masks import constants_of
+from passes.proof.sizes import symbol_ranges
+from passes.proof.symbolic import Evaluator
 
 LONGEST = 12
 SDPA = torch.ops.aten.scaled_dot_product_attention.default

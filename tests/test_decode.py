@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule
 from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, PretrainedConfig
 
-from passes import row_converters
 from passes.errors import RunError, UserError
-from passes.rewrite import Rewritten, apply_strategy
-from passes.stack import load_stack
-from pipeline import cached, compile
-from pipeline.config import BackendConfig, CacheConfig, ShapeConfig
-from pipeline.decode import CachedGenerator, PromptRunner, aligned
-from pipeline.export import Traced
-from pipeline.sampling import Sampling
-from pipeline.session import GraphSession
+from passes.graph.driver import Rewritten, apply_strategy
+from passes.tensorrt import rows as row_converters
+from passes.tensorrt.versions import load_stack
+from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig
+from pipeline.engine import network as compile
+from pipeline.engine.session import GraphSession
+from pipeline.generate.sampling import Sampling
+from pipeline.generate.with_cache import CachedGenerator, PromptRunner, aligned
+from pipeline.trace import cached_forms
+from pipeline.trace.call_form import Traced
 
 CPU = torch.device("cpu")
 CAPACITY = 128
@@ -32,13 +33,13 @@ CAPACITY = 128
 @functools.cache
 def programs(
     name: str, mode: str, batch: int, strategy: str = "detect_causal", **changes: Any
-) -> tuple[cached.CacheShape, list[Traced], list[Rewritten]]:
+) -> tuple[cached_forms.CacheShape, list[Traced], list[Rewritten]]:
     model = tiny.model(name, **changes)
     shape = ShapeConfig("dynamic", batch, 2, 32, 48)
-    cache = cached.cache_shape(model, CacheConfig(mode), shape, 60)
+    cache = cached_forms.cache_shape(model, CacheConfig(mode), shape, 60)
     traced = [
-        cached.trace_prefill(cached.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
-        cached.trace_decode(cached.DecodeForm(model), cache, CPU),
+        cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
+        cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU),
     ]
     return cache, traced, [apply_strategy(each.program, strategy, "mask") for each in traced]
 
@@ -137,11 +138,13 @@ def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refuse
 ) -> None:
     model = tiny.model("llama")
     shape = ShapeConfig("dynamic", 3, 2, 32, 48)
-    cache = cached.cache_shape(model, CacheConfig("in_engine"), shape, 60)
-    monkeypatch.setattr(cached, "masks_of_rows", lambda position: nullcontext())  # as a mask of the model's own making
+    cache = cached_forms.cache_shape(model, CacheConfig("in_engine"), shape, 60)
+    monkeypatch.setattr(
+        cached_forms, "masks_of_rows", lambda position: nullcontext()
+    )  # as a mask of the model's own making
 
     with pytest.raises(RunError, match=r"shape.batch=3: LlamaForCausalLM computes with one length") as caught:
-        cached.trace_decode(cached.DecodeForm(model), cache, CPU)
+        cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU)
 
     assert caught.value.kind == "ragged_batch"
 
@@ -188,7 +191,7 @@ def test_the_cache_can_be_filled_to_its_last_place_and_no_further() -> None:
 def test_no_sequence_is_longer_than_the_model_has_positions_for() -> None:
     model, shape = tiny.model("llama", max_position_embeddings=100), ShapeConfig("dynamic", 1, 2, 32, 48)
 
-    cache = cached.cache_shape(model, CacheConfig("in_engine"), shape, 90)
+    cache = cached_forms.cache_shape(model, CacheConfig("in_engine"), shape, 90)
 
     assert (cache.capacity, cache.longest) == (128, 100)
     with pytest.raises(UserError, match="48 tokens and 53 more: above max_position_embeddings=100 of the model"):
@@ -263,7 +266,7 @@ def test_a_mask_that_is_not_proved_an_offset_is_applied() -> None:
 
 def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_for() -> None:
     cache, _, _ = programs("mistral", "static", 1, **WINDOWED)
-    traced = cached.trace_decode(cached.DecodeForm(tiny.model("mistral", **WINDOWED)), cache, CPU)
+    traced = cached_forms.trace_decode(cached_forms.DecodeForm(tiny.model("mistral", **WINDOWED)), cache, CPU)
 
     with pytest.raises(RunError, match="not proved causal"):
         apply_strategy(traced.program, "detect_causal", "error")
@@ -352,6 +355,6 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused(config: Pretraine
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config.update({"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1} | heads)
     with pytest.raises(UserError, match=said):
-        cached.cache_shape(
+        cached_forms.cache_shape(
             AutoModelForCausalLM.from_config(config), CacheConfig("static"), ShapeConfig("dynamic", 1, 2, 32, 32), 60
         )

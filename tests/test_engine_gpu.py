@@ -11,17 +11,19 @@ import torch
 from conftest import model_config
 from torch import Tensor
 
-from passes import rewrite
 from passes.errors import RunError, UserError
-from passes.stack import load_stack
-from pipeline import arithmetic, compile, verify
-from pipeline.cases import Case, case_inputs
-from pipeline.config import BackendConfig, ShapeConfig
-from pipeline.engine import Engine
-from pipeline.export import CallForm, InputSpec, Traced, trace
-from pipeline.generate import chat_tokens, greedy
-from pipeline.model import DTYPES, load, load_reference
-from pipeline.prefix import PrefixGenerator
+from passes.graph import driver
+from passes.tensorrt.versions import load_stack
+from pipeline.config.schema import BackendConfig, ShapeConfig
+from pipeline.engine import network as compile
+from pipeline.engine.runner import Engine
+from pipeline.generate.protocol import chat_tokens, greedy
+from pipeline.generate.without_cache import PrefixGenerator
+from pipeline.model.load import DTYPES, load, load_reference
+from pipeline.trace.call_form import CallForm, InputSpec, Traced, trace
+from pipeline.verify import arithmetic
+from pipeline.verify import logits as verify
+from pipeline.verify.cases import Case, case_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +54,7 @@ def engine_of(
     cuda_graph: bool = False, assume: tuple[str, ...] = (),
 ) -> Engine:  # fmt: skip
     stack = load_stack()
-    rewritten = rewrite.apply_strategy(traced.program, strategy, unproven, assume)
+    rewritten = driver.apply_strategy(traced.program, strategy, unproven, assume)
     lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
     network = compile.interpret(stack, lowered, strategy == "upstream")
     data, conditions = compile.build(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
@@ -115,7 +117,7 @@ def test_biases_norms_and_fused_projections_equal_pytorch(name: str) -> None:
 def test_a_scale_that_stays_in_the_graph_is_not_lost(
     strategy: str, unproven: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rewrite, "fold_scale", lambda *_: "kept, for this test")
+    monkeypatch.setattr(driver, "fold_scale", lambda *_: "kept, for this test")
     verify.gate(judged(build(strategy, unproven, **SHARP), "fp16", LENGTHS, **SHARP))
 
 
@@ -279,7 +281,7 @@ def test_the_default_model_answers_as_pytorch_does() -> None:
     loaded = load(config, "fp16", device, 0, lambda _: None)
     form = CallForm(loaded.model, "all")
     traced = trace(form, config, ShapeConfig("dynamic", 1, 2, 256, 256), device)
-    program = rewrite.apply_strategy(traced.program, "detect_causal", "mask").program
+    program = driver.apply_strategy(traced.program, "detect_causal", "mask").program
     lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), "fp16")
     built = compile.build(stack, compile.interpret(stack, lowered, False), lambda *_: True)
     assert built.section["iattention_causal"] == 30

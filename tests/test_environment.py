@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.environment import environment, git_commit, module_version, supported_by_vendor
+from pipeline.record.environment import environment, git_commit, module_version, supported_by_vendor
 
 KEYS = [
     "gpu", "compute_capability", "supported_by_vendor", "driver", "torch", "torch_tensorrt", "tensorrt", "flavour",
@@ -173,7 +173,8 @@ def test_a_package_installed_inside_someone_elses_checkout_has_no_commit(checkou
 
 def test_measuring_modules_import_without_torch() -> None:
     code = (
-        "import sys; from pipeline import benchmark, environment, gpu, roofline, statistics; "
+        "import sys; from pipeline.host import gpu; from pipeline.measure import prompt, roofline, statistics; "
+        "from pipeline.record import environment; "
         "sys.exit([name for name in ('torch', 'transformers', 'tensorrt', 'pynvml') if name in sys.modules] or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])

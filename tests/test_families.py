@@ -22,17 +22,20 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import architectures
-from passes import missing_converters, network_form
 from passes.errors import RunError, UserError
-from passes.rewrite import apply_strategy
-from passes.stack import load_stack
-from pipeline import building, cached, compile, model
+from passes.graph.driver import apply_strategy
+from passes.tensorrt import missing, network_form
+from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
-from pipeline.config import BackendConfig, Config, ModelConfig
-from pipeline.console import StageDisplay
-from pipeline.experts import plain_experts
-from pipeline.export import CallForm, InputSpec, exported
+from pipeline.config.schema import BackendConfig, Config, ModelConfig
+from pipeline.engine import build as building
+from pipeline.engine import network as compile
+from pipeline.model import load
+from pipeline.model.experts import plain_experts
+from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome
+from pipeline.trace import cached_forms
+from pipeline.trace.call_form import CallForm, InputSpec, exported
 
 CPU = torch.device("cpu")
 SIZES = {"max_position_embeddings": 256, "n_positions": 256, "sliding_window": None}
@@ -59,8 +62,8 @@ def settings(name: str, cache: str = "none", inputs: tuple[str, ...] = ("input_i
     return config
 
 
-def loaded(name: str, precision: str = "fp32") -> model.LoadedModel:
-    return model.load(settings(name).model, precision, CPU, 0, lambda _: None)
+def loaded(name: str, precision: str = "fp32") -> load.LoadedModel:
+    return load.load(settings(name).model, precision, CPU, 0, lambda _: None)
 
 
 def eager(name: str) -> Any:
@@ -74,7 +77,7 @@ def eager(name: str) -> Any:
 def networks(
     name: str, cache: str = "none", inputs: tuple[str, ...] = ("input_ids",), parts: tuple[str, ...] = ("engine",)
 ) -> dict[str, compile.Network]:
-    """The networks of tiny model ``name`` in fp16, by the names of :func:`pipeline.building.parts`."""
+    """The networks of tiny model ``name`` in fp16, by the names of :func:`pipeline.engine.build.parts`."""
     config, stack, made = settings(name, cache, inputs), load_stack(), loaded(name, "fp16")
     found = {}
     for part, trace in building.parts(config, made, building.cache_of(config, made)).items():
@@ -200,7 +203,7 @@ def test_a_running_sum_has_the_type_that_it_has_in_pytorch(dtype: torch.dtype) -
 
 def test_elements_are_gathered_at_a_dynamic_length() -> None:
     made = lowered(lambda x, i: x.gather(1, i), torch.randn(1, 8), torch.zeros(1, 8, dtype=torch.int64))
-    assert any(node.target is missing_converters.GATHER for node in made.graph.graph.nodes)
+    assert any(node.target is missing.GATHER for node in made.graph.graph.nodes)
     assert build(compile.interpret(load_stack(), made, False)) is not None
 
 
@@ -255,7 +258,7 @@ def test_a_size_that_comes_from_data_is_refused_before_the_build_in_one_line() -
     cache = building.cache_of(config, made)
     assert cache is not None
     with pytest.raises(RunError, match=r"FalconForCausalLM reads a number out of a tensor .*; try cache=none") as error:
-        cached.trace_decode(cached.DecodeForm(made.model), cache, CPU)
+        cached_forms.trace_decode(cached_forms.DecodeForm(made.model), cache, CPU)
     assert error.value.kind == "export" and "\n" not in str(error.value)
 
 
@@ -312,8 +315,8 @@ def folder(path: Path, **changes: Any) -> Path:
     return path
 
 
-def from_folder(path: Path) -> model.LoadedModel:
-    return model.load(ModelConfig("tiny", path=str(path)), "fp32", CPU, 0, lambda _: None)
+def from_folder(path: Path) -> load.LoadedModel:
+    return load.load(ModelConfig("tiny", path=str(path)), "fp32", CPU, 0, lambda _: None)
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])

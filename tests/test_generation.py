@@ -17,15 +17,16 @@ from runs import GPU, do, failure, mlflow_run
 from torch import Tensor
 
 from passes.errors import RunError, UserError
-from pipeline import generation, plugin
+from pipeline import generation
 from pipeline.__main__ import compose_config
-from pipeline.benchmark_generate import measure_generation
-from pipeline.config import BackendConfig
-from pipeline.console import StageDisplay
-from pipeline.kernels import UNKNOWN, attention_kernels
-from pipeline.model import load
-from pipeline.record import Record
-from pipeline.rival_generators import rival_generator
+from pipeline.config.schema import BackendConfig
+from pipeline.measure.attention_kernels import UNKNOWN, attention_kernels
+from pipeline.measure.generation import measure_generation
+from pipeline.model.load import load
+from pipeline.record.console import StageDisplay
+from pipeline.record.record import Record
+from pipeline.rivals import plugin
+from pipeline.rivals.generation import rival_generator
 
 EXPERIMENT = OmegaConf.load(CONF / "experiment" / "issue_4129.yaml")
 SWEPT = {key: value.split(",") for key, value in EXPERIMENT.hydra.sweeper.params.items()}

@@ -13,12 +13,12 @@ from runs import DONE, GPU, do
 from transformers import AutoModelForCausalLM, Lfm2Config
 
 from passes.errors import UserError
-from passes.stack import load_stack
-from pipeline import cached
-from pipeline.engine import open_engine
-from pipeline.machine import open_generator
+from passes.tensorrt.versions import load_stack
+from pipeline.engine.runner import open_engine
+from pipeline.engine.session import Session
 from pipeline.run import Outcome
-from pipeline.session import Session
+from pipeline.trace import cached_forms
+from pipeline.verify.candidate import open_generator
 
 GENERATE = [
     "benchmark=generate", "shape.max=64", "benchmark.generate.input_length=40", "benchmark.generate.output_length=20",
@@ -184,13 +184,13 @@ def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_l
 def test_rows_that_get_each_others_places_fail_the_verification(
     store: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = cached._mask_of_rows
+    honest = cached_forms._mask_of_rows
 
     def of_the_first_row(position: torch.Tensor, **how: Any) -> torch.Tensor | None:
         return honest(position[:1].expand_as(position), **how)
 
-    monkeypatch.setattr(cached, "_mask_of_rows", of_the_first_row)
-    monkeypatch.setattr(cached, "_reads_first_row", lambda program: False)
+    monkeypatch.setattr(cached_forms, "_mask_of_rows", of_the_first_row)
+    monkeypatch.setattr(cached_forms, "_reads_first_row", lambda program: False)
     batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose"]
     report = report_of(store, tmp_path, tiny_llama_dir, *batch, "benchmark.shapes=[]")
 

@@ -10,7 +10,7 @@ from test_benchmark_generate import MS, SimulatedGenerator, measured
 from benchmarks import table
 from benchmarks.generation_table import REPORT_MS, generation_tables, is_generation
 from pipeline.__main__ import compose_config
-from pipeline.report import new_report
+from pipeline.record.report import new_report
 
 
 def report(row: str, step_ms: int = 2, model: str = "llama3_1b", **changes: Any) -> dict[str, Any]:

@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.nn.functional import scaled_dot_product_attention
 
-from passes import ops
-from passes.attention import find_calls
 from passes.errors import RunError
-from passes.lowerings import SDPA
-from passes.masks import classify
-from passes.rewrite import apply_strategy
-from passes.stack import load_stack
-from passes.strategies import every_row_sees_a_key
-from pipeline import compile
+from passes.graph import ops
+from passes.graph.driver import apply_strategy
+from passes.graph.lowerings import SDPA
+from passes.graph.strategies import every_row_sees_a_key
+from passes.proof.calls import find_calls
+from passes.proof.masks import classify
+from passes.tensorrt.versions import load_stack
+from pipeline.engine import network
 
 STRATEGIES = ("detect_causal", "mask_input", "lowering", "decompose")
 LENGTH, KEYS, SIZE = 5, 3, 16
@@ -94,9 +94,9 @@ def test_more_than_four_dimensions_are_refused_before_anything_is_built(strategy
 def test_an_engine_is_built_from_heads_that_are_broadcast() -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q[:, :1], k, v, is_causal=True))
     program = apply_strategy(given.program, "lowering").program
-    made = compile.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
+    made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
     assert [layer.heads for layer in made.native_layers] == [(2, 2)]
-    assert compile.build(load_stack(), made, lambda *_: True).data is not None
+    assert network.build(load_stack(), made, lambda *_: True).data is not None
 
 
 # -- rows that see no key ----------------------------------------------------------------------------
@@ -190,9 +190,9 @@ def test_what_is_left_to_upstream_says_that_such_rows_are_its_own() -> None:
 def test_an_engine_is_built_that_blanks_its_rows(strategy: str) -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, _before(q)))
     program = apply_strategy(given.program, strategy).program
-    made = compile.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
+    made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
     assert len(layers(made, "REDUCE")) == 1  # over the keys of the mask
-    assert compile.build(load_stack(), made, lambda *_: True).data is not None
+    assert network.build(load_stack(), made, lambda *_: True).data is not None
 
 
 def _before(q: Tensor) -> Tensor:

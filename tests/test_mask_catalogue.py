@@ -13,9 +13,9 @@ from mask_catalogue import CATALOGUE, SETTINGS, UNDECIDED, Inputs, mask_of
 from mask_tables import CLASSES, DROPPED, is_true, table_of
 from torch import Tensor
 
-from passes import counterexample
-from passes.attention import find_calls
-from passes.masks import MaskProof, prover_of
+from passes.proof import counterexample
+from passes.proof.calls import find_calls
+from passes.proof.masks import MaskProof, prover_of
 
 LENGTHS = (1, 2, 3, 5, 8, 9, 21, 38, 39, 40)
 

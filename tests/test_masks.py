@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from passes.attention import find_calls
-from passes.masks import MaskProof, classify, prover_of
+from passes.proof.calls import find_calls
+from passes.proof.masks import MaskProof, classify, prover_of
 
 LONGEST = 12
 

@@ -20,12 +20,12 @@ import torch
 from conftest import CONF, TINY_LLAMA, model_config, save_tiny_llama
 
 from passes.errors import UserError
-from pipeline import checkpoint, gguf_cache
 from pipeline.__main__ import compose_config
-from pipeline.config import ModelConfig
-from pipeline.model import LoadedModel, load, load_reference
+from pipeline.config.schema import ModelConfig
+from pipeline.model import checkpoint, gguf
+from pipeline.model.load import LoadedModel, load, load_reference
+from pipeline.model.text import token_batch
 from pipeline.sweep.keys import Commits, content_key, pinned
-from pipeline.text import token_batch
 
 CPU = torch.device("cpu")
 TINY_MOE = {
@@ -383,7 +383,7 @@ def test_gguf_in_a_local_folder_gives_the_same_weights_and_its_tokenizer(gguf_di
 def test_kept_folder_is_reused_and_a_damaged_one_made_again(gguf_dir: Path, messages: tuple[list[str], Any]) -> None:
     lines, progress = messages
     first = load(local(gguf_dir), "fp32", CPU, 0, progress)
-    (kept,) = (p for p in gguf_cache.cache_folder().iterdir() if p.is_dir())  # nothing temporary is left
+    (kept,) = (p for p in gguf.cache_folder().iterdir() if p.is_dir())  # nothing temporary is left
     assert any(line.startswith("reading tiny.gguf") for line in lines)
     lines.clear()
     load(local(gguf_dir), "fp32", CPU, 0, progress)
@@ -400,7 +400,7 @@ def test_kept_folder_is_reused_and_a_damaged_one_made_again(gguf_dir: Path, mess
 
 def test_two_processes_prepare_a_gguf_once(gguf_dir: Path) -> None:
     code = (
-        "import sys, torch; from pipeline.config import ModelConfig; from pipeline.model import load;"
+        "import sys, torch; from pipeline.config.schema import ModelConfig; from pipeline.model.load import load;"
         "load(ModelConfig(name='local', path=sys.argv[1]), 'fp32', torch.device('cpu'), 0, print)"
     )
     command = [sys.executable, "-c", code, str(gguf_dir)]
@@ -411,13 +411,13 @@ def test_two_processes_prepare_a_gguf_once(gguf_dir: Path) -> None:
 
 
 def test_gguf_that_is_not_the_known_file_is_not_used(gguf_dir: Path) -> None:
-    @gguf_cache.contextmanager
+    @gguf.contextmanager
     def source() -> Iterator[Path]:
         yield gguf_dir / "tiny.gguf"
 
     with pytest.raises(UserError, match=r"sha256 of .* is not 00"):
-        gguf_cache.kept("00", dict(TINY_LLAMA), source, nothing, origin="model.path=x")
-    assert not [p for p in gguf_cache.cache_folder().iterdir() if p.is_dir()]
+        gguf.kept("00", dict(TINY_LLAMA), source, nothing, origin="model.path=x")
+    assert not [p for p in gguf.cache_folder().iterdir() if p.is_dir()]
 
 
 def test_broken_gguf_is_refused(gguf_dir: Path) -> None:
@@ -591,7 +591,7 @@ def test_what_is_not_on_the_hub_is_not_asked_for(tiny_llama_dir: Path, monkeypat
     def refuse(*_: object) -> None:
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr("pipeline.checkpoint.commit", refuse)
+    monkeypatch.setattr("pipeline.model.checkpoint.commit", refuse)
     for overrides in ([], ["model=llama3_1b", "model.weights=random"], ["model=local", f"model.path={tiny_llama_dir}"]):
         config = compose_config(overrides)
         assert pinned(config, Commits()) is config
@@ -651,7 +651,7 @@ def test_text_rows_differ_fit_and_repeat_for_the_same_seed(smollm2: LoadedModel)
 def test_text_is_real_and_long_enough_for_the_default_profile(smollm2: LoadedModel) -> None:
     assert smollm2.tokenizer is not None
     row = token_batch(smollm2.tokenizer, 49152, 1, 2300, 0)[0]
-    text = (CONF.parent / "pipeline" / "prompts.txt").read_text()
+    text = (CONF.parent / "pipeline" / "model" / "prompts.txt").read_text()
     assert smollm2.tokenizer.decode(row[:1000]) in text + text  # consecutive pieces of the prose
     starts = {tuple(row[i : i + 16].tolist()) for i in range(2284)}
     assert len(starts) == 2284  # nothing repeats within 2300 tokens

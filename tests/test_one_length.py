@@ -12,12 +12,12 @@ from runs import GPU, do, failure
 from torch import Tensor
 
 from passes.errors import UserError
-from passes.rewrite import apply_strategy
+from passes.graph.driver import apply_strategy
 from pipeline.__main__ import compose_config
-from pipeline.config import ShapeConfig
-from pipeline.export import CallForm, Traced, trace
-from pipeline.prefix import OneLengthGenerator, at_one_length
-from pipeline.session import GraphSession
+from pipeline.config.schema import ShapeConfig
+from pipeline.engine.session import GraphSession
+from pipeline.generate.without_cache import OneLengthGenerator, at_one_length
+from pipeline.trace.call_form import CallForm, Traced, trace
 
 WHOLE, LENGTH, NEW = 24, 9, 12
 SETTINGS = ["cache=none", "shape=static", "shape.max=24", "model.inputs=[input_ids,last]", "benchmark=generate"]

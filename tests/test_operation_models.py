@@ -21,9 +21,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
-from passes import terms
-from passes.operations import MODELS
-from passes.symbolic import Evaluator
+from passes.proof import terms
+from passes.proof.operations import MODELS
+from passes.proof.symbolic import Evaluator
 
 NAN = z3.RealVal(3**800)
 """Stands for a NaN among the contents of an input, of which a model may know nothing."""

@@ -63,12 +63,12 @@ def test_the_wheel_holds_every_module_every_yaml_and_the_prompts(wheel: Path) ->
     settings = {"pipeline/conf/" + path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
     pages = {f"pipeline/compare/page.{kind}" for kind in ("html", "md", "css")}
     assert len(modules) > 20 and len(settings) > 20
-    assert modules | settings | {"pipeline/prompts.txt"} | pages <= held
+    assert modules | settings | {"pipeline/model/prompts.txt"} | pages <= held
     assert not any(name.startswith(("tests/", "conf/", "build/")) for name in held)
 
 
 def test_the_installed_package_runs_from_any_folder_with_its_own_conf(unpacked: Path, tmp_path: Path) -> None:
-    script = "import pipeline, passes.strategies; print(pipeline.__file__, passes.strategies.__file__)"
+    script = "import pipeline, passes.graph.strategies; print(pipeline.__file__, passes.graph.strategies.__file__)"
     where = installed(unpacked, tmp_path, "-c", script)
     shown = installed(unpacked, tmp_path, "-m", "pipeline", "--help")
     refused = installed(unpacked, tmp_path, "-m", "pipeline", "strategy=foo")
@@ -86,12 +86,12 @@ def test_the_installed_package_runs_from_any_folder_with_its_own_conf(unpacked: 
 
 def test_the_installed_package_finds_its_data_and_its_strategies(unpacked: Path, tmp_path: Path) -> None:
     script = (
-        "from pipeline.config import STRATEGIES\n"
-        "from passes.strategies import strategy\n"
-        "from pipeline.text import token_batch\n"
+        "from pipeline.config.schema import STRATEGIES\n"
+        "from passes.graph.strategies import strategy\n"
+        "from pipeline.model.text import token_batch\n"
         "from importlib.resources import files\n"
         "print(len([strategy(name) for name in STRATEGIES]))\n"
-        "print(len(files('pipeline').joinpath('prompts.txt').read_text(encoding='utf-8')) > 5000)\n"
+        "print(len(files('pipeline.model').joinpath('prompts.txt').read_text(encoding='utf-8')) > 5000)\n"
     )
 
     done = installed(unpacked, tmp_path, "-c", script)

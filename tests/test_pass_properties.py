@@ -18,13 +18,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from passes import counterexample, row_converters, twins
-from passes.attention import FORMS, find_calls, use_native_gqa
-from passes.rewrite import apply_strategy, prepare
-from passes.scale import fold_scale
-from passes.sizes import symbol_ranges
-from passes.stack import quiet
-from passes.unread import narrow
+from passes.graph import query_key_joining
+from passes.graph.driver import apply_strategy, prepare
+from passes.graph.row_narrowing import narrow
+from passes.graph.scale import fold_scale
+from passes.proof import counterexample
+from passes.proof.calls import FORMS, find_calls, use_native_gqa
+from passes.proof.sizes import symbol_ranges
+from passes.tensorrt import rows
+from passes.tensorrt.versions import quiet
 
 ROUNDING = 1e-9
 Outputs = tuple[Tensor, ...]
@@ -124,14 +126,14 @@ def check_narrow(program: Program, done: Counter[str]) -> None:
 
 
 def joined(graph: GraphModule) -> None:
-    twins.join(graph, [node for node in graph.graph.nodes if node.target is row_converters.LINEAR])
+    query_key_joining.join(graph, [node for node in graph.graph.nodes if node.target is rows.LINEAR])
 
 
 def check_row_passes(program: Program, done: Counter[str]) -> None:
     """The passes over a graph of one row, as lowering hands it on: with its weights in it."""
     before = run(program, 1)
     prepared = prepare(exported(program, 1)).module()
-    for name, change, exactly in (("twins", joined, True), ("row_converters", row_converters.prepare, False)):
+    for name, change, exactly in (("twins", joined, True), ("row_converters", rows.prepare, False)):
         changed = copy.deepcopy(prepared)
         change(changed)
         done[name] += [node.target for node in changed.graph.nodes] != [node.target for node in prepared.graph.nodes]

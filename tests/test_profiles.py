@@ -13,16 +13,19 @@ import torch
 from torch import Tensor
 
 from passes.errors import UserError
-from passes.rewrite import apply_strategy
-from passes.stack import Stack, load_stack
-from pipeline import cached, compile, machine, profiles
+from passes.graph.driver import apply_strategy
+from passes.tensorrt.versions import Stack, load_stack
 from pipeline.__main__ import compose_config
-from pipeline.cases import cases
-from pipeline.compile import Network
-from pipeline.config import BackendConfig, CacheConfig, ShapeConfig, VerifyConfig
-from pipeline.decode import CachedGenerator
-from pipeline.export import InputSpec, Traced
-from pipeline.session import GraphSession, Session
+from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig, VerifyConfig
+from pipeline.engine import network as compile
+from pipeline.engine import profiles
+from pipeline.engine.network import Network
+from pipeline.engine.session import GraphSession, Session
+from pipeline.generate.with_cache import CachedGenerator
+from pipeline.trace import cached_forms
+from pipeline.trace.call_form import InputSpec, Traced
+from pipeline.verify import candidate
+from pipeline.verify.cases import cases
 
 # What is built
 
@@ -68,10 +71,10 @@ def test_a_static_engine_has_no_profiles() -> None:
 def test_the_prompts_of_a_cache_have_them_too_and_the_step_has_none(mode: str, batch: int) -> None:
     model = tiny.model("llama", "fp16")
     shape = ShapeConfig("dynamic", batch, 2, 48, 48, exact=[32, 48])
-    cache = cached.cache_shape(model, CacheConfig(mode), shape, 60)
-    form = cached.PrefillForm(model, len(cache.layers))
-    prefill = network(cached.trace_prefill(form, cache, shape, tiny.CPU), in_place=mode == "in_engine")
-    step = cached.trace_decode(cached.DecodeForm(model), cache, tiny.CPU)
+    cache = cached_forms.cache_shape(model, CacheConfig(mode), shape, 60)
+    form = cached_forms.PrefillForm(model, len(cache.layers))
+    prefill = network(cached_forms.trace_prefill(form, cache, shape, tiny.CPU), in_place=mode == "in_engine")
+    step = cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, tiny.CPU)
 
     section = compile.build(load_stack(), prefill, lambda *_: True).section
     assert section["profiles"] == [[2, 48, 48], [32] * 3, [48] * 3]
@@ -233,10 +236,10 @@ def test_behind_a_prompt_of_exact_length_a_token_reads_the_cache() -> None:
 def test_the_prompt_of_a_case_has_an_exact_length_where_one_is_near() -> None:
     config = compose_config(["cache=in_engine", "shape.max=48", "shape.exact=[32,48]", "benchmark=none"])
     model, shape = tiny.model("llama"), config.shape
-    cache = cached.cache_shape(model, config.cache, shape, 60)
+    cache = cached_forms.cache_shape(model, config.cache, shape, 60)
     traced = [
-        cached.trace_prefill(cached.PrefillForm(model, len(cache.layers)), cache, shape, tiny.CPU),
-        cached.trace_decode(cached.DecodeForm(model), cache, tiny.CPU),
+        cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, tiny.CPU),
+        cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, tiny.CPU),
     ]
     programs = [GraphSession(each.program.module(), tuple(spec.name for spec in each.inputs)) for each in traced]
     prompts: list[int] = []
@@ -250,7 +253,7 @@ def test_the_prompt_of_a_case_has_an_exact_length_where_one_is_near() -> None:
             programs[0].run(stream)
 
     generator = CachedGenerator(Prompts(programs[0]._graph, ()), programs[1:], cache, 128, tiny.CPU)
-    forward = machine._cached("engine", config, generator, tuple(shape.exact)).forward
+    forward = candidate._cached("engine", config, generator, tuple(shape.exact)).forward
     for length in (31, 32, 33, 47, 48, 49, cache.longest):
         tokens = tiny.tokens(1, length)
         with torch.no_grad():

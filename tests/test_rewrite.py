@@ -10,14 +10,14 @@ import tiny
 import torch
 from torch import Tensor
 
-from passes import ops
-from passes.attention import find_calls, unrepeated
 from passes.errors import RunError
-from passes.lowerings import SDPA
-from passes.rewrite import DECOMPOSITIONS, Rewritten, apply_strategy
-from passes.sizes import symbol_ranges
-from pipeline.model import load_reference
-from pipeline.verify import FACTOR
+from passes.graph import ops
+from passes.graph.driver import DECOMPOSITIONS, Rewritten, apply_strategy
+from passes.graph.lowerings import SDPA
+from passes.proof.calls import find_calls, unrepeated
+from passes.proof.sizes import symbol_ranges
+from pipeline.model.load import load_reference
+from pipeline.verify.logits import FACTOR
 
 PADDED = ("input_ids", "attention_mask")
 LENGTH = 9

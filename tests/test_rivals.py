@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError, UserError
-from pipeline.config import BackendConfig, CacheConfig
-from pipeline.rival_generators import CompiledGenerator, EagerGenerator, rival_generator
+from pipeline.config.schema import BackendConfig, CacheConfig
+from pipeline.rivals.generation import CompiledGenerator, EagerGenerator, rival_generator
 
 LENGTH, NEW = 9, 7
 COMPILED = partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)  # Inductor takes a minute here

@@ -20,13 +20,14 @@ from rich.console import Console
 from runs import APART, DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, outcome_in
 
 from passes.errors import UserError
-from pipeline import interrupts, tracking
 from pipeline.__main__ import _main, compose_config
-from pipeline.config import STAGES
-from pipeline.console import StageDisplay
-from pipeline.engine import load_engine, open_engine
+from pipeline.config.schema import STAGES
+from pipeline.engine.runner import load_engine, open_engine
+from pipeline.host import interrupts
+from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome
-from pipeline.tracking_names import parameters
+from pipeline.tracking import runs
+from pipeline.tracking.names import parameters
 
 # shared/DESIGN.md's report.json, schema 1: what readers may count on.
 CONTRACT = {
@@ -140,7 +141,7 @@ def test_the_engine_comes_back_from_mlflow_only_with_the_hash_that_was_recorded(
 ) -> None:
     run_id = mlflow_run(store, finished).info.run_id
 
-    fetched = tracking.fetch_engine(run_id, store, tmp_path)
+    fetched = runs.fetch_engine(run_id, store, tmp_path)
 
     assert fetched.read_bytes() == (finished.folder / "engine.trt").read_bytes()
     if not GPU:
@@ -528,4 +529,4 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(tmp_path: Path) -> N
     assert kept.info.status == "FINISHED" and kept.data.metrics["verify.passed"] == 1
     files = {"report.json", "engine.trt", "engine.json", "graph_before.txt", "graph_after.txt", "attention_calls.md"}
     assert files <= artifacts(store, kept.info.run_id)
-    assert tracking.fetch_engine(kept.info.run_id, store).stat().st_size == engine["bytes"]
+    assert runs.fetch_engine(kept.info.run_id, store).stat().st_size == engine["bytes"]

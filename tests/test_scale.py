@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
-from passes.attention import find_calls
-from passes.rewrite import apply_strategy, prepare
-from passes.scale import fold_scale
-from passes.stack import quiet
+from passes.graph.driver import apply_strategy, prepare
+from passes.graph.scale import fold_scale
+from passes.proof.calls import find_calls
+from passes.tensorrt.versions import quiet
 
 # Model -> the parameters that take the scale.
 FOLDED = {"llama": ("q_proj.weight",), "qwen2": ("q_proj.weight", "q_proj.bias"), "qwen3": ("q_norm.weight",)}

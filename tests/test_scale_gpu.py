@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from passes import converters
-from passes.stack import load_stack
+from passes.tensorrt import attention
+from passes.tensorrt.versions import load_stack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,11 +38,11 @@ def run_causal_layer(form: str, head_size: int, length: int) -> float:
     query: Any = tensors[0]
     node: Any = SimpleNamespace(name="call")
     if form == "vector":
-        query = converters.scaled(stack, ctx, query, scale, node)
+        query = attention.scaled(stack, ctx, query, scale, node)
     elif form == "scalar":
-        factor = converters.as_tensor(ctx, torch.full((1, 1, 1, 1), scale).half(), "factor")
+        factor = attention.as_tensor(ctx, torch.full((1, 1, 1, 1), scale).half(), "factor")
         query = network.add_elementwise(query, factor, trt.ElementWiseOperation.PROD).get_output(0)
-    layer = converters._add_layer(stack, network, (query, *tensors[1:]), "upper_left")
+    layer = attention._add_layer(stack, network, (query, *tensors[1:]), "upper_left")
     layer.decomposable = False
     layer.get_output(0).name = "out"
     network.mark_output(layer.get_output(0))
@@ -82,7 +82,7 @@ def test_the_forms_of_the_scale_that_are_used_are_right(form: str, length: int, 
 
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_a_single_factor_is_still_lost_where_it_was_seen_to_be(head_size: int) -> None:
-    """Fails when the fault is gone: then :mod:`passes.scale` has a reason less."""
+    """Fails when the fault is gone: then :mod:`passes.graph.scale` has a reason less."""
     stack = load_stack()
     if torch.cuda.get_device_capability() != (9, 0) or not stack.trt.__version__.startswith("1.4"):
         pytest.skip("seen on TensorRT-RTX 1.4 and compute capability 9.0")

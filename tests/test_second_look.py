@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from passes.attention import find_calls
-from passes.claims import Claims, Class
-from passes.masks import classify, prover_of
-from passes.rewrite import apply_strategy
-from passes.second_look import CLAIMED, look
-from pipeline.building import dropped
-from pipeline.config import StrategyConfig
+from passes.graph.driver import apply_strategy
+from passes.proof.calls import find_calls
+from passes.proof.claims import Claims, Class
+from passes.proof.masks import classify, prover_of
+from passes.proof.second_look import CLAIMED, look
+from pipeline.config.schema import StrategyConfig
+from pipeline.engine.build import dropped
 
 Mask = Callable[[int, int, Tensor], Tensor]
 

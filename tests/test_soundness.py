@@ -15,9 +15,9 @@ from mask_programs import Program, listing, needed, programs, values, without_re
 from mask_tables import CLASSES, DROPPED, Table, is_true, table_of
 from torch import Tensor
 
-from passes import counterexample
-from passes.attention import find_calls
-from passes.masks import MaskProof, prover_of
+from passes.proof import counterexample
+from passes.proof.calls import find_calls
+from passes.proof.masks import MaskProof, prover_of
 
 LENGTHS = range(3, 9)  # shorter ones are refused by torch.export itself, for slices such as [2:]
 EXHAUSTIVE = 4

@@ -99,7 +99,7 @@ def test_ray_on_a_machine_without_a_gpu_is_refused_rather_than_left_to_wait_for_
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("ray", reason="the extra ray is not installed")
-    from pipeline import gpu
+    from pipeline.host import gpu
 
     if gpu.card().name is not None:
         pytest.skip("is about machines without a GPU, where the launcher would wait for one")

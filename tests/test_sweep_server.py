@@ -11,7 +11,7 @@ from conftest import save_tiny_llama
 from postgres import Postgres, postgres
 from sweeps import Server, Sweep, runs, wait_for
 
-from pipeline.tracking import fetch_engine
+from pipeline.tracking.runs import fetch_engine
 
 JOBS = ("strategy=detect_causal", "strategy=mask_input", "strategy=upstream")
 

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
-from passes import terms
-from passes.attention import find_calls
-from passes.masks import Prover
-from passes.operations import MODELS
-from passes.sizes import INT64_MAX, symbol_ranges
-from passes.symbolic import Evaluator
-from passes.terms import in_range
+from passes.proof import terms
+from passes.proof.calls import find_calls
+from passes.proof.masks import Prover
+from passes.proof.operations import MODELS
+from passes.proof.sizes import INT64_MAX, symbol_ranges
+from passes.proof.symbolic import Evaluator
+from passes.proof.terms import in_range
 
 aten = torch.ops.aten
 

@@ -21,10 +21,11 @@ import pytest
 from sweeps import Server
 
 from passes.errors import UserError
-from pipeline import config as settings
-from pipeline import tracking, tracking_store
-from pipeline.plots import latency_plot
-from pipeline.tracking_names import metrics, parameters, run_name, sample_points
+from pipeline.config import schema as settings
+from pipeline.record.plots import latency_plot
+from pipeline.tracking import runs as tracking
+from pipeline.tracking import store
+from pipeline.tracking.names import metrics, parameters, run_name, sample_points
 
 ENGINE = b"engine bytes" * 1000
 SHA256 = hashlib.sha256(ENGINE).hexdigest()
@@ -93,8 +94,8 @@ def folder(tmp_path: Path) -> Path:
 def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with its tables, which take seconds to create, and nothing else."""
     path = tmp_path_factory.mktemp("migrated") / "mlflow.db"
-    with tracking_store.quiet():
-        tracking_store.open_client(f"sqlite:///{path}")
+    with store.quiet():
+        store.open_client(f"sqlite:///{path}")
     return path
 
 
@@ -325,7 +326,7 @@ def test_bad_store_is_refused_at_once_in_one_line_and_nothing_is_created(tmp_pat
 
 
 def test_server_that_is_silent_or_something_else_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking_store, "SERVER_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(store, "SERVER_TIMEOUT_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         assert "no MLflow server answers" in refusal(tracking.check_store, uri)
@@ -446,7 +447,7 @@ def test_server_keeps_the_run_and_its_end_in_the_middle_of_one_costs_a_warning(s
         server.kill()
         began = time.monotonic()
         run.finish(a_report(), folder)
-    assert time.monotonic() - began < 2 * tracking_store.SERVER_TIMEOUT_S
+    assert time.monotonic() - began < 2 * store.SERVER_TIMEOUT_S
     assert len([r for r in caplog.records if "is incomplete" in r.getMessage()]) == 1
 
 
@@ -468,9 +469,9 @@ def test_latency_plot_has_a_panel_for_each_clock(tmp_path):
 
 def test_importing_tracking_is_light_and_plots_leave_no_global_figure(tmp_path):
     program = (
-        "import sys, pipeline.tracking, pipeline.plots\n"
+        "import sys, pipeline.tracking.runs, pipeline.record.plots\n"
         "heavy = {'mlflow', 'torch', 'matplotlib', 'numpy', 'sqlalchemy'} & set(sys.modules)\n"
-        f"pipeline.plots.latency_plot({{'a': [1.0, 2.0]}}, r'{tmp_path / 'plot.png'}')\n"
+        f"pipeline.record.plots.latency_plot({{'a': [1.0, 2.0]}}, r'{tmp_path / 'plot.png'}')\n"
         "print(heavy, 'matplotlib.pyplot' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

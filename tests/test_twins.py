@@ -12,14 +12,15 @@ from test_decode import lowered_step
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from passes import row_converters, twins
+from passes.graph import query_key_joining
+from passes.tensorrt import rows
 
 aten = torch.ops.aten
 HEADS, KEY_HEADS, SIZE = 4, 2, 8
 
 
 def products(graph: GraphModule) -> list[Node]:
-    return [node for node in graph.graph.nodes if node.target is row_converters.LINEAR]
+    return [node for node in graph.graph.nodes if node.target is rows.LINEAR]
 
 
 def kinds(graph: GraphModule) -> Counter[Any]:
@@ -35,7 +36,7 @@ def test_query_and_key_are_normed_and_rotated_together(name: str, layers: int, m
         gain.uniform_(0.5, 2)
     before = graph(**inputs)
 
-    row_converters.prepare(graph)
+    rows.prepare(graph)
 
     found = kinds(graph)
     assert len(gains) > means * layers
@@ -85,7 +86,7 @@ def joined(
             node.target = aten._reshape_copy.default
     before = graph(*inputs)
 
-    twins.join(graph, products(graph))
+    query_key_joining.join(graph, products(graph))
     graph.graph.lint()
     graph.recompile()
 
@@ -155,7 +156,7 @@ def test_a_gain_becomes_part_of_the_weights_behind_it_alone() -> None:
     graph = torch.export.export(Layer(), (row,)).run_decompositions({}).module()
     before = graph(row)
 
-    row_converters.prepare(graph)
+    rows.prepare(graph)
 
     assert kinds(graph)[aten.mul.Tensor] == 2  # by 2, and the gain of the row that is read twice
     torch.testing.assert_close(graph(row), before, rtol=1e-5, atol=1e-6)
@@ -184,7 +185,7 @@ def test_what_is_put_together_is_made_before_all_that_reads_it(early: bool) -> N
         del read.users[user]
         read.users[user] = None
 
-    row_converters.prepare(graph)
+    rows.prepare(graph)
 
     assert len(products(graph)) == 1
     torch.testing.assert_close(graph(row), before, rtol=1e-5, atol=1e-6)
@@ -205,5 +206,5 @@ def test_a_whole_number_to_the_power_of_two_point_zero_stays_a_fraction() -> Non
             return x.pow(2.0)
 
     graph = torch.export.export(Square(), (torch.tensor([3]),)).run_decompositions({}).module()
-    row_converters.prepare(graph)
+    rows.prepare(graph)
     assert torch.equal(graph(torch.tensor([3])), torch.tensor([9.0]))

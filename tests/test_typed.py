@@ -19,20 +19,20 @@ from rich.console import Console
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
-from pipeline.axes import axes, has, parse
 from pipeline.compare.__main__ import main as compare
-from pipeline.config import Config
-from pipeline.console import StageDisplay
-from pipeline.idle import idle, refuse_idle, why_idle
-from pipeline.lengths import positions, settle
-from pipeline.markdown import cell
-from pipeline.overrides import for_hydra, quoted, read, split, typed, unquoted
+from pipeline.config.axes import axes, has, parse
+from pipeline.config.idle import idle, refuse_idle, why_idle
+from pipeline.config.lengths import positions, settle
+from pipeline.config.overrides import for_hydra, quoted, read, split, typed, unquoted
+from pipeline.config.schema import Config
+from pipeline.record.console import StageDisplay
+from pipeline.record.markdown import cell
 from pipeline.sweep.display import line
 from pipeline.sweep.jobs import plan
 from pipeline.sweep.keys import settings_key
 from pipeline.sweep.registry import best
 from pipeline.sweep.table import check_baseline
-from pipeline.tracking_names import folder_name
+from pipeline.tracking.names import folder_name
 
 ODD = [
     "/models/llama (old)", "/m/a,b", "/m/a, b", "/m/a=b", "/m/it's", '/m/"quoted" here', "'", '"', "/m/a'b\"c", "/m/$x",

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from passes.errors import RunError
-from passes.ops import DECOMPOSED, NATIVE
-from pipeline import arithmetic
-from pipeline.cases import Case
-from pipeline.verify import gate, judge
+from passes.graph.ops import DECOMPOSED, NATIVE
+from pipeline.verify import arithmetic
+from pipeline.verify.cases import Case
+from pipeline.verify.logits import gate, judge
 
 ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 40, 64, 1000  # the last block of the vocabulary is a short one
 EPS = torch.finfo(torch.bfloat16).eps / 2

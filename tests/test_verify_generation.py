@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError
-from pipeline.rival_generators import EagerGenerator
-from pipeline.verify_generation import gate, judge_generation, last_positions, section
+from pipeline.rivals.generation import EagerGenerator
+from pipeline.verify.tokens import gate, judge_generation, last_positions, section
 
 LENGTH, NEW = 9, 8
 EPS = torch.finfo(torch.bfloat16).eps / 2

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from passes.rewrite import Rewritten, apply_strategy, prepare
-from passes.stack import quiet
-from pipeline.config import ModelConfig, ShapeConfig
-from pipeline.export import CallForm, Traced, trace
-from pipeline.model import load
+from passes.graph.driver import Rewritten, apply_strategy, prepare
+from passes.tensorrt.versions import quiet
+from pipeline.config.schema import ModelConfig, ShapeConfig
+from pipeline.model.load import load
+from pipeline.trace.call_form import CallForm, Traced, trace
 
 CPU = torch.device("cpu")
 Changes = tuple[tuple[str, Any], ...]
@@ -155,7 +155,7 @@ def program_of(function: Callable[..., Any], *inputs: Tensor, dynamic: Any = Non
                 Function(function),
                 inputs,
                 dynamic_shapes=(dynamic,) if dynamic else None,
-                prefer_deferred_runtime_asserts_over_guards=True,  # as pipeline.export does
+                prefer_deferred_runtime_asserts_over_guards=True,  # as pipeline.trace.call_form does
             )
         )
 

@@ -7,10 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from passes.errors import UserError
-from pipeline.axes import Axes, has, parse
 from pipeline.compare.labels import Section
 from pipeline.compare.ratios import Ratio, ratio
 from pipeline.compare.rows import Measure, Row
+from pipeline.config.axes import Axes, has, parse
 
 MUST_AGREE = ("precision", "cache.", "model.", "shape.batch")  # or the two rows do different work
 HOW = ("strategy.", "backend.")
@@ -44,7 +44,7 @@ class Against:
 
 
 def parse_baseline(text: str, rows: list[Row]) -> Axes:
-    """``--baseline``, in the grammar of :mod:`pipeline.axes`, as axes that at least one of ``rows`` has."""
+    """``--baseline``, in the grammar of :mod:`pipeline.config.axes`, as axes that at least one of ``rows`` has."""
     unset = {key for row in rows for key in row.known}
     return parse(text, "--baseline ", "axis", [row.axes for row in rows], unset, "report")
 

@@ -11,7 +11,7 @@ from pipeline.compare.labels import Section
 from pipeline.compare.numbers import number
 from pipeline.compare.rows import Measure, Row, Timing
 from pipeline.compare.verdicts import Standing
-from pipeline.config import STAGES
+from pipeline.config.schema import STAGES
 
 MARGIN = 1.04  # of the longest bar: its whisker must not touch the edge
 

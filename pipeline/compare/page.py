@@ -12,13 +12,13 @@ from importlib.resources import files
 
 from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
 
-from pipeline import markdown
 from pipeline.compare import charts
 from pipeline.compare.baseline import Against
 from pipeline.compare.labels import Section
 from pipeline.compare.numbers import number
 from pipeline.compare.rows import Measure, Row
 from pipeline.compare.verdicts import Verdict, cautions, standing, verdict
+from pipeline.record import markdown
 
 TEMPLATES = ("page.html", "page.md", "page.css")
 

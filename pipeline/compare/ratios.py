@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.compare.rows import Figure
-from pipeline.statistics import bootstrap_medians
+from pipeline.measure.statistics import bootstrap_medians
 
 RESAMPLES = 2000
 NORMAL_95 = 1.96  # half the width of a 95 % interval of a normal distribution, in standard deviations

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from passes.errors import UserError
-from pipeline.axes import Axes, axes, settings
 from pipeline.compare.sources import Found
-from pipeline.config import STRATEGIES
-from pipeline.report import error_share, worst_case
-from pipeline.tracking_names import verified
+from pipeline.config.axes import Axes, axes, settings
+from pipeline.config.schema import STRATEGIES
+from pipeline.record.report import error_share, worst_case
+from pipeline.tracking.names import verified
 
 CLOCKS = ("device_ms", "ttft_ms", "tpot_ms")
 

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from passes.errors import UserError
-from pipeline.report import SCHEMA, is_sealed
-from pipeline.tracking_store import as_user_error, check_store, is_server, open_client, quiet, redacted, search_runs
-from pipeline.unfinished import STATE
+from pipeline.record.report import SCHEMA, is_sealed
+from pipeline.record.unfinished import STATE
+from pipeline.tracking.store import as_user_error, check_store, is_server, open_client, quiet, redacted, search_runs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

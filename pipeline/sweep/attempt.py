@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from passes.errors import UserError
-from pipeline import unfinished
-from pipeline.config import Config
-from pipeline.console import StageDisplay
-from pipeline.environment import environment
-from pipeline.record import Record
+from pipeline.config.schema import Config
+from pipeline.record import unfinished
+from pipeline.record.console import StageDisplay
+from pipeline.record.environment import environment
+from pipeline.record.record import Record
 from pipeline.sweep.isolation import Ended
 from pipeline.sweep.ledger import Entry, Ledger
-from pipeline.tracking import Tracked
-from pipeline.tracking_names import folder_name
+from pipeline.tracking.names import folder_name
+from pipeline.tracking.runs import Tracked
 
 if TYPE_CHECKING:
     from pipeline.run import Turn
@@ -74,7 +74,7 @@ class _Progress(StageDisplay):
             yield
 
     def track(self, config: Config, folder: Path, environment: Mapping[str, Any]) -> Tracked:
-        """Stands in for :func:`pipeline.tracking.start`."""
+        """Stands in for :func:`pipeline.tracking.runs.start`."""
         self.write(folder=str(folder.relative_to(self.ledger.output)))
         return SentLater()
 

@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from passes.errors import UserError
-from pipeline.config import Config, ModelConfig
-from pipeline.report import SCHEMA
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.record.report import SCHEMA
 from pipeline.sweep.jobs import Job, at
 from pipeline.sweep.keys import Commits, content_key, surroundings
 from pipeline.sweep.ledger import Ledger
@@ -76,8 +76,8 @@ def _parameters_and_vocabulary(model: ModelConfig) -> tuple[int, int] | None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from pipeline import checkpoint
-    from pipeline.gguf_cache import quiet
+    from pipeline.model import checkpoint
+    from pipeline.model.gguf import quiet
 
     try:
         with quiet(), torch.device("meta"):

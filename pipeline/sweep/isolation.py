@@ -23,7 +23,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pipeline import interrupts
+from pipeline.host import interrupts
 
 GRACE_S = 15.0
 """How long a process that was told to end may take to write its report."""

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError
-from pipeline.config import Config
-from pipeline.idle import why_idle
-from pipeline.overrides import typed
-from pipeline.report import write_json
+from pipeline.config.idle import why_idle
+from pipeline.config.overrides import typed
+from pipeline.config.schema import Config
+from pipeline.record.report import write_json
 from pipeline.sweep.keys import NOT_SETTINGS, settings_key
-from pipeline.tracking_names import run_name
+from pipeline.tracking.names import run_name
 
 
 @dataclass(frozen=True)

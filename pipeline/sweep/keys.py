@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline import checkpoint
-from pipeline.config import Config
-from pipeline.engine_key import code_hash
-from pipeline.environment import environment
-from pipeline.idle import idle
-from pipeline.report import sha256_of_json
+from pipeline.config.idle import idle
+from pipeline.config.schema import Config
+from pipeline.model import checkpoint
+from pipeline.record.environment import environment
+from pipeline.record.report import sha256_of_json
+from pipeline.store.key import code_hash
 
 NOT_SETTINGS = ("output", "tracking", "store", "sweep", "rerun", "dry_run")
 """Where a job's results go and how it is run: they do not change what comes out."""
 
-NOT_MEASURING = ("__main__", "console", "tracking", "tracking_names", "tracking_store", "sweep", "compare")
-"""Modules of ``pipeline`` that show, keep and compare what others measured."""
+NOT_MEASURING = ("__main__", "start", "tracking", "sweep", "compare")
+"""What in ``pipeline`` starts runs, keeps and compares what others measured."""
 
 
 def settings_key(config: Config) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.report import read_report, write_json
+from pipeline.record.report import read_report, write_json
 
 
 @dataclass(frozen=True)

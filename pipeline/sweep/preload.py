@@ -9,7 +9,7 @@ import gc
 import importlib
 import importlib.util
 
-from pipeline import gpu
+from pipeline.host import gpu
 
 gc.disable()  # a second, and nothing that is imported is ever dropped
 
@@ -18,21 +18,21 @@ for name in (
     "torch.export",
     "torch._inductor.compile_fx",
     "transformers",
-    "passes.rewrite",
+    "passes.graph.driver",
     "pipeline.__main__",  # the main module of every process
     "pipeline.run",
-    "pipeline.export",
-    "pipeline.model",
-    "pipeline.verify",
-    "pipeline.benchmark",
-    "pipeline.plots",
+    "pipeline.trace.call_form",
+    "pipeline.model.load",
+    "pipeline.verify.logits",
+    "pipeline.measure.prompt",
+    "pipeline.record.plots",
     "z3",
 ):
     importlib.import_module(name)
 
 if gpu.card().name is None and importlib.util.find_spec("torch_tensorrt") is not None:
-    importlib.import_module("passes.stack").load_stack()
-    importlib.import_module("pipeline.compile")
+    importlib.import_module("passes.tensorrt.versions").load_stack()
+    importlib.import_module("pipeline.engine.network")
 
 gc.freeze()  # the collector of a fork would write to, and so copy, every page it walks
 gc.enable()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.sweep.jobs import Row, at, headline
 from pipeline.sweep.tracking import Parent
-from pipeline.tracking import ENGINE_FILE
-from pipeline.tracking_names import verified
-from pipeline.tracking_store import check_store, one_line, open_client, quiet, store_errors
+from pipeline.tracking.names import verified
+from pipeline.tracking.runs import ENGINE_FILE
+from pipeline.tracking.store import check_store, one_line, open_client, quiet, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -16,20 +16,20 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from passes.errors import UserError
-from pipeline import interrupts
-from pipeline.compose import from_hydra
-from pipeline.config import Config
-from pipeline.files import check_output, write_text
-from pipeline.overrides import typed
-from pipeline.recovery import recover
-from pipeline.report import write_json
+from pipeline.config.compose import from_hydra
+from pipeline.config.overrides import typed
+from pipeline.config.schema import Config
+from pipeline.host import interrupts
+from pipeline.host.files import check_output, write_text
+from pipeline.record.report import write_json
 from pipeline.sweep import isolation, registry, table, tracking, waves
 from pipeline.sweep.attempt import attempt, settle
 from pipeline.sweep.display import line, live
 from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
 from pipeline.sweep.keys import Commits, content_key, pinned, settings_key, surroundings, sweep_key
 from pipeline.sweep.ledger import Entry, Ledger
-from pipeline.tracking_store import check_store
+from pipeline.tracking.recovery import recover
+from pipeline.tracking.store import check_store
 
 
 @dataclass(frozen=True)

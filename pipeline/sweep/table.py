@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError
-from pipeline.axes import Axes, axes, has, parse, settings
-from pipeline.markdown import table as markdown_table
+from pipeline.config.axes import Axes, axes, has, parse, settings
+from pipeline.record.markdown import table as markdown_table
 from pipeline.sweep.jobs import Row, at, headline
 
 SAME = ("model", "precision", "shape", "benchmark", "until")
@@ -21,8 +21,8 @@ COLUMNS = ("job", "status", "time", "speed-up", "engine", "why")
 
 
 def check_baseline(baseline: str, configs: Iterable[Mapping[str, Any]]) -> Axes:
-    """What ``sweep.baseline`` names, in the grammar of :mod:`pipeline.axes`; raises :class:`UserError` unless some of
-    the ``configs``, as they stand in reports, have it."""
+    """What ``sweep.baseline`` names, in the grammar of :mod:`pipeline.config.axes`; raises :class:`UserError` unless
+    some of the ``configs``, as they stand in reports, have it."""
     configs = list(configs)
     unset = {key for config in configs for key, _ in settings(config)}
     return parse(baseline, "sweep.baseline=", "setting", [axes(config) for config in configs], unset, "job")
@@ -117,7 +117,7 @@ def _samples(folder: Path, path: str) -> list[float]:
 def _ratio(base: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
     import numpy as np
 
-    from pipeline.statistics import RESAMPLES, bootstrap_medians
+    from pipeline.measure.statistics import RESAMPLES, bootstrap_medians
 
     ratios = bootstrap_medians(base, 0, RESAMPLES) / bootstrap_medians(own, 1, RESAMPLES)
     low, high = np.quantile(ratios, (0.025, 0.975))

@@ -15,12 +15,12 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline import tracking
-from pipeline.config import Config
-from pipeline.memory import collector_paused
-from pipeline.report import write_report
-from pipeline.tracking import PARENT
-from pipeline.tracking_store import (
+from pipeline.config.schema import Config
+from pipeline.host.memory import collector_paused
+from pipeline.record.report import write_report
+from pipeline.tracking import runs
+from pipeline.tracking.runs import PARENT
+from pipeline.tracking.store import (
     as_user_error,
     check_store,
     experiment_id,
@@ -77,7 +77,7 @@ def open_parent(config: Config, key: str, name: str) -> Parent:
             run_id = found[0]
             client.update_run(run_id, status="RUNNING")
         else:
-            tags = {"mlflow.user": tracking.user(), **tracking.SOURCE_TAGS, SWEEP: key, OUTPUT: output}
+            tags = {"mlflow.user": runs.user(), **runs.SOURCE_TAGS, SWEEP: key, OUTPUT: output}
             run_id = client.create_run(experiment, tags=tags, run_name=name).info.run_id
         sent = {}
         for child in search_runs(client, experiment, f"tags.`{PARENT}` = '{run_id}'"):
@@ -113,7 +113,7 @@ def send(
                 else:
                     client.delete_run(child.info.run_id)
         tags = {PARENT: parent.run_id, JOB: job}
-        with tracking.start(config, folder, environment=report["environment"], tags=tags, started=started) as run:
+        with runs.start(config, folder, environment=report["environment"], tags=tags, started=started) as run:
             report = {**report, "mlflow": run.identity}
             write_report(folder / "report.json", report)
             sha256 = hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()

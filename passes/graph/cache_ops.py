@@ -1,0 +1,55 @@
+"""The project's own ops for a KV cache of fixed capacity: what a program that generates writes into its graph.
+
+``proved_attention::cache_update`` puts new keys or values in their place in the cache.
+``proved_attention::cached`` is the attention of one new token over the cache: which keys it may see hangs on the
+token's position alone, so the mask is not in the graph.  A strategy writes it where the mask that Hugging Face makes
+was proved to say the same (class ``causal_offset``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from passes.proof.calls import VIEW_LIKE
+
+
+@torch.library.custom_op("proved_attention::cache_update", mutates_args=())
+def cache_update(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+    """``cache`` [B, H, capacity, D] with ``new`` [B, H, L, D] in the places ``position[b]`` .. ``position[b] + L - 1``
+    of row b; ``position`` [B] int64."""
+    places = position.view(-1, 1) + torch.arange(new.shape[2], device=new.device)
+    return cache.scatter(2, places[:, None, :, None].expand_as(new), new)
+
+
+@cache_update.register_fake
+def _(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+    return torch.empty_like(cache)
+
+
+@torch.library.custom_op("proved_attention::cached", mutates_args=())
+def cached(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
+    """Attention of query [B, Hq, 1, D] over key [B, Hkv, capacity, D] and value [B, Hkv, capacity, Dv], where row b
+    sees the keys 0 .. ``position[b]``; ``position`` [B] int64, Hq % Hkv == 0."""
+    seen = torch.arange(key.shape[2], device=key.device) <= position.view(-1, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, seen[:, None, None], scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.contiguous()
+
+
+@cached.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+UPDATE = torch.ops.proved_attention.cache_update.default
+CACHED = torch.ops.proved_attention.cached.default
+
+
+def update_behind(node: Node) -> Node | None:
+    """The cache update whose result ``node``, the key or value of an attention call, is a view of, if it is one."""
+    while node.target in VIEW_LIKE:
+        node = node.args[0]  # type: ignore[assignment]
+    return node if node.target is UPDATE else None

@@ -1,0 +1,1 @@
+"""How a rewritten graph becomes TensorRT's layers; the installed Torch-TensorRT and TensorRT."""

@@ -1,0 +1,179 @@
+"""Builds TensorRT's native attention layer: the one place that calls ``add_attention`` and ``add_attention_v2``.
+
+What is known about the layer, and how it is dealt with here:
+
+* ``add_attention(causal=True)`` aligns upper-left, and so does ``CausalMaskKind.UPPER_LEFT``; upstream's converter
+  of Torch-TensorRT 2.14 writes LOWER_RIGHT for torch's upper-left ``is_causal``.
+* A causal layer takes no mask, and drops one that is assigned without a word: what was set is read back.
+* The mask is rank 4, bool or of the query's type, and full in its last two dimensions.
+* The layer needs static head counts; reshapes with -1 in the traced graph hide them.
+* Query, key and value must have the same head size.  Where the values' differs (DeepSeek), the smaller ones are filled
+  up with zeros, which add nothing to a score, and the result's channels that come of zeros are cut off again.
+* It does not scale.  A factor multiplied on right before a causal layer is lost by some kernels, so it goes into
+  the weights (:mod:`passes.graph.scale`), and where it cannot, it is multiplied on as a vector (:func:`scaled`).
+* ``decomposable=False`` makes the build fail where no fused kernel exists.  fp32 and head sizes outside
+  16..256 in steps of 8 have none (measured with ahead-of-time builds of TensorRT-RTX 1.4 and 1.6).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from passes.errors import RunError
+from passes.graph import ops
+from passes.tensorrt.versions import Stack
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+CONVERTED = (SDPA, ops.NATIVE)
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """What one native layer was set to, as read back from it."""
+
+    name: str
+    causal: str
+    masked: bool
+    fused: bool
+    """Whether the build must find a fused kernel (it fails otherwise)."""
+    heads: tuple[int, int]
+    """Query heads, key-value heads."""
+
+
+def has_fused_kernel(dtype: torch.dtype, head_size: int) -> bool:
+    return dtype in (torch.float16, torch.bfloat16) and 16 <= head_size <= 256 and head_size % 8 == 0
+
+
+def convert(
+    stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, NativeLayer]:
+    """Add the native layer for ``node`` to the network of Torch-TensorRT's conversion context ``ctx``.
+
+    Returns the layer's output tensor [B, Hq, L, D] and what the layer was set to.
+    ``args`` and ``kwargs`` are those of ``node`` with tensors in the place of nodes: query [B, Hq, L, D],
+    key [B, Hkv, S, D], value [B, Hkv, S, D], mask broadcastable over [B, H] or None.
+    """
+    network = ctx.net
+    if node.target is SDPA:
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        is_causal = args[5] if len(args) > 5 else kwargs.get("is_causal", False)
+        causal, scale = ("upper_left" if is_causal else "none"), kwargs.get("scale")
+    else:
+        mask, causal, scale = args[3:6]
+    if causal != "none":
+        mask = None  # proved to say the same
+    query, key, value = (_static_heads(network, tensor, node.args[i]) for i, tensor in enumerate(args[:3]))
+    shape = node.args[0].meta["val"].shape  # type: ignore[union-attr]
+    scale = shape[-1] ** -0.5 if scale is None else scale
+    if scale != 1.0:
+        query = scaled(stack, ctx, query, scale, node)
+    channels = value.shape[3]
+    size = max(shape[-1], channels)
+    query, key, value = (_with_channels(stack, network, tensor, size) for tensor in (query, key, value))
+    layer = _add_layer(stack, network, (query, key, value), causal)
+    if layer is None:
+        raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
+    layer.name = f"{node.name} [{'causal' if causal != 'none' else 'masked' if mask is not None else 'full'}]"
+    if mask is not None:
+        layer.mask = _normalised_mask(stack, network, as_tensor(ctx, mask, f"{node.name} [mask]"), query)
+    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
+    fused = has_fused_kernel(dtype, size)
+    layer.decomposable = not fused
+    built = _read_back(stack, layer, node, fused, (int(query.shape[1]), int(key.shape[1])))
+    if (built.causal, built.masked) != (causal, mask is not None):
+        raise RunError("conversion", f"{node.name}: asked for causal={causal}, mask={mask is not None}; got {built}")
+    return _with_channels(stack, network, layer.get_output(0), channels), built
+
+
+def _add_layer(stack: Stack, network: Any, qkv: tuple[Any, Any, Any], causal: str) -> Any:
+    trt = stack.trt
+    if stack.has_attention_v2:
+        return network.add_attention_v2(*qkv, trt.AttentionNormalizationOp.SOFTMAX, _causal_kinds(trt)[causal])
+    if causal == "lower_right":
+        raise RunError(
+            "conversion", "lower-right causal attention needs add_attention_v2 (TensorRT 11, TensorRT-RTX 1.6)"
+        )
+    return network.add_attention(*qkv, trt.AttentionNormalizationOp.SOFTMAX, causal == "upper_left")
+
+
+def _causal_kinds(trt: Any) -> dict[str, Any]:
+    kinds = trt.CausalMaskKind
+    return {"none": kinds.NONE, "upper_left": kinds.UPPER_LEFT, "lower_right": kinds.LOWER_RIGHT}
+
+
+def _read_back(stack: Stack, layer: Any, node: Node, fused: bool, heads: tuple[int, int]) -> NativeLayer:
+    if stack.has_attention_v2:
+        names = {kind: name for name, kind in _causal_kinds(stack.trt).items()}
+        causal = names[layer.causal_kind]
+    else:
+        causal = "upper_left" if layer.causal else "none"
+    return NativeLayer(node.name, causal, layer.mask is not None, fused and not layer.decomposable, heads)
+
+
+def _static_heads(network: Any, tensor: Any, node: Any) -> Any:
+    """``tensor`` with the head count and head size that the traced graph knows; other sizes are copied."""
+    traced = node.meta["val"].shape
+    wanted = tuple(extent if isinstance(extent, int) else 0 for extent in traced)
+    if all(extent in (0, have) for extent, have in zip(wanted, tuple(tensor.shape), strict=True)):
+        return tensor
+    layer = network.add_shuffle(tensor)
+    layer.reshape_dims = wanted  # 0 copies the size of the input
+    layer.name = f"{node.name} [static heads]"
+    return layer.get_output(0)
+
+
+def _with_channels(stack: Stack, network: Any, tensor: Any, count: int) -> Any:
+    """``tensor`` [B, H, L, D] with ``count`` channels in the place of D: the first ones, or filled up with zeros."""
+    heads, have = tensor.shape[1], tensor.shape[3]
+    if have == count:
+        return tensor
+    sizes = network.add_slice(network.add_shape(tensor).get_output(0), (0,), (3,), (1,)).get_output(0)
+    last = network.add_constant((1,), stack.trt.Weights(torch.tensor([count]).numpy())).get_output(0)
+    layer = network.add_slice(tensor, (0,) * 4, (1,) * 4, (1,) * 4)
+    layer.set_input(2, network.add_concatenation([sizes, last]).get_output(0))
+    layer.mode = stack.trt.SampleMode.FILL
+    return reshaped(network, layer.get_output(0), (0, heads, 0, count))  # static again; 0 copies the size of the input
+
+
+def _normalised_mask(stack: Stack, network: Any, mask: Any, query: Any) -> Any:
+    """Rank 4 and bool, or rank 4 and of the query's type."""
+    if mask.dtype not in (stack.trt.bool, query.dtype):
+        mask = network.add_cast(mask, query.dtype).get_output(0)
+    missing = 4 - len(mask.shape)
+    if missing > 0:
+        # 0 copies by position, so only a mask whose own sizes are known, or moved by one -1, can be lifted.
+        if sum(extent == -1 for extent in mask.shape) > 1:
+            raise RunError("conversion", f"a {len(mask.shape)}-D mask with several dynamic sizes; pass it as 4-D")
+        mask = reshaped(network, mask, (1,) * missing + tuple(mask.shape))
+    return mask
+
+
+def scaled(stack: Stack, ctx: Any, query: Any, scale: float, node: Node) -> Any:
+    """``query * scale`` in the query's own type, as a product with one equal factor for each channel.
+
+    A single factor, constant or computed, is taken for the layer's own scale by some causal kernels and lost;
+    a vector is not (:mod:`passes.graph.scale`), and costs nothing either.
+    """
+    factors = as_tensor(ctx, torch.full((1, 1, 1, query.shape[-1]), scale), f"{node.name} [scale]")
+    factors = ctx.net.add_cast(factors, query.dtype).get_output(0)
+    layer = ctx.net.add_elementwise(query, factors, stack.trt.ElementWiseOperation.PROD)
+    layer.name = f"{node.name} [scaled query]"
+    return layer.get_output(0)
+
+
+def reshaped(net: Any, tensor: Any, shape: tuple[int, ...]) -> Any:
+    """``tensor`` of the network ``net`` in another shape."""
+    layer = net.add_shuffle(tensor)
+    layer.reshape_dims = shape
+    return layer.get_output(0)
+
+
+def as_tensor(ctx: Any, value: Any, name: str) -> Any:
+    """``value`` as a tensor of the network; lowering folds what does not hang on an input to a torch tensor."""
+    from torch_tensorrt.dynamo.conversion.converter_utils import get_trt_tensor
+
+    return get_trt_tensor(ctx, value, name) if isinstance(value, torch.Tensor) else value

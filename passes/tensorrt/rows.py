@@ -1,0 +1,145 @@
+"""Builds the products of one row with weights: what a decode step of a batch of one consists of.
+
+Measured on an H200 with TensorRT-RTX 1.4, fp16 (``python -m benchmarks.kernels step linear``; docs/generation.md):
+
+* As matrix products of one row the gate and up projections of Llama 3.2 1B read their weights at 2.6 TB/s, and the norm
+  before them is a kernel.  As one product element by element and its sums, which TensorRT fuses into one kernel
+  together with what made the row, they are read at 3.1 TB/s.  Products that share a row must be put together for that:
+  apart, the fused kernel makes the row anew for each, and is slower than the matrix products.
+* A square written as a power keeps the norm out of that kernel: 2 us more a norm.  The gain of the norm is read there
+  for every output: as part of the weights it costs nothing, and is rounded no more often than before.
+* Query and key, pieces of one product, are normed and rotated together (:mod:`passes.graph.query_key_joining`).
+* The product with the vocabulary is large enough for tensor cores, if its row is one of eight.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.passes.tools_common import stable_topological_sort
+
+from passes.graph import query_key_joining
+from passes.graph.weights import put, value_of
+from passes.tensorrt.attention import as_tensor, reshaped
+from passes.tensorrt.versions import Stack
+
+aten = torch.ops.aten
+LINEAR = aten.linear.default
+
+VOCABULARY = 65536
+"""Outputs from which a product is faster as a matrix product of ``ROWS`` rows, all but one of them zero: a layer's
+products, of at most 16384 outputs, are not."""
+ROWS = 8
+
+
+def applies(node: Node) -> bool:
+    """Whether ``node`` is the only product of its row, and that row is the only one."""
+    row = _row(node)
+    return row is not None and len(row.users) == 1
+
+
+def _row(node: Node) -> Node | None:
+    """The one row [1 ..., in] that ``node`` multiplies with a weight, if it does that."""
+    row: Any = node.args[0] if node.target is LINEAR else None
+    if row is None or "val" not in row.meta:
+        return None
+    sizes = row.meta["val"].shape[:-1]
+    return row if all(isinstance(size, int) for size in sizes) and prod(sizes) == 1 else None
+
+
+def prepare(graph: GraphModule) -> None:
+    """Bring ``graph`` into the form in which TensorRT fuses what becomes of a row, in place."""
+    for node in graph.graph.nodes:
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2 and _keeps_type(node):
+            node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
+    for row in list(graph.graph.nodes):
+        products = list(row.users)
+        if products and all(_row(product) is row and _constants(graph, product) for product in products):
+            _merge(graph, row, products)
+    stable_topological_sort(graph)  # a merged product stands where one of them stood, and not always the first
+    query_key_joining.join(graph, [node for node in graph.graph.nodes if _row(node) is not None])
+    graph.graph.lint()
+    graph.recompile()
+
+
+def _keeps_type(node: Node) -> bool:
+    """Whether ``node`` is of the type of what it reads: the power 2.0 of a whole number is not."""
+    return bool(node.meta["val"].dtype == node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
+
+
+def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:
+    """Weight [out, in] and bias [out] of ``product``; none at all where one of them is computed."""
+    args = (*product.args[1:], None)[:2]
+    found = [value_of(graph, arg) for arg in args]
+    computed = any(arg is not None and value is None for arg, value in zip(args, found, strict=True))
+    shaped = [None if value is None else value.dim() for value in found] in ([2, None], [2, 1])
+    return found if shaped and not computed else []
+
+
+def _merge(graph: GraphModule, row: Node, products: list[Node]) -> None:
+    """Put the weights [out, in] of all ``products``, which alone read ``row``, together, with the gain of its norm."""
+    weights, biases = zip(*(_constants(graph, product) for product in products), strict=True)
+    sizes = [len(weight) for weight in weights]
+    gain, normed = _gain(graph, row) if sum(sizes) < VOCABULARY else (None, row)
+    if gain is None and len(products) == 1:
+        return
+    with torch.no_grad(), graph.graph.inserting_before(products[0]):
+        whole = torch.cat(weights)
+        if gain is not None:
+            wide = torch.promote_types(whole.dtype, torch.float32)
+            whole = (whole.to(wide) * gain.to(wide)).to(whole.dtype)
+        args = [normed, put(graph, f"{products[0].name}_weights", whole)]
+        if any(bias is not None for bias in biases):
+            pairs = zip(weights, biases, strict=True)
+            together = torch.cat([weight.new_zeros(len(weight)) if bias is None else bias for weight, bias in pairs])
+            args.append(put(graph, f"{products[0].name}_biases", together))
+        merged = graph.graph.call_function(LINEAR, tuple(args))
+        first = products[0].meta["val"]
+        merged.meta["val"] = first.new_empty((*first.shape[:-1], sum(sizes)))
+        for i, product in enumerate(products):
+            piece = merged
+            if len(products) > 1:
+                part = (merged, -1, sum(sizes[:i]), sum(sizes[: i + 1]))
+                piece = graph.graph.call_function(torch.ops.aten.slice.Tensor, part)
+                piece.meta["val"] = product.meta["val"]
+            product.replace_all_uses_with(piece)
+    for node in (*products, *([] if gain is None else [row])):
+        graph.graph.erase_node(node)
+
+
+def _gain(graph: GraphModule, row: Node) -> tuple[Tensor | None, Node]:
+    """The gain [in] by which ``row`` is another row, and that row; no gain, and ``row``, if it is not made so."""
+    like = row.meta["val"]
+    for one, other in (row.args, row.args[::-1]) if row.target is aten.mul.Tensor else ():
+        gain = value_of(graph, one)
+        if gain is None or gain.shape != like.shape[-1:] or not isinstance(other, Node) or other.op == "get_attr":
+            continue
+        if other.meta["val"].shape == like.shape and other.meta["val"].dtype == like.dtype:
+            return gain, other
+    return None, row
+
+
+def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
+    """The output [..., out] of ``node``: row [..., in], weight [out, in], and maybe a bias [out]."""
+    net, trt = ctx.net, stack.trt
+    row, weight, *bias = args
+    out, inner = node.args[1].meta["val"].shape  # type: ignore[union-attr]
+    row, weight = reshaped(net, row, (1, inner)), as_tensor(ctx, weight, f"{node.name} [weight]")
+    if out >= VOCABULARY:
+        zeros = torch.zeros(ROWS - 1, inner, dtype=node.meta["val"].dtype)
+        rows = net.add_concatenation([row, as_tensor(ctx, zeros, f"{node.name} [zeros]")])
+        rows.axis = 0
+        turned = trt.MatrixOperation.TRANSPOSE
+        every = net.add_matrix_multiply(rows.get_output(0), trt.MatrixOperation.NONE, weight, turned).get_output(0)
+        result = reshaped(net, net.add_slice(every, (0, 0), (1, out), (1, 1)).get_output(0), (out,))
+    else:
+        products = net.add_elementwise(weight, row, trt.ElementWiseOperation.PROD).get_output(0)
+        result = net.add_reduce(products, trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
+    if bias and bias[0] is not None:
+        bias_tensor = as_tensor(ctx, bias[0], f"{node.name} [bias]")
+        result = net.add_elementwise(result, bias_tensor, trt.ElementWiseOperation.SUM).get_output(0)
+    return reshaped(net, result, (*node.meta["val"].shape[:-1], out))

@@ -1,0 +1,1 @@
+"""What there is to set, what was typed, and what is refused before anything is loaded."""

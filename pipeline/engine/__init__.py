@@ -1,0 +1,1 @@
+"""From a rewritten program to the bytes of an engine, and what runs it."""

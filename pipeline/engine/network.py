@@ -1,0 +1,304 @@
+"""The ``lower``, ``interpret`` and ``build`` stages: a rewritten program becomes the bytes of a TensorRT engine.
+
+Torch-TensorRT lowers the graph and converts every op except attention, which is ours
+(:mod:`passes.tensorrt.attention`). The whole graph becomes one engine: an op that TensorRT cannot take ends the run, it
+never falls back to torch. Everything here works without a GPU; that is why the interpreter's own ``run()``, which also
+deserialises, is not used but the two steps inside it (pinned by ``tests/test_compile.py``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Node
+
+from passes.errors import AS_IT_IS, RunError, first_line
+from passes.graph.driver import DECOMPOSITIONS
+from passes.proof.calls import FORMS
+from passes.tensorrt import attention as converters
+from passes.tensorrt import cache, network_form, rows
+from passes.tensorrt import missing as missing_converters
+from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
+from pipeline.config.schema import BackendConfig
+from pipeline.engine import kernel_cache, profiles
+from pipeline.trace.call_form import InputSpec
+
+Progress = Callable[[str, int, int], bool]
+"""(phase, step, steps) -> whether to go on."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    graph: GraphModule
+    settings: Any
+    inputs: tuple[InputSpec, ...]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A TensorRT network and what is in it, read from it."""
+
+    interpreter: Any
+    native_layers: tuple[converters.NativeLayer, ...]
+    contents: dict[str, Any]
+    exact: tuple[int, ...] = ()
+    """Lengths (tokens) with an optimization profile of their own."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine: its bytes, and the report's ``engine`` section."""
+
+    data: Any
+    """A buffer of the engine's bytes."""
+    section: dict[str, Any] = field(default_factory=dict)
+
+
+def lower(
+    stack: Stack, program: ExportedProgram, inputs: tuple[InputSpec, ...], backend: BackendConfig, precision: str
+) -> Lowered:
+    """Torch-TensorRT's own lowering, with attention kept whole for the converter; raises :class:`RunError` of kind
+    ``lowering`` where it cannot."""
+    dynamo = stack.torch_tensorrt.dynamo
+    from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
+
+    settings = dynamo.CompilationSettings(
+        device=stack.torch_tensorrt.Device(gpu_id=0),  # the default asks CUDA
+        disable_tf32=precision == "fp32",  # fp32 means fp32
+        optimization_level=backend.optimization_level,
+        workspace_size=int((backend.workspace_gib or 0) * 2**30),
+        immutable_weights=True,
+    )
+    with quiet(), torch.no_grad():
+        table = {**get_decompositions(), **DECOMPOSITIONS}
+        if not torch.cuda.is_available():
+            # torch up to 2.11 would pick the CPU's attention kernel, which has no converter.
+            table.pop(torch.ops.aten.scaled_dot_product_attention.default, None)
+        for target in (*converters.CONVERTED, *cache.CONVERTED):
+            if any(node.target is target for node in program.graph.nodes):
+                table.pop(target, None)
+        try:
+            program = pre_export_lowering(program, settings)
+            graph = post_lowering(program.run_decompositions(table).module(), settings)
+        except (RunError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise RunError("lowering", f"Torch-TensorRT cannot lower it ({first_line(error)}); {AS_IT_IS}") from error
+    return Lowered(graph, settings, inputs)
+
+
+def interpret(
+    stack: Stack, lowered: Lowered, use_upstream: bool, in_place: bool = False, fused_rows: bool = False
+) -> Network:
+    """Convert the lowered graph, op by op, to a TensorRT network.
+
+    ``in_place``: its KV cache is updated where it is; ``fused_rows``: see :mod:`passes.tensorrt.rows`.
+    """
+    if not use_upstream:
+        network_form.prepare(lowered.graph)
+    if fused_rows:
+        rows.prepare(lowered.graph)
+    made: list[converters.NativeLayer] = []
+    interpreter_type = _interpreter_type(stack, made, use_upstream, in_place, fused_rows)
+    specs = [_trt_input(stack, spec) for spec in lowered.inputs]
+    with quiet(), torch.no_grad(), tensorrt_errors() as errors:
+        interpreter = interpreter_type(lowered.graph, specs, compilation_settings=lowered.settings)
+        _refuse_what_is_missing(lowered.graph, interpreter.validate_conversion())
+        try:
+            interpreter._construct_trt_network_def()
+        except (RunError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            reason = errors[0].strip().splitlines()[0] if errors else first_line(error)
+            at = getattr(interpreter, "_cur_node", None)
+            raise RunError("conversion", f"TensorRT refuses {_place(at)} ({reason}); {AS_IT_IS}") from error
+    calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
+    exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
+    return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls), exact)
+
+
+def _refuse_what_is_missing(graph: GraphModule, missing: set[str]) -> None:
+    """``missing``: of operations in ``graph``, as Torch-TensorRT describes them."""
+    names = sorted(op.removeprefix("call_function ").removeprefix("torch.ops.") for op in missing)
+    names = [name for name in names if name != "_operator.getitem"] or names  # of one that gives several tensors
+    if names:
+        first = next((node for node in graph.graph.nodes if names[0] == str(node.target)), None)
+        raise RunError("unsupported_op", f"TensorRT has no layer for {', '.join(names)} ({_place(first)}); {AS_IT_IS}")
+
+
+def _place(node: Node | None) -> str:
+    """An operation, and the innermost module of the model that it was traced in."""
+    if node is None:
+        return "it"
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return f"{node.name} in {stack[-1][0]}" if stack and stack[-1][0] else str(node.name)
+
+
+def build(stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None) -> Built:
+    """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error.
+
+    ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.engine.kernel_cache`.
+    """
+    interpreter, net = network.interpreter, network.interpreter.ctx.net
+    config = interpreter._populate_trt_builder_config()
+    added = profiles.add(interpreter.builder, net, config, network.exact)
+    every = [*(interpreter.optimization_profiles or []), *added]
+    with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
+        config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
+        data = interpreter.builder.build_serialized_network(net, config)
+    if data is None:
+        first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
+        kind = "out_of_memory" if "OutOfMemory" in first else "build"
+        raise RunError(kind, first)
+    section = {
+        "file": "engine.trt",
+        "bytes": data.nbytes,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "target": _target(stack, config),
+        "profiles": [profiles.lengths(net, profile) for profile in every],
+        **network.contents,
+    }
+    return Built(data, section)
+
+
+@contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, and raised when the block ends.
+
+    TensorRT swallows an exception that is raised in its progress monitor; a monitor that answers False stops it.
+    """
+    held: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers, or needs to
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
+
+
+def _trt_input(stack: Stack, spec: InputSpec) -> Any:
+    dtype = getattr(torch, spec.dtype)
+    if not spec.dynamic:
+        return stack.torch_tensorrt.Input(shape=spec.shape(spec.max), dtype=dtype, name=spec.name)
+    return stack.torch_tensorrt.Input(
+        min_shape=spec.shape(spec.min),
+        opt_shape=spec.shape(spec.opt),
+        max_shape=spec.shape(spec.max),
+        dtype=dtype,
+        name=spec.name,
+    )
+
+
+def _interpreter_type(
+    stack: Stack, made: list[converters.NativeLayer], use_upstream: bool, in_place: bool, fused_rows: bool
+) -> type:
+    """Torch-TensorRT's interpreter with our converter for attention; ``made`` collects the native layers."""
+    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
+
+    class UpstreamInterpreter(TRTInterpreter):
+        """Upstream's own converter, handed the mask that a static shape folds to a constant as a tensor of the
+        network: with a torch tensor the converter of Torch-TensorRT 2.11 stops."""
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target in FORMS:
+                name = f"{self._cur_node} [constant]"
+                args = tuple(converters.as_tensor(self.ctx, item, name) for item in args)
+            return super().call_function(target, args, kwargs)
+
+    if use_upstream:
+        return UpstreamInterpreter
+
+    class Interpreter(TRTInterpreter):
+        def validate_conversion(self) -> set[str]:
+            every = (converters, cache, missing_converters)
+            ours = tuple(str(target) for module in every for target in module.CONVERTED)
+            return {op for op in super().validate_conversion() if not op.endswith(ours)}
+
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if fused_rows and rows.applies(self._cur_node):
+                return rows.convert(stack, self.ctx, self._cur_node, args)
+            if target in cache.CONVERTED:
+                return cache.convert(stack, self.ctx, self._cur_node, args, in_place)
+            if target in missing_converters.CONVERTED:
+                return missing_converters.convert(stack, self.ctx, self._cur_node, args)
+            if target not in converters.CONVERTED:
+                return super().call_function(target, args, kwargs)
+            output, layer = converters.convert(stack, self.ctx, self._cur_node, args, kwargs)
+            made.append(layer)
+            return output
+
+    return Interpreter
+
+
+def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], calls: list[Node]) -> dict[str, Any]:
+    """Counts read from the network, layer by layer."""
+    kinds = stack.trt.LayerType
+    layers = [network.get_layer(i) for i in range(network.num_layers)]
+    attention = [layer for layer in layers if layer.type == kinds.ATTENTION_INPUT]
+    # Inputs of the entry layer: query, key, value, then the mask.
+    masked = sum(sum(layer.get_input(i) is not None for i in range(layer.num_inputs)) > 3 for layer in attention)
+    causal = sum(layer.causal != "none" for layer in made)
+    if not made:  # upstream's converter: the causal flag can no longer be read, only what it was asked for
+        causal = sum(bool(_asked_causal(node)) for node in calls)
+    notes = []
+    unfused = [layer for layer in made if not layer.fused]
+    if unfused:
+        notes.append(f"{len(unfused)} of {len(made)} attention layers have no fused kernel in this type or head size")
+    return {
+        "layers": len(layers),
+        "iattention": len(attention),
+        "iattention_causal": causal,
+        "iattention_masked": masked,
+        "iattention_fused": sum(layer.fused for layer in made) if made else None,
+        "softmax": sum(layer.type == kinds.SOFTMAX for layer in layers),
+        "torch_fallback_ops": [],
+        "notes": notes,
+    }
+
+
+def _asked_causal(node: Node) -> Any:
+    position = FORMS[node.target][1] if node.target in FORMS else None
+    if position is not None and len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get("is_causal", False)
+
+
+def _target(stack: Stack, config: Any) -> str:
+    """What the engine was built for: this GPU, or, ahead of time, the compute capabilities that were asked for."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    asked = [config.get_compute_capability(i).name for i in range(getattr(config, "num_compute_capabilities", 0))]
+    return f"ahead of time, {', '.join(asked) if asked else 'TensorRT-RTX default targets'}"
+
+
+def _monitor(stack: Stack, progress: Progress) -> Any:
+    class Monitor(stack.trt.IProgressMonitor):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()

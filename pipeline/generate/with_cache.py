@@ -1,0 +1,315 @@
+"""Generates with a KV cache of fixed capacity: one program runs the prompts, another each token after them.
+
+Everything stays on the device: the caches and every other tensor are allocated once and bound once, the next token is
+chosen there and fed back, and a decode step is one CUDA graph, choice of the token included; where the engine cannot be
+captured, TensorRT-RTX replays a graph of its own and the choice is launched behind it.
+
+Rows of a batch begin at place 0 of the cache.  Padding on the left is moved to the right before the prompts run: a
+causal mask hides it there, and the row's first new token takes the place of its first padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from passes.errors import UserError
+from pipeline.engine.session import Runs
+from pipeline.generate.protocol import behind_caller, captured
+from pipeline.generate.sampling import Sampling
+from pipeline.trace.cached_forms import CacheShape
+
+OnTokens = Callable[[list[int]], object]
+
+
+class CachedGenerator:
+    """A :class:`pipeline.generate.protocol.Generator`.
+
+    ``decode``: one program, or where the cache comes out as new tensors (``cache=static``) two that take turns.
+    """
+
+    def __init__(
+        self,
+        prefill: Runs,
+        decode: Sequence[Runs],
+        cache: CacheShape,
+        vocabulary: int,
+        device: torch.device,
+        cuda_graph: bool = True,
+    ) -> None:
+        self.cache = cache
+        self.generation = 0
+        self.stream = torch.cuda.Stream() if device.type == "cuda" else None
+        self._prefill, self._decode = prefill, decode
+        self._device, self._vocabulary = device, vocabulary
+        self._use_graph = cuda_graph and device.type == "cuda"
+        self._caches = [cache.tensors(device) for _ in decode]
+        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._replays_itself = False
+        self._prepared: tuple[Any, ...] | None = None
+
+    @property
+    def cuda_graph(self) -> bool:
+        return bool(self._graphs) or self._replays_itself
+
+    def prepare(
+        self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None, sampling: Sampling | None = None
+    ) -> None:
+        """See :meth:`pipeline.generate.protocol.Generator.prepare`; raises :class:`UserError` for what the cache cannot
+        hold."""
+        self._check(tokens, new_tokens)
+        sampling = sampling or Sampling()
+        prompts, lengths = aligned(tokens, padding)
+        shape = (*prompts.shape, new_tokens, sampling)
+        if shape != self._prepared:
+            self._bind(prompts.shape, new_tokens)
+            self._sampling = sampling
+            self._draws = sampling.draws(new_tokens, len(prompts), self._device)
+        self._prompts.copy_(prompts)
+        self._lengths.copy_(lengths)
+        self._last.copy_(lengths - 1)
+        if shape == self._prepared:
+            return
+        self._prepared = shape
+        with behind_caller(self.stream):
+            self.prefill()
+            for turn in range(min(len(self._decode), new_tokens - 1)):
+                self._step(turn)  # the first pass compiles kernels
+            if self._use_graph and self.stream is not None:
+                if all(session.capturable(self.stream) for session in self._decode):
+                    self._graphs = [
+                        captured(self.stream, partial(self._step, turn)) for turn in range(len(self._decode))
+                    ]
+                else:
+                    self._replays_itself = all(session.replay_itself() for session in self._decode)
+            self.prefill()
+            for _ in range(new_tokens - 1):
+                self.decode()
+        self._wait()
+
+    def _check(self, tokens: Tensor, new_tokens: int) -> None:
+        batch, length = tokens.shape
+        if batch != self.cache.batch:
+            raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={self.cache.batch}")
+        cache = self.cache
+        if length + new_tokens > cache.longest:
+            limit = f"cache.capacity={cache.capacity}; set it higher"
+            if cache.longest < cache.capacity:
+                limit = f"max_position_embeddings={cache.longest} of the model"
+            raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
+
+    def _bind(self, shape: Sequence[int], new_tokens: int) -> None:
+        """Allocate everything for prompts of ``shape`` and bind it."""
+        batch, length = shape
+        self.generation += 1
+        self._graphs, self._prepared = [], None
+        zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
+        self._prompts = zeros(batch, length)
+        self._lengths, self._last, self._position = (zeros(batch) for _ in range(3))
+        self._token = zeros(batch, 1)
+        self._count = zeros(1)
+        self._tokens = zeros(batch, max(new_tokens, 1))
+        logits = torch.full((batch, 1, self._vocabulary), float("nan"), dtype=self.cache.dtype, device=self._device)
+        self._logits = logits
+        names = [spec.name for spec in self.cache.specs()]
+        first = dict(zip(names, self._caches[0], strict=True))
+        in_place = len(self._decode) == 1
+        self._fresh = self._caches[0] if in_place else [cache[:, :, :length].clone() for cache in self._caches[0]]
+        self._prefill.bind(
+            {"input_ids": self._prompts, "last": self._last, "output0": logits} | first | _outputs(self._fresh)
+        )
+        for turn, session in enumerate(self._decode):
+            before, after = self._caches[turn], self._caches[(turn + 1) % len(self._decode)]
+            session.bind(
+                {"input_ids": self._token, "position": self._position, "output0": logits}
+                | dict(zip(names, before, strict=True))
+                | _outputs(after)
+            )
+        self._turn = 0
+        self._wait()
+
+    def prefill(self) -> None:
+        self.run_prompts()
+        self._count.zero_()
+        self._choose()
+
+    def bind_prompts(self, tokens: Tensor) -> None:
+        """Allocate and bind everything for prompts ``tokens`` [batch, length] int64, and run them once: kernels are
+        compiled."""
+        self._check(tokens, 0)
+        self._bind(tokens.shape, 1)
+        self._prompts.copy_(tokens)
+        self._lengths.fill_(tokens.shape[1])
+        self._last.fill_(tokens.shape[1] - 1)
+        with behind_caller(self.stream):
+            self.run_prompts()
+        self._wait()
+
+    def run_prompts(self) -> None:
+        """Launch the pass over the prompts."""
+        self._prefill.run(self.stream)
+        if len(self._decode) > 1:
+            for cache, fresh in zip(self._caches[0], self._fresh, strict=True):
+                cache[:, :, : fresh.shape[2]].copy_(fresh)
+        self._position.copy_(self._lengths)
+        self._turn = 0
+
+    def decode(self) -> None:
+        if self._graphs:
+            self._graphs[self._turn].replay()
+        else:
+            self._step(self._turn)
+        self._turn = (self._turn + 1) % len(self._decode)
+
+    def _step(self, turn: int) -> None:
+        self._decode[turn].run(self.stream)
+        self._position.add_(1)
+        self._choose()
+
+    def _choose(self) -> None:
+        draw = self._draws.index_select(0, self._count).squeeze(0)
+        self._token.copy_(self._sampling.choose(self._logits[:, 0], draw))
+        self._tokens.index_copy_(1, self._count, self._token)
+        self._count.add_(1)
+
+    def tokens(self) -> Tensor:
+        self._wait()
+        return self._tokens[:, : int(self._count)].clone()
+
+    def generate(
+        self,
+        tokens: Tensor,
+        new_tokens: int,
+        padding: Tensor | None = None,
+        sampling: Sampling | None = None,
+        stop: frozenset[int] = frozenset(),
+        on_tokens: OnTokens | None = None,
+    ) -> list[list[int]]:
+        """The new tokens of each row of ``tokens`` [batch, length] int64, up to a token of ``stop`` or ``new_tokens``.
+
+        ``on_tokens`` is called with the tokens of one step, one a row (after a row has stopped, whatever comes).
+        The host looks one step behind the device, so that neither waits for the other.
+        """
+        self.prepare(tokens, new_tokens, padding, sampling)
+        made: list[list[int]] = [[] for _ in range(len(tokens))]
+        stopped = [False] * len(tokens)
+        pending: tuple[Tensor, Any] | None = None
+        for step in range(new_tokens + 1):
+            arrived = pending
+            if step < new_tokens:
+                with behind_caller(self.stream):
+                    self.decode() if step else self.prefill()
+                    pending = self._fetched(step)
+            if arrived is None:
+                continue
+            row_tokens, event = arrived
+            if event is not None:
+                event.synchronize()
+            latest = row_tokens[:, 0].tolist()
+            for row, token in enumerate(latest):
+                stopped[row] = stopped[row] or token in stop
+                if not stopped[row]:
+                    made[row].append(token)
+            if on_tokens is not None:
+                on_tokens(latest)
+            if all(stopped):
+                break
+        self._wait()
+        return made
+
+    def _fetched(self, step: int) -> tuple[Tensor, Any]:
+        """The tokens of ``step`` on their way to the host, and the event that says when they are there."""
+        column = self._tokens[:, step : step + 1]
+        if self.stream is None:
+            return column.clone(), None
+        host = torch.empty(column.shape, dtype=torch.int64, pin_memory=True)
+        host.copy_(column, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record(self.stream)
+        return host, event
+
+    def forced_logits(self, tokens: Tensor, padding: Tensor | None, decoded: int) -> Tensor:
+        """Logits [batch, decoded + 1, vocabulary] behind the last tokens of each row: of the prompt that is left when
+        the last ``decoded`` tokens are cut off, and of each of these, run one by one through the cache.
+
+        A row of no more than ``decoded`` tokens keeps one as its prompt; before its logits, those of its prompt are
+        repeated."""
+        rows, lengths = aligned(tokens, padding)
+        rows, lengths = rows.to(self._device), lengths.to(self._device)
+        length = rows.shape[1] - decoded
+        self._check(rows[:, :length], decoded)
+        self._bind((len(rows), length), 1)
+        self._prompts.copy_(rows[:, :length])
+        self._lengths.copy_((lengths - decoded).clamp(min=1))
+        self._last.copy_(self._lengths - 1)
+        collected = []
+        with behind_caller(self.stream):
+            self.run_prompts()
+            collected.append(self._logits.clone())
+            for _ in range(decoded):
+                at = self._position.clamp(max=rows.shape[1] - 1)  # a short row has ended
+                self._token.copy_(rows.gather(1, at.unsqueeze(1)))
+                self._decode[self._turn].run(self.stream)
+                self._turn = (self._turn + 1) % len(self._decode)
+                self._position.add_(1)
+                collected.append(self._logits.clone())
+        self._wait()
+        late = decoded - (lengths - self._lengths)
+        steps = (torch.arange(decoded + 1, device=self._device) - late.unsqueeze(1)).clamp(min=0)
+        return torch.cat(collected, dim=1).gather(1, steps.unsqueeze(2).expand(-1, -1, self._vocabulary))
+
+    def keep_kernels(self) -> None:
+        """See :meth:`pipeline.engine.session.Session.keep_kernels`."""
+        self._prefill.keep_kernels()
+        self._decode[0].keep_kernels()
+
+    def _wait(self) -> None:
+        if self.stream is not None:
+            torch.cuda.synchronize()
+
+
+def _outputs(caches: Sequence[Tensor]) -> dict[str, Tensor]:
+    return {f"output{i + 1}": cache for i, cache in enumerate(caches)}
+
+
+def aligned(tokens: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``tokens`` [batch, length] with the padding of each row behind its tokens, and the tokens' number [batch].
+
+    ``padding`` [batch, length] bool is True at padding, which is at one end of each row.
+    """
+    batch, length = tokens.shape
+    if padding is None:
+        return tokens, torch.full((batch,), length, dtype=torch.int64, device=tokens.device)
+    padding = padding.to(tokens.device)
+    lengths = (~padding).sum(1)
+    first = (~padding).int().argmax(1, keepdim=True)
+    places = (torch.arange(length, device=tokens.device) + first) % length
+    return tokens.gather(1, places), lengths
+
+
+class PromptRunner:
+    """The prompts' program of a :class:`CachedGenerator` as a :class:`pipeline.measure.prompt.Runner`."""
+
+    cuda_graph = False
+
+    def __init__(self, generator: CachedGenerator) -> None:
+        self._generator = generator
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        assert self._generator.stream is not None
+        return self._generator.stream
+
+    @property
+    def generation(self) -> int:
+        return self._generator.generation
+
+    def prepare(self, tokens: Tensor) -> None:
+        self._generator.bind_prompts(tokens)
+
+    def enqueue(self) -> None:
+        self._generator.run_prompts()

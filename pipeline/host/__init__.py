@@ -1,0 +1,1 @@
+"""The machine that a run is on: its disk, its signals, its memory, its card."""

@@ -1,0 +1,1 @@
+"""How fast is it?  Prompts and generations on four clocks."""

@@ -1,0 +1,1 @@
+"""The model: its weights, its tokenizer, and texts to run it on."""

@@ -1,0 +1,170 @@
+"""The load stage: a causal LM at the run's precision, and the same weights one type wider to judge it by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from passes.errors import UserError
+from pipeline.config.schema import ModelConfig
+from pipeline.model import checkpoint
+from pipeline.model.gguf import quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+REFERENCE_DTYPES = {"fp16": torch.float32, "bf16": torch.float32, "fp32": torch.float64}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to be traced, and where it came from."""
+
+    model: PreTrainedModel
+    """In eval mode, without gradients, attention through ``scaled_dot_product_attention``, no KV cache."""
+    tokenizer: PreTrainedTokenizerBase | None
+    name: str
+    source: str
+    """Repository, package or folder of the weights; for random weights what was drawn for."""
+    revision: str | None
+    """Version or commit that was loaded."""
+    sha256: str | None
+    """Of the weights' file or files, see :class:`pipeline.model.checkpoint.Checkpoint`; None for random weights."""
+    parameters: int
+    """Number of parameters; tied ones count once."""
+    weights: str
+    notes: tuple[str, ...] = ()
+    """What the reader of the report must know of how it was loaded."""
+
+    def describe(self) -> dict[str, Any]:
+        """The ``model`` section of report.json."""
+        keys = ("name", "source", "revision", "sha256", "parameters", "weights")
+        return {key: getattr(self, key) for key in keys}
+
+
+def load(
+    config: ModelConfig, precision: str, device: torch.device, seed: int, progress: Callable[[str], None]
+) -> LoadedModel:
+    """Load the model and its tokenizer; raises :class:`UserError` before it creates anything but cache entries."""
+    name = Path(config.path).resolve().name if config.path is not None else config.name
+    if config.weights == "random":
+        hf_config = checkpoint.architecture(config)
+        progress(f"drawing random weights of {name}")
+        model = _random(hf_config, DTYPES[precision], device, seed)
+        source = str(Path(config.path).resolve()) if config.path is not None else "model.architecture"
+        tokenizer, revision, sha256 = None, None, None
+    else:
+        found, where = checkpoint.find(config, progress), checkpoint.where(config)
+        progress(f"reading {name}")
+        tokenizer = _tokenizer(found, where)  # before the weights: it may be refused
+        model = _pretrained(found, where, DTYPES[precision], device, progress)
+        source, revision, sha256 = found.source, found.revision, found.sha256
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
+    notes = tuple(dict.fromkeys(note for each in read if (note := checkpoint.unused_code(each))))
+    return LoadedModel(model, tokenizer, name, source, revision, sha256, parameters, config.weights, notes)
+
+
+def load_reference(config: ModelConfig, precision: str, device: torch.device, seed: int) -> PreTrainedModel:
+    """The weights of :func:`load`, not rounded to ``precision``: float32 for fp16 and bf16, float64 for fp32.
+
+    transformers computes rotary angles and RMS norms in float32 whatever the type of the weights; both models
+    share that, so the difference between them is the rounding of everything else.
+    """
+
+    def silent(_: str) -> None: ...
+
+    dtype = REFERENCE_DTYPES[precision]
+    if config.weights == "random":
+        return _random(checkpoint.architecture(config), dtype, device, seed)
+    found = checkpoint.find(config, silent, fetch=False)
+    return _pretrained(found, checkpoint.where(config), dtype, device, silent)
+
+
+def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
+    """transformers' own initialisation, drawn in float32 on ``device`` and then rounded to ``dtype``.
+
+    So the same seed gives the same weights at every precision.  CPU and GPU draw different ones: a GPU draws
+    a billion of them in a blink, a CPU takes tens of seconds.  Both steps go through ``from_pretrained``, which
+    fills in what is missing and knows what stays in float32 (rotary frequencies, say; ``model.half()`` does not).
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    def build(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
+        )
+
+    with quiet():
+        with _seeded(device, seed):
+            model = build({}, torch.float32)
+        return _ready(model if dtype == torch.float32 else build(model.state_dict(), dtype))
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """The generators of CPU and ``device`` seeded, and as they were before when the block ends."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        # Not torch.manual_seed: it seeds every GPU, also those that fork_rng does not restore.
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _pretrained(
+    found: checkpoint.Checkpoint, where: str, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
+) -> PreTrainedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                found.folder,
+                config=found.config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, in one line
+                output_loading_info=True,
+                device_map={"": device},
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{where}: its weights cannot be read ({' '.join(str(error).split())})") from None
+    # transformers only warns and draws random numbers for these.
+    for what in ("missing_keys", "mismatched_keys"):
+        if info[what]:
+            first = sorted(map(str, info[what]))[0]
+            raise UserError(f"{where}: weights do not fit its config ({what}: {len(info[what])}, {first} first)")
+    if info["unexpected_keys"]:
+        unused = sorted(info["unexpected_keys"])
+        progress(f"{len(unused)} tensors of {where} are not part of {type(model).__name__}, {unused[0]} first")
+    return _ready(model)
+
+
+def _ready(model: PreTrainedModel) -> PreTrainedModel:
+    model.config.use_cache = False
+    return model.requires_grad_(False).eval()
+
+
+def _tokenizer(found: checkpoint.Checkpoint, where: str) -> PreTrainedTokenizerBase | None:
+    from transformers import AutoTokenizer
+
+    if found.tokenizer is None:
+        return None
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(found.tokenizer, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises nothing narrower
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: its tokenizer cannot be read ({reason}); mend or remove its files") from None

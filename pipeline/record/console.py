@@ -1,0 +1,155 @@
+"""What a person sees of a run: its stages as they pass, and a short table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.status import Status
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.record.report import worst_case
+
+
+class StageDisplay:
+    """One line a stage, live while it runs where the console is a terminal."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self._status: Status | None = None
+        self._stage = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        self._stage = name
+        with self.console.status(Text(name, "bold")) as self._status:
+            try:
+                yield
+            finally:
+                self._status = None
+
+    def update(self, message: str) -> None:
+        """Replace what is shown beside the running stage."""
+        if self._status is not None:
+            self._status.update(Text.assemble((self._stage, "bold"), "  ", message))
+
+    def steps(self, message: str, done: int, total: int) -> bool:
+        """Progress in steps; the shape of TensorRT's progress monitor (True: go on)."""
+        self.update(f"{message}  {done}/{total}")
+        return True
+
+    def done(self, name: str, seconds: float, detail: str = "") -> None:
+        self.console.print(Text.assemble(("✓", "green"), f" {name:<10}{seconds:7.1f} s  ", (detail, "dim")))
+
+    def failed(self, name: str, seconds: float, message: str) -> None:
+        self.console.print(Text.assemble(("✗", "red"), f" {name:<10}{seconds:7.1f} s  ", (message, "red")))
+
+    def note(self, message: str) -> None:
+        self.console.print(Text.assemble(("!", "yellow"), " ", message))
+
+    def summary(self, report: dict[str, Any], folder: Path, tracked: str | None) -> None:
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        table.add_column(style="dim")
+        table.add_column(overflow="fold")  # a path is no use with an ellipsis in it
+        for label, text in ((label, Text.assemble(*parts)) for label, *parts in _summary_rows(report)):
+            table.add_row(label, text)
+        table.add_row("report", Text(str(folder / "report.json")))
+        if tracked:
+            table.add_row("MLflow", Text(tracked))
+        self.console.print()
+        self.console.print(table)
+
+
+Part = str | tuple[str, str]
+"""Text as it is, never markup: a path or a setting may hold brackets; with a style or without."""
+
+
+def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ...]]]:
+    colour = {"ok": "green", "not_executed": "yellow", "unavailable": "yellow", "failed": "red"}[report["status"]]
+    meaning = {"not_executed": "  (no GPU could run the engine: nothing was timed)"}.get(report["status"], "")
+    yield "status", (report["status"], colour), meaning
+    if report["failure"]:
+        yield "failure", "{stage}: {kind}: {message}".format(**report["failure"])
+    if attention := report["attention"]:
+        summary = attention["summary"]
+        masks = ", ".join(f"{count} {kind}" for kind, count in summary["by_mask"].items())
+        actions = ", ".join(f"{count} {kind}" for kind, count in summary["by_action"].items())
+        yield "attention", f"{len(attention['calls'])} calls: {masks} → {actions}"
+    if engine := report["engine"]:
+        size = f", {engine['bytes'] / 1e6:.0f} MB" if engine.get("bytes") else ""
+        yield (
+            "network",
+            f"{engine['layers']} layers: {engine['iattention']} native attention "
+            f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), "
+            f"{engine['softmax']} softmax{size}",
+        )
+        if len(profiles := engine.get("profiles", ())) > 1:
+            yield (
+                "profiles",
+                ", ".join(f"{least}..{most}" if least < most else str(most) for least, _, most in profiles),
+            )
+        for note in engine["notes"]:
+            yield "", note
+    if store := report["store"]:
+        seconds = sum(store.get("stages_s", {}).values())
+        spared = f": no {', '.join(store['stages'])}; {seconds:.1f} s spared" if store["hit"] else ""
+        yield "store", f"{'hit' if store['hit'] else 'miss'} {store['key'][:12]}{spared}"
+    if verify := report["verify"]:
+        worst = worst_case(verify)
+        yield (
+            "verified",
+            f"{verify['executed']}{' (when it was stored)' if verify.get('stored') else ''}: "
+            f"{'passed' if verify['passed'] else 'FAILED'}, {len(verify['cases'])} cases; "
+            f"worst {worst['name']}: relative error {worst['relative_error']:.2g} (allowed {worst['tolerance']:.2g}), "
+            f"top-1 {worst['top1_agreement']:.1%}",
+        )
+        if position := worst.get("worst_position"):  # a report of before positions were judged has none
+            found = "no number" if position["found"] is None else f"{position['found']:.2g}"
+            yield (
+                "",
+                f"nearest to its limit: row {position['row']}, position {position['position']}, {position['measure']} "
+                f"{found} (allowed {position['allowed']:.2g})",
+            )
+        if arithmetic := verify.get("arithmetic"):
+            yield "judged in", arithmetic
+        if outside := verify.get("outside"):
+            worst = outside["worst"]
+            yield (
+                "outside",
+                f"{', '.join(outside['assumed'])}: not judged, {len(outside['cases'])} cases; worst {worst['name']}: "
+                f"relative error {worst['relative_error']:.2g}, top-1 {worst['top1_agreement']:.1%}",
+            )
+        if "answer" in verify:
+            yield "answer", f"“{verify['answer']['engine']}”"
+    for entry in _entries(report["benchmark"] or {}):
+        fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
+        yield (
+            "prefill",
+            f"{entry['batch']}×{entry['input_length']}: {entry['device_ms']['median']:.2f} ms on the device, "
+            f"{entry['host_ms']['median']:.2f} ms on the host, {entry['tokens_per_s']:.0f} tokens/s{fraction}",
+            _tainted(entry),
+        )
+    if generate := (report["benchmark"] or {}).get("generate"):
+        fraction = f", {generate['roofline_fraction']:.0%} of the roofline" if generate["roofline_fraction"] else ""
+        yield (
+            "generation",
+            f"{generate['batch']}×{generate['input_length']}+{generate['output_length']}: "
+            f"{generate['device_ms']['median']:.1f} ms on the device, first token {generate['ttft_ms']['median']:.2f} "
+            f"ms, then {generate['tpot_ms']['median']:.3f} ms a token{fraction}",
+            _tainted(generate),
+        )
+    yield "stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages_s"].items())
+
+
+def _tainted(entry: dict[str, Any]) -> Part:
+    return (f"  tainted: {'; '.join(entry['tainted'])}", "yellow") if entry["tainted"] else ""
+
+
+def _entries(benchmark: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "prefill" in benchmark:
+        yield benchmark["prefill"]
+        yield from benchmark.get("prefill_shapes", [])

@@ -1,0 +1,1 @@
+"""Finished engines, kept under a key of everything that decides them."""

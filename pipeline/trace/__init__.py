@@ -1,0 +1,1 @@
+"""The model as a program: the call forms that are traced, with and without a cache."""

@@ -1,0 +1,304 @@
+"""The two programs that generate with a KV cache of fixed capacity, as call forms that can be traced.
+
+*prefill* runs the prompts and fills the cache, *decode* runs one token a row.  Rows may be of different lengths: they
+begin at place 0 of the cache, so a prompt is padded on the right (:mod:`pipeline.generate.with_cache` moves padding
+there), where a causal mask hides it.  The model's own code makes the masks, from the cache it is handed, each row's for
+its own place in it (:func:`masks_of_rows`): the strategies prove them like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+
+from passes.errors import AS_IT_IS, RunError, UserError
+from passes.graph.cache_ops import cache_update
+from passes.proof.claims import ancestors
+from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.trace.call_form import InputSpec, Traced, example_length, exported, own_rows
+
+GRANULE = 128
+"""Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
+WITHOUT = f"try cache=none; {AS_IT_IS}"
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """``layers``: of each layer the shapes of its keys [batch, heads, capacity, head size] and its values
+    [batch, heads * head size, capacity, 1].
+
+    A channel's values lie side by side, since a token's attention sums over them (:mod:`passes.tensorrt.cache`);
+    to whatever updates the cache they look like heads of size 1.
+    """
+
+    mode: str
+    batch: int
+    capacity: int
+    longest: int
+    """Tokens of a sequence at most: the capacity, or what the model has positions for."""
+    layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(described: dict[str, Any]) -> CacheShape:
+        """From an engine's manifest."""
+        layers = tuple((tuple(keys), tuple(values)) for keys, values in described["layers"])
+        return CacheShape(**{**described, "layers": layers, "dtype": getattr(torch, described["dtype"])})
+
+    def specs(self) -> tuple[InputSpec, ...]:
+        """Of every key cache, then every value cache: the inputs of a program."""
+        size, dtype = self.capacity, str(self.dtype).removeprefix("torch.")
+        return tuple(
+            InputSpec(f"{kind}_{i}", self.batch, size, size, size, sizes=layer[which], dtype=dtype)
+            for which, kind in enumerate(("keys", "values"))
+            for i, layer in enumerate(self.layers)
+        )
+
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
+        return [torch.zeros(spec.shape(0), dtype=self.dtype, device=device) for spec in self.specs()]
+
+
+def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, longest: int) -> CacheShape:
+    """The cache of ``model`` for generations of ``longest`` tokens in all.
+
+    Raises :class:`UserError` for a model whose layers do not all keep keys and values of every token.
+    """
+    capacity = cache.capacity or longest
+    capacity = -(-capacity // GRANULE) * GRANULE
+    layers = []
+    for layer in _filled(model, cache.name).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
+            raise UserError(
+                f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys"
+            )
+        keys, values = layer.keys, layer.values
+        heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
+        layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
+    longest = min(capacity, positions)
+    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype)
+
+
+def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
+    """Hugging Face's own cache after two tokens; raises :class:`UserError` where the model does not fill it."""
+    seen = DynamicCache(config=model.config)
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, past_key_values=seen, use_cache=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model that takes none raises whatever it comes upon first
+        reason = " ".join(str(error).split())
+        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({reason})") from error
+    if not seen.layers:
+        raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values")
+    return seen
+
+
+class _Layer(CacheLayerMixin):
+    """A layer of a cache that is handed in: where it is written, and what attention is given to read."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool) -> None:
+        super().__init__()
+        self.keys, self.values, self.position, self.whole = keys, values, position, whole
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: Any) -> None:
+        raise AssertionError("a cache that is handed in is there from the start")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        batch, heads, length, size = value_states.shape
+        channels = value_states.transpose(2, 3).reshape(batch, heads * size, length, 1)
+        if self.keys is None or self.values is None:
+            self.keys, self.values = key_states, channels
+            return key_states, value_states
+        self.keys = cache_update(self.keys, key_states, self.position)
+        self.values = cache_update(self.values, channels, self.position)
+        if not self.whole:
+            return key_states, value_states
+        return self.keys, self.values.view(batch, heads, size, -1).transpose(2, 3)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        assert not self.whole or self.keys is not None
+        return (self.keys.shape[2] if self.whole else query_length), 0  # type: ignore[union-attr]
+
+    def get_seq_length(self) -> Any:
+        return self.position[0] if self.whole else 0  # one for all rows, see trace_decode
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2] if self.whole else -1  # type: ignore[union-attr]
+
+
+def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
+    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    return (logits, *keys, *values)
+
+
+def _mask_of_rows(
+    position: Tensor,
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    device: torch.device,
+    kv_offset: int = 0,
+    use_vmap: bool = False,
+    **more: Any,
+) -> Tensor | None:
+    """[batch, 1, q_length, kv_length] bool, as transformers' ``sdpa_mask``, but with the queries of row b at the places
+    ``position[b]`` and up.
+
+    A function that is not made of whole tensors (``use_vmap``) is left to ``sdpa_mask``, with its one place for all.
+    """
+    if use_vmap:
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "kv_offset": kv_offset}
+        return sdpa_mask(**sizes, mask_function=mask_function, device=device, use_vmap=True, **more)
+    rows, heads = torch.arange(batch_size, device=device), torch.arange(1, device=device)
+    queries = torch.arange(q_length, device=device) + position.unsqueeze(1)
+    keys = torch.arange(kv_length, device=device) + kv_offset
+    mask = mask_function(
+        rows[:, None, None, None], heads[None, :, None, None], queries[:, None, :, None], keys[None, None, None, :]
+    )
+    return mask.expand(batch_size, -1, q_length, kv_length)
+
+
+@contextmanager
+def masks_of_rows(position: Tensor) -> Iterator[None]:
+    """While the block runs, a model that lets transformers make its masks gets each row's for its own place,
+    ``position`` [batch]: a cache tells transformers one length, for all rows."""
+    masks = ALL_MASK_ATTENTION_FUNCTIONS
+    masks["sdpa"] = partial(_mask_of_rows, position)
+    try:
+        yield
+    finally:
+        del masks["sdpa"]  # the local entry; the library's own stands behind it
+
+
+class PrefillForm(nn.Module):
+    """Prompts in, the logits behind each prompt's last token and the filled cache out."""
+
+    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+        super().__init__()
+        self.model = model
+        self.count = layers
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        last: Tensor | None = None,
+        keys: list[Tensor] | None = None,
+        values: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
+        """``input_ids`` [batch, length]; ``last`` [batch], the place of each row's last real token, where there is
+        more than one row; caches as in :class:`CacheShape` that are updated in place, or none.
+
+        Returns logits [batch, 1, vocabulary], then every layer's keys and every layer's values: the caches, or
+        where none were handed in those of the prompts, of capacity ``length``.
+        """
+        start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
+        none = [None] * self.count
+        pairs = zip(keys or none, values or none, strict=True)
+        cache = Cache(layers=[_Layer(k, v, start, whole=False) for k, v in pairs])
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        output = self.model(
+            input_ids=input_ids,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1 if last is None else last,
+        )
+        logits = output.logits
+        return _results(logits if last is None else own_rows(logits), cache)
+
+
+class DecodeForm(nn.Module):
+    """One token a row in, the logits behind it and the updated cache out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """``input_ids`` [batch, 1]; ``position`` [batch], where each row writes; the caches.
+
+        Returns logits [batch, 1, vocabulary] and the caches.
+        """
+        cache = Cache(layers=[_Layer(k, v, position, whole=True) for k, v in zip(keys, values, strict=True)])
+        with masks_of_rows(position):
+            output = self.model(
+                input_ids=input_ids,
+                position_ids=position.unsqueeze(1),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return _results(output.logits, cache)
+
+
+def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, device: torch.device) -> Traced:
+    """The prefill program of ``form``; its caches are inputs where ``cache`` is updated in the engine."""
+    specs = [InputSpec.lengths("input_ids", shape)]
+    tokens = torch.zeros(cache.batch, example_length(shape), dtype=torch.int64, device=device)
+    inputs: dict[str, Any] = {"input_ids": tokens}
+    dynamic: dict[str, Any] | None = None
+    if cache.batch > 1:
+        specs.append(InputSpec.places(cache.batch))
+        inputs["last"] = torch.zeros(cache.batch, dtype=torch.int64, device=device)
+    if cache.mode == "in_engine":
+        specs += cache.specs()
+        inputs |= _caches(cache, device)
+    if shape.kind == "dynamic":
+        fixed = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
+        dynamic = fixed | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
+    return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
+
+
+def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
+    """The decode program of ``form``; raises :class:`RunError` of kind ``ragged_batch`` for a batch of a model that
+    computes something from the one length that it asks its cache for, such as a mask of its own making."""
+    specs = (
+        InputSpec("input_ids", cache.batch, 1, 1, 1),
+        InputSpec("position", cache.batch, 1, 1, 1, sizes=(cache.batch,)),
+        *cache.specs(),
+    )
+    inputs: dict[str, Any] = {
+        "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
+        "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
+    }
+    program = exported(form, inputs | _caches(cache, device), None, WITHOUT)
+    if cache.batch > 1 and _reads_first_row(program):
+        raise RunError(
+            "ragged_batch",
+            f"shape.batch={cache.batch}: {type(form.model).__name__} computes with one length of the cache for all "
+            "rows, and rows of a batch differ; set shape.batch=1",
+        )
+    return Traced(program, specs)
+
+
+def _reads_first_row(program: ExportedProgram) -> bool:
+    """Whether a result is computed from ``position[0]`` alone."""
+    (position,) = (node for node in program.graph.find_nodes(op="placeholder") if node.name == "position")
+    read = ancestors(list(program.graph.find_nodes(op="output")))
+    return any(user.target is torch.ops.aten.select.int and user.name in read for user in position.users)
+
+
+def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:
+    tensors, count = cache.tensors(device), len(cache.layers)
+    return {"keys": tensors[:count], "values": tensors[count:]}

@@ -1,0 +1,1 @@
+"""Is it right?  Logits and tokens against PyTorch one type wider."""

@@ -1,0 +1,139 @@
+"""What a run verifies and times: its engines, the graphs they were made from where no GPU can run them, or a rival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from passes.errors import UserError
+from passes.tensorrt.versions import load_stack
+from pipeline.config.schema import Config
+from pipeline.engine.runner import Engine, check_target, open_engine, read_engine
+from pipeline.engine.session import GraphSession, Session
+from pipeline.generate.with_cache import CachedGenerator, PromptRunner
+from pipeline.generate.without_cache import OneLengthGenerator, PrefixGenerator, at_one_length
+from pipeline.model.load import LoadedModel
+from pipeline.trace.cached_forms import CacheShape
+from pipeline.verify.arithmetic import Forward, in_arithmetic, on_cpu
+
+if TYPE_CHECKING:
+    from pipeline.engine.build import Program
+    from pipeline.generate.protocol import Generator
+    from pipeline.measure.prompt import Runner
+
+DECODED = 4
+"""Tokens of a verification case that run through the cache, where its length leaves that many behind a prompt."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    executed: str
+    """The report's ``verify.executed``: ``engine``, ``graph``, or the rival's name."""
+    forward: Forward
+    runner: Runner | None = None
+    """What the benchmark of prompts measures."""
+    generator: Generator | None = None
+    longest: int = 0
+    """The longest sequence that ``forward`` takes, where that is more than the profile's longest prompt."""
+    exact: tuple[int, ...] = ()
+    """Lengths that an engine runs by an optimization profile of their own."""
+    finished: Callable[[], None] = lambda: None
+    """To be called when it has been measured."""
+
+
+def engines(
+    config: Config, loaded: LoadedModel, folder: Path, cache: CacheShape | None, kernels: Path | None
+) -> Machine:
+    """The engine files of ``folder`` on this GPU; ``kernels``: where the kernels that they compile are kept."""
+    vocabulary, device, exact = _vocabulary(loaded), loaded.model.device, tuple(config.shape.exact)
+    if cache is None:
+        engine = open_engine(folder / "engine.trt", bool(config.backend.cuda_graph), kernels)
+        prefix = None
+        if config.benchmark.generate is not None:
+            prefix = _without_cache(config, engine, vocabulary, device)
+        forward = _of_any_length(config, engine.unguarded)
+        return Machine("engine", forward, engine, prefix, exact=exact, finished=engine.keep_kernels)
+    generator = open_generator(folder, config.backend.cuda_graph is not False, kernels)
+    return _cached("engine", config, generator, exact, generator.keep_kernels)
+
+
+def _of_any_length(config: Config, forward: Forward) -> Forward:
+    """``forward`` for every length that the run verifies."""
+    return at_one_length(forward, config.shape.max) if config.runs_at_one_length else forward
+
+
+def _without_cache(config: Config, engine: Engine, vocabulary: int, device: torch.device) -> Generator:
+    """What generates by running the whole prefix again, in a context of its own."""
+    one_length = config.runs_at_one_length
+    session = engine.session.twin(specialise=one_length)
+    dtype = session.dtype(session.outputs[0])
+    if one_length:
+        graph = config.backend.cuda_graph is not False
+        return OneLengthGenerator(session, config.shape.max, vocabulary, dtype, device, graph)
+    return PrefixGenerator(session, vocabulary, dtype, device)
+
+
+def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None = None) -> CachedGenerator:
+    """The generator of a run with a KV cache, from the engines in its ``folder``; raises :class:`UserError` where
+    there is none, or no GPU.  ``kernels``: where the kernels that they compile are kept."""
+    manifest, data = read_engine(folder / "engine.trt")
+    if not manifest.get("cache"):
+        raise UserError(f"{folder}: its engine has no KV cache; make one with cache=in_engine")
+    check_target(folder / "engine.trt", manifest)
+    cache = CacheShape.of(manifest["cache"])
+    stack, decode_kernels = load_stack(), None if kernels is None else kernels.with_name(f"decode-{kernels.name}")
+    prefill = Session(stack, data, kernels)
+    decode = Session(stack, read_engine(folder / "decode.trt")[1], decode_kernels)
+    turns = [decode] if cache.mode == "in_engine" else [decode, decode.twin()]
+    return CachedGenerator(prefill, turns, cache, decode.shape("output0")[-1], torch.device("cuda"), cuda_graph)
+
+
+def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], cache: CacheShape | None) -> Machine:
+    """The programs that the engines were made from, in PyTorch on the CPU, in the arithmetic of the run's precision."""
+    modules = {name: each.program.module() for name, each in programs.items()}
+    arithmetic = on_cpu(config.precision)
+    if cache is None:
+        module = modules["engine"]
+        forward = in_arithmetic(lambda inputs: module(**inputs), arithmetic)
+        return Machine("graph", _of_any_length(config, forward))
+    prefill, decode, twin = (
+        GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs), arithmetic)
+        for name in ("engine", "decode", "decode")
+    )
+    turns = [decode] if cache.mode == "in_engine" else [decode, twin]
+    return _cached("graph", config, CachedGenerator(prefill, turns, cache, _vocabulary(loaded), loaded.model.device))
+
+
+def _cached(
+    executed: str,
+    config: Config,
+    generator: CachedGenerator,
+    exact: tuple[int, ...] = (),
+    finished: Callable[[], None] = lambda: None,
+) -> Machine:
+    """A cached generator as a function of whole sequences: the last tokens go through the cache one by one, behind a
+    prompt of ``exact`` length where one ends there."""
+    least, most = config.shape.min, config.shape.max
+
+    def forward(inputs: dict[str, Tensor]) -> Tensor:
+        tokens, real = inputs["input_ids"], inputs.get("attention_mask")
+        decoded = max(min(DECODED, tokens.shape[1] - least), tokens.shape[1] - most)
+        if config.shape.kind == "static":
+            decoded = tokens.shape[1] - most
+        decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
+        return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
+
+    timed = generator if config.benchmark.generate is not None else None
+    runner = PromptRunner(generator) if executed == "engine" else None
+    return Machine(executed, forward, runner, timed, generator.cache.longest, exact, finished)
+
+
+def _vocabulary(loaded: LoadedModel) -> int:
+    """How many logits there are; the embedding of some models is padded beyond the tokenizer's vocabulary."""
+    head: Any = loaded.model.get_output_embeddings()
+    return int(head.weight.shape[0])

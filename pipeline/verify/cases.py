@@ -1,0 +1,120 @@
+"""What an engine is compared on: lengths over every profile, padded rows, ragged rows, and rows of two documents."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import ShapeConfig, VerifyConfig
+from pipeline.engine import guard
+from pipeline.trace.call_form import make_inputs
+
+ROWS = slice(0, None, 2)
+"""Which rows of a batch are padded or packed: every second one, and the only one."""
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    length: int
+    padding: str
+    """``none``, ``left`` or ``right``: a third of the row.  ``ragged``: on the left, no two rows of one length."""
+    sample: int
+    positions: str = "counted"
+    """``counted``: of the real tokens, as Hugging Face's ``generate`` counts them.  ``packed``: the row holds two
+    documents, and positions restart at 0 with the second, in the middle."""
+
+
+def cases(
+    config: VerifyConfig,
+    shape: ShapeConfig,
+    inputs: list[str],
+    logits: str,
+    capacity: int = 0,
+    exact: Sequence[int] = (),
+    ragged: bool = False,
+) -> list[Case]:
+    """The lengths of :func:`lengths`, with padding and packed documents where ``attention_mask`` and ``position_ids``
+    are among the ``inputs`` to say so, and ``ragged`` where a generator is told how long each row of a batch is.
+
+    Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
+    """
+    kinds = [("none", "counted")] + [("ragged", "counted")] * ragged
+    if "attention_mask" in inputs:
+        kinds += [("left", "counted")] + [("right", "counted")] * (logits == "all")
+    if "position_ids" in inputs:
+        kinds.append(("none", "packed"))
+    found = []
+    for length in sorted(set(config.lengths or lengths(shape, capacity, exact))):
+        for padding, positions in kinds if length > 2 else kinds[:1]:
+            suffix = {"none": "", "ragged": "_ragged"}.get(padding, f"_{padding}_padding")
+            suffix += "" if positions == "counted" else f"_{positions}"
+            for sample in range(config.samples):
+                name = f"length_{length}{suffix}" + (f"_{sample}" if sample else "")
+                found.append(Case(name, length, padding, sample, positions))
+    return found
+
+
+def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int]) -> list[int]:
+    """Both ends of the profile, odd lengths, and around 512.
+
+    ``exact``: lengths with an optimization profile of their own; each is tried, and the ends are the shortest and the
+    longest of those beside them, which are left to the other profile.  ``capacity``: of a KV cache, or 0 without one;
+    the first length that only the cache reaches, and its last; and one token behind each prompt of exact length, whose
+    cache it reads.
+    """
+    beside = [n for n in range(shape.min, shape.max + 1) if n not in exact]
+    found = [*beside[:1], *beside[-1:], *exact, *(n for n in (7, 77, 511, 512, 513) if shape.min <= n <= shape.max)]
+    if capacity:
+        found += [n for n in (*(n + 1 for n in exact), shape.max + 1, capacity) if n <= capacity]
+    return found
+
+
+def case_inputs(case: Case, names: list[str], tokens: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The inputs ``names`` of ``case`` for ``tokens`` [batch, length], and its :func:`padding_mask`; for ragged rows
+    those that say where each begins as well."""
+    padding = padding_mask(case, len(tokens))
+    if case.padding == "ragged":
+        names = list(dict.fromkeys((*names, "attention_mask", "position_ids")))
+    inputs = make_inputs(names, tokens, None if padding is None else padding.to(tokens.device))
+    if case.positions == "packed":
+        restart = case.length // 2
+        inputs["position_ids"][ROWS, restart:] -= restart
+    return inputs, padding
+
+
+def padding_mask(case: Case, batch: int) -> Tensor | None:
+    """[batch, length] bool, True at padding; None without padding."""
+    if case.padding == "none":
+        return None
+    if case.padding == "ragged":
+        return ragged_padding(batch, case.length)
+    mask = torch.zeros(batch, case.length, dtype=torch.bool)
+    pad = case.length // 3
+    if case.padding == "left":
+        mask[ROWS, :pad] = True
+    else:
+        mask[ROWS, case.length - pad :] = True
+    return mask
+
+
+def ragged_padding(batch: int, length: int) -> Tensor:
+    """[batch, length] bool, True at padding, on the left: rows of ``length`` tokens down to a third of it."""
+    pads = torch.arange(batch) * (2 * length // 3) // max(batch - 1, 1)
+    return torch.arange(length) < pads.unsqueeze(1)
+
+
+def split(
+    every: list[Case], conditions: Collection[str], names: list[str], batch: int
+) -> tuple[list[Case], list[Case]]:
+    """The cases whose inputs keep the ``conditions`` (see :mod:`pipeline.engine.guard`), and those whose inputs do
+    not."""
+    inside: list[Case] = []
+    outside: list[Case] = []
+    for case in every:
+        inputs, _ = case_inputs(case, names, torch.zeros(batch, case.length, dtype=torch.int64))
+        (outside if guard.violation(conditions, inputs) else inside).append(case)
+    return inside, outside
