@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-from passes.graph.driver import prepare
+from passes.graph.prepare import prepare
 from passes.tensorrt.versions import quiet
 
 LONGEST = 12

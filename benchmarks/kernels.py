@@ -43,7 +43,7 @@ from benchmarks.kernel_forms import (
 )
 from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
 from passes.tensorrt.versions import load_stack
-from pipeline.generate.protocol import captured
+from pipeline.engine.session import captured
 from pipeline.record.environment import environment
 
 KINDS: dict[str, tuple[Callable[..., Net], Callable[..., Any]]] = {

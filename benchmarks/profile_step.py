@@ -19,9 +19,8 @@ import torch
 
 from passes.errors import RunError
 from passes.tensorrt.versions import load_stack
-from pipeline.engine.runner import read_engine
-from pipeline.engine.session import Session
-from pipeline.generate.protocol import captured
+from pipeline.engine.file import read_engine
+from pipeline.engine.session import Session, captured
 
 
 def profile(path: Path) -> dict[str, Any]:

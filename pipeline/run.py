@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.host import interrupts
 from pipeline.host.files import check_output
 from pipeline.host.memory import collector_paused, trim
+from pipeline.host.turn import Turn, alone
 from pipeline.record.console import StageDisplay
 from pipeline.record.record import Record, StopHere
 
@@ -22,11 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.model.load import LoadedModel
-    from pipeline.trace.cached_forms import CacheShape
+    from pipeline.trace.cache_shape import CacheShape
     from pipeline.tracking.runs import Tracked
-    from pipeline.verify.candidate import Machine
-
-QUESTION = "What is the capital of France?"
 
 
 @dataclass(frozen=True)
@@ -35,15 +31,6 @@ class Outcome:
 
     report: dict[str, Any]
     folder: Path
-
-
-Turn = Callable[[], AbstractContextManager[Collection[int]]]
-"""Entered to have the GPU to itself; gives the ids of the processes that lie on it and launch nothing meanwhile."""
-
-
-def alone() -> AbstractContextManager[Collection[int]]:
-    """The turn of a run that shares the GPU with nobody."""
-    return nullcontext(())
 
 
 def run(
@@ -58,7 +45,6 @@ def run(
     ``track`` stands in for :func:`pipeline.tracking.runs.start`, and the store is then not asked whether it is there.
     ``turn`` is taken before anything is timed.
     """
-    from pipeline.rivals import plugin
     from pipeline.tracking import recovery, runs
     from pipeline.tracking.names import folder_name
 
@@ -75,7 +61,7 @@ def run(
     try:
         with record.stage("load"), collector_paused():
             if config.backend.name == "plugin":
-                status = plugin.unavailable(record)
+                status = _unavailable(record)
             else:
                 loaded, device, cache = _load(record)
     except Exception as error:
@@ -125,13 +111,26 @@ def run(
     return Outcome(record.report, folder)
 
 
+def _unavailable(record: Record) -> str:
+    """Record why the attention plugin cannot run here; returns the report's status."""
+    from passes.tensorrt.versions import load_stack
+    from pipeline.record.environment import environment
+    from pipeline.rivals.plugin import why_not
+
+    stack = load_stack()
+    record.report["environment"] = environment(stack.versions())
+    reason = record.report["unavailable"] = why_not(record.config.backend, stack)
+    record.note(f"unavailable: {reason}")
+    return "unavailable"
+
+
 def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]:
     """Weights, tokenizer, device, environment and the engines' KV cache; whatever the user got wrong must come to light
     here."""
     import torch
 
     from passes.tensorrt.versions import load_stack
-    from pipeline.engine import build
+    from pipeline.engine import programs
     from pipeline.model import load
     from pipeline.model.text import token_batch
     from pipeline.record.environment import environment
@@ -157,7 +156,7 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
             f"{loaded.source}"
         )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
-    cache = build.cache_of(config, loaded) if config.backend.name == "tensorrt" else None
+    cache = programs.cache_of(config, loaded) if config.backend.name == "tensorrt" else None
     if reuse.applies(config):
         Store.of(config.store)  # refuses a folder that cannot be written
     record.report["model"] = loaded.describe()
@@ -168,36 +167,38 @@ def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]
 def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: CacheShape | None, turn: Turn) -> str:
     """export → … → build, or the same engines out of the store; then verify → benchmark; returns the status."""
     from passes.tensorrt.versions import load_stack
-    from pipeline.engine import build
+    from pipeline import building, judging
+    from pipeline.engine.programs import assumed
     from pipeline.store import reuse
     from pipeline.verify import candidate
 
     config, report, stack = record.config, record.report, load_stack()
     with reuse.engine_of(record, loaded, device, stack) as place:
-        programs = None if place.restored else build.build(record, stack, loaded, cache, place.timing_cache)
+        built = None if place.restored else building.build(record, stack, loaded, cache, place.timing_cache)
         assert record.folder is not None
-        assumed = build.assumed(report)
+        conditions = assumed(report)
         if device.type == "cuda":
             with record.stage("verify"):
                 what = candidate.engines(config, loaded, record.folder, cache, place.runtime_cache)
-                _verify(record, loaded, what, assumed)
-        elif programs is None:
+                judging.verify(record, loaded, what, conditions)
+        elif built is None:
             place.take_over_verification()
         else:
             with record.stage("verify"):
                 # Without a GPU no engine can run; what can be checked are the graphs that they were built from.
-                _verify(record, loaded, candidate.graphs(config, loaded, programs, cache), assumed)
+                judging.verify(record, loaded, candidate.graphs(config, loaded, built, cache), conditions)
         place.keep()
     if device.type != "cuda":
         return "not_executed"
     what.finished()
-    _benchmark(record, loaded, what, turn)
+    judging.benchmark(record, loaded, what, turn)
     what.finished()
     return "ok"
 
 
 def _rival(record: Record, loaded: LoadedModel, device: torch.device, turn: Turn) -> str:
     """verify → benchmark of eager PyTorch or torch.compile; without a GPU nothing is timed."""
+    from pipeline import judging
     from pipeline.rivals.generation import rival_generator
     from pipeline.rivals.prompt import TorchRunner
     from pipeline.trace.call_form import CallForm
@@ -215,101 +216,6 @@ def _rival(record: Record, loaded: LoadedModel, device: torch.device, turn: Turn
     generator = rival_generator(loaded.model, config.backend, config.cache) if generates else None
     what = Machine(name, runner, runner, generator)
     with record.stage("verify"):
-        _verify(record, loaded, what)
-    _benchmark(record, loaded, what, turn)
+        judging.verify(record, loaded, what)
+    judging.benchmark(record, loaded, what, turn)
     return "ok"
-
-
-def _verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collection[str] = ()) -> None:
-    """Judge ``what`` against wider PyTorch, let it answer a question, judge what it generates, and end the run if it
-    failed; then show what it does to inputs outside of what was ``assumed``, on which it is not judged."""
-    import torch
-
-    from pipeline import generation
-    from pipeline.model.load import DTYPES, load_reference
-    from pipeline.model.text import tokens_for
-    from pipeline.trace.call_form import CallForm
-    from pipeline.verify import arithmetic, logits
-    from pipeline.verify.cases import Case, case_inputs, cases, split
-
-    config, device = record.config, loaded.model.device
-    names = config.model.inputs
-    form = CallForm(loaded.model, config.model.logits)
-    same = replace(config.model, revision=loaded.revision)  # a branch may have moved since
-    reference = CallForm(load_reference(same, config.precision, device, config.seed), config.model.logits)
-
-    def inputs_of(case: Case) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        seed = config.seed + case.sample
-        return case_inputs(case, names, tokens_for(loaded, config.shape.batch, case.length, seed))
-
-    def own(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return form(**inputs)
-
-    computing = (what.executed, config.precision, record.report["environment"]["flavour"])
-    arithmetics = arithmetic.yardsticks(*computing)
-    if "pytorch_tf32" in arithmetics:
-        record.note("TensorRT-RTX multiplies fp32 in TF32, whatever the builder's flag: judged by PyTorch in TF32")
-    yardsticks = {name: arithmetic.in_arithmetic(own, each) for name, each in arithmetics.items()}
-
-    def judged(done: int, total: int) -> None:
-        trim()
-        record.display.steps("case", done, total)
-
-    judge = partial(
-        logits.judge,
-        inputs_of=inputs_of,
-        reference=lambda inputs: reference(**inputs),
-        yardsticks=yardsticks,
-        candidate=what.forward,
-        precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
-        progress=judged,
-    )
-    lengths = replace(config.shape, min=1) if config.runs_at_one_length else config.shape
-    ragged = what.longest > 0 and config.shape.batch > 1  # a cache's rows are at places of their own
-    every = cases(config.verify, lengths, names, config.model.logits, what.longest, what.exact, ragged)
-    inside, outside = split(every, assumed, names, config.shape.batch)
-    described = {"executed": what.executed, "arithmetic": arithmetic.described(*computing), "factor": logits.FACTOR}
-    record.report["verify"] = {**described, **judge(inside)}
-    if loaded.tokenizer is not None and config.shape.kind == "dynamic" and config.shape.batch == 1:
-        record.report["verify"]["answer"] = logits.answers(
-            loaded.tokenizer, QUESTION, what.forward, yardsticks["pytorch"], names, config.shape.max, device
-        )
-    record.detail = f"{len(inside)} cases on the {what.executed}"
-    logits.gate(record.report["verify"])
-    if what.generator is not None:
-        generation.verify(record, loaded, what.generator, list(arithmetics.values())[-1])
-    if outside:
-        record.report["verify"]["outside"] = logits.cost(judge(outside)["cases"], assumed)
-
-
-def _benchmark(record: Record, loaded: LoadedModel, what: Machine, turn: Turn) -> None:
-    """Time what was verified; nothing else ever reaches this."""
-    import torch
-
-    from pipeline import generation
-    from pipeline.host import gpu
-    from pipeline.measure import ceilings, prompt
-    from pipeline.measure.roofline import decoder_cost
-    from pipeline.model.text import tokens_for
-    from pipeline.record.plots import latency_plot
-
-    config = record.config
-    if not config.benchmark.shapes and what.generator is None:
-        return
-    assert what.runner is not None
-    gc.collect()
-    torch.cuda.empty_cache()  # what the verification took
-    with turn() as waiting, record.stage("benchmark"):
-        cost = decoder_cost(loaded.model, config.model.logits)
-        roof, read_state = ceilings.measure(config.precision), partial(gpu.read_state, waiting)
-        tokens = partial(tokens_for, loaded, seed=config.seed)
-        result = prompt.measure(
-            what.runner, config.benchmark, tokens, cost, roof, config.precision, read_state=read_state
-        )
-        if what.generator is not None:
-            result = result.joined(generation.measure(record, loaded, what.generator, cost, roof, read_state))
-        result.report["tokens"] = "real text" if loaded.tokenizer is not None else "random, seeded"
-        record.report["benchmark"] = result.report
-        record.keep_json("samples.json", result.samples)
-        assert record.folder is not None
-        latency_plot(result.samples, record.folder / "latency.png")

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from passes.graph.driver import apply_strategy, prepare
+from passes.graph.driver import apply_strategy
+from passes.graph.prepare import prepare
 from passes.tensorrt.versions import load_stack, quiet
 from pipeline.config.schema import BackendConfig
 from pipeline.engine import network as compile
+from pipeline.engine.build import build_engine
 from pipeline.engine.runner import Engine
 from pipeline.trace.call_form import InputSpec, Traced
 
@@ -67,7 +69,7 @@ def test_rows_that_see_no_key_are_zero(strategy: str, form: str, static: bool) -
     rewritten = apply_strategy(given.program, strategy)
     lowered = compile.lower(stack, rewritten.program, given.inputs, BackendConfig("tensorrt"), "fp16")
     network = compile.interpret(stack, lowered, use_upstream=False)
-    engine = Engine(stack, compile.build(stack, network, lambda *_: True).data, given.inputs)
+    engine = Engine(stack, build_engine(stack, network, lambda *_: True).data, given.inputs)
     module = Attention(form).cuda()
 
     for length in (LENGTH,) if static else (LENGTH, 5, 77):

@@ -14,12 +14,14 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from passes.errors import RunError
 from passes.graph import ops
-from passes.graph.driver import apply_strategy, prepare
+from passes.graph.driver import apply_strategy
+from passes.graph.prepare import prepare
 from passes.tensorrt import attention
 from passes.tensorrt.versions import Stack, load_stack, quiet
 from pipeline.config.schema import BackendConfig
 from pipeline.engine import network as compile
-from pipeline.engine.network import Built, Network
+from pipeline.engine.build import Built, build_engine
+from pipeline.engine.network import Network
 from pipeline.trace.call_form import InputSpec, Traced
 
 BACKEND = BackendConfig("tensorrt")
@@ -59,7 +61,7 @@ def test_an_engine_holds_the_attention_that_the_strategy_promises(
 ) -> None:
     made = network(tiny.traced("llama", "fp16"), strategy, unproven)
     steps: list[tuple[str, int, int]] = []
-    built = compile.build(load_stack(), made, lambda *step: steps.append(step) or True)
+    built = build_engine(load_stack(), made, lambda *step: steps.append(step) or True)
     section = built.section
     keys = ("iattention", "iattention_causal", "iattention_masked", "iattention_fused", "softmax")
     assert tuple(section[key] for key in keys) == (native, causal, masked, fused, softmax)
@@ -83,7 +85,7 @@ def test_fp32_says_that_there_is_no_fused_kernel() -> None:
         made.contents["iattention_fused"] == 0
         and "2 of 2 attention layers have no fused kernel" in made.contents["notes"][0]
     )
-    assert_consistent(compile.build(load_stack(), made, on))
+    assert_consistent(build_engine(load_stack(), made, on))
 
 
 def test_padding_reaches_the_native_layer_as_a_mask() -> None:
@@ -155,7 +157,7 @@ def test_lower_right_needs_the_second_api(stack: Stack) -> None:
     if stack.has_attention_v2:
         made = compile.interpret(stack, claiming("lower_right"), False)
         assert [layer.causal for layer in made.native_layers] == ["lower_right"]
-        assert_consistent(compile.build(stack, made, on))
+        assert_consistent(build_engine(stack, made, on))
         return
     with pytest.raises(RunError, match="add_attention_v2") as error:
         compile.interpret(stack, claiming("lower_right"), False)
@@ -186,7 +188,7 @@ def test_a_mask_of_any_form_reaches_the_layer(name: str, static: bool) -> None:
     assert [(layer.causal, layer.masked) for layer in made.native_layers] == [("none", True)]
     (layer,) = layers(made, "ATTENTION_INPUT")
     assert len(layer.get_input(3).shape) == 4
-    assert_consistent(compile.build(load_stack(), made, on))
+    assert_consistent(build_engine(load_stack(), made, on))
 
 
 def test_a_layer_that_dropped_its_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,10 +225,10 @@ def test_the_build_finds_a_fused_kernel_exactly_where_one_is_promised(
     given = small(lambda q, k, v: ops.native(q, k, v, None, "upper_left", 1.0), dtype, size)
     made = compile.interpret(load_stack(), lowered(given), False)
     if fused:
-        assert_consistent(compile.build(load_stack(), made, on))
+        assert_consistent(build_engine(load_stack(), made, on))
         return
     with pytest.raises(RunError) as error:
-        compile.build(load_stack(), made, on)
+        build_engine(load_stack(), made, on)
     assert error.value.kind == "build"
     assert "native" in str(error.value) or "attention" in str(error.value).lower(), "TensorRT's own words"
 
@@ -243,14 +245,14 @@ def test_an_op_without_converter_ends_the_run_by_name() -> None:
 def test_a_build_that_is_told_to_stop_stops() -> None:
     made = compile.interpret(load_stack(), claiming("upper_left"), False)
     with pytest.raises(RunError) as error:
-        compile.build(load_stack(), made, lambda *step: False)
+        build_engine(load_stack(), made, lambda *step: False)
     assert error.value.kind == "build"
 
 
 def test_a_network_can_be_built_again() -> None:
     made = compile.interpret(load_stack(), claiming("upper_left"), False)
     for _ in range(2):
-        assert_consistent(compile.build(load_stack(), made, on))
+        assert_consistent(build_engine(load_stack(), made, on))
 
 
 def test_the_interpreters_private_methods_that_are_used_exist() -> None:

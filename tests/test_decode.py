@@ -20,10 +20,13 @@ from passes.tensorrt import rows as row_converters
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig
 from pipeline.engine import network as compile
+from pipeline.engine.build import build_engine
 from pipeline.engine.session import GraphSession
+from pipeline.generate.prompts import PromptRunner
 from pipeline.generate.sampling import Sampling
-from pipeline.generate.with_cache import CachedGenerator, PromptRunner, aligned
+from pipeline.generate.with_cache import CachedGenerator, aligned
 from pipeline.trace import cached_forms
+from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import Traced
 
 CPU = torch.device("cpu")
@@ -33,10 +36,10 @@ CAPACITY = 128
 @functools.cache
 def programs(
     name: str, mode: str, batch: int, strategy: str = "detect_causal", **changes: Any
-) -> tuple[cached_forms.CacheShape, list[Traced], list[Rewritten]]:
+) -> tuple[CacheShape, list[Traced], list[Rewritten]]:
     model = tiny.model(name, **changes)
     shape = ShapeConfig("dynamic", batch, 2, 32, 48)
-    cache = cached_forms.cache_shape(model, CacheConfig(mode), shape, 60)
+    cache = cache_shape(model, CacheConfig(mode), shape, 60)
     traced = [
         cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
         cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU),
@@ -138,7 +141,7 @@ def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refuse
 ) -> None:
     model = tiny.model("llama")
     shape = ShapeConfig("dynamic", 3, 2, 32, 48)
-    cache = cached_forms.cache_shape(model, CacheConfig("in_engine"), shape, 60)
+    cache = cache_shape(model, CacheConfig("in_engine"), shape, 60)
     monkeypatch.setattr(
         cached_forms, "masks_of_rows", lambda position: nullcontext()
     )  # as a mask of the model's own making
@@ -191,7 +194,7 @@ def test_the_cache_can_be_filled_to_its_last_place_and_no_further() -> None:
 def test_no_sequence_is_longer_than_the_model_has_positions_for() -> None:
     model, shape = tiny.model("llama", max_position_embeddings=100), ShapeConfig("dynamic", 1, 2, 32, 48)
 
-    cache = cached_forms.cache_shape(model, CacheConfig("in_engine"), shape, 90)
+    cache = cache_shape(model, CacheConfig("in_engine"), shape, 90)
 
     assert (cache.capacity, cache.longest) == (128, 100)
     with pytest.raises(UserError, match="48 tokens and 53 more: above max_position_embeddings=100 of the model"):
@@ -322,7 +325,7 @@ def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows_and_a_square_a_p
     net = network.interpreter.ctx.net
     products = [layer for layer in map(net.get_layer, range(net.num_layers)) if str(layer.type).endswith("MULTIPLY")]
     assert [tuple(layer.get_output(0).shape) for layer in products] == [(8, row_converters.VOCABULARY)]
-    assert compile.build(stack, network, lambda *_: True).data is not None
+    assert build_engine(stack, network, lambda *_: True).data is not None
 
 
 def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:
@@ -355,6 +358,6 @@ def test_a_model_without_a_cache_of_keys_and_values_is_refused(config: Pretraine
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     config.update({"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1} | heads)
     with pytest.raises(UserError, match=said):
-        cached_forms.cache_shape(
+        cache_shape(
             AutoModelForCausalLM.from_config(config), CacheConfig("static"), ShapeConfig("dynamic", 1, 2, 32, 32), 60
         )

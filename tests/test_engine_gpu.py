@@ -16,8 +16,9 @@ from passes.graph import driver
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, ShapeConfig
 from pipeline.engine import network as compile
+from pipeline.engine.build import build_engine
 from pipeline.engine.runner import Engine
-from pipeline.generate.protocol import chat_tokens, greedy
+from pipeline.generate.greedy import answer, chat_tokens, greedy
 from pipeline.generate.without_cache import PrefixGenerator
 from pipeline.model.load import DTYPES, load, load_reference
 from pipeline.trace.call_form import CallForm, InputSpec, Traced, trace
@@ -57,7 +58,7 @@ def engine_of(
     rewritten = driver.apply_strategy(traced.program, strategy, unproven, assume)
     lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
     network = compile.interpret(stack, lowered, strategy == "upstream")
-    data, conditions = compile.build(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
+    data, conditions = build_engine(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
     return Engine(stack, data, traced.inputs, cuda_graph, conditions)
 
 
@@ -283,7 +284,7 @@ def test_the_default_model_answers_as_pytorch_does() -> None:
     traced = trace(form, config, ShapeConfig("dynamic", 1, 2, 256, 256), device)
     program = driver.apply_strategy(traced.program, "detect_causal", "mask").program
     lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), "fp16")
-    built = compile.build(stack, compile.interpret(stack, lowered, False), lambda *_: True)
+    built = build_engine(stack, compile.interpret(stack, lowered, False), lambda *_: True)
     assert built.section["iattention_causal"] == 30
     engine = Engine(stack, built.data, traced.inputs)
 
@@ -295,13 +296,13 @@ def test_the_default_model_answers_as_pytorch_does() -> None:
         own = list(greedy(lambda inputs: form(**inputs), ["input_ids"], prompt, 24, stop, 256))
     assert list(greedy(engine, ["input_ids"], prompt, 24, stop, 256)) == own
     assert (
-        engine.answer(loaded.tokenizer, question, 24) == loaded.tokenizer.decode(own, skip_special_tokens=True).strip()
+        answer(engine, loaded.tokenizer, question, 24) == loaded.tokenizer.decode(own, skip_special_tokens=True).strip()
     )
-    assert "Paris" in engine.answer(loaded.tokenizer, question, 24)
+    assert "Paris" in answer(engine, loaded.tokenizer, question, 24)
 
 
 def test_a_static_engine_cannot_answer() -> None:
     engine = build("detect_causal", "mask", lengths=(513, 513), **SHARP)
     assert engine.inputs == (InputSpec("input_ids", 1, 513, 513, 513),)
     with pytest.raises(UserError, match="dynamic length"):
-        engine.answer(None, "?")  # type: ignore[arg-type]
+        answer(engine, None, "?")  # type: ignore[arg-type]

@@ -28,8 +28,9 @@ from passes.tensorrt import missing, network_form
 from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import BackendConfig, Config, ModelConfig
-from pipeline.engine import build as building
 from pipeline.engine import network as compile
+from pipeline.engine import programs
+from pipeline.engine.build import build_engine
 from pipeline.model import load
 from pipeline.model.experts import plain_experts
 from pipeline.record.console import StageDisplay
@@ -77,10 +78,10 @@ def eager(name: str) -> Any:
 def networks(
     name: str, cache: str = "none", inputs: tuple[str, ...] = ("input_ids",), parts: tuple[str, ...] = ("engine",)
 ) -> dict[str, compile.Network]:
-    """The networks of tiny model ``name`` in fp16, by the names of :func:`pipeline.engine.build.parts`."""
+    """The networks of tiny model ``name`` in fp16, by the names of :func:`pipeline.engine.programs.parts`."""
     config, stack, made = settings(name, cache, inputs), load_stack(), loaded(name, "fp16")
     found = {}
-    for part, trace in building.parts(config, made, building.cache_of(config, made)).items():
+    for part, trace in programs.parts(config, made, programs.cache_of(config, made)).items():
         if part in parts:
             traced = trace()
             program = apply_strategy(traced.program, "detect_causal", "mask").program
@@ -90,7 +91,7 @@ def networks(
 
 
 def build(network: compile.Network) -> Any:
-    return compile.build(load_stack(), network, lambda *_: True).data
+    return build_engine(load_stack(), network, lambda *_: True).data
 
 
 # Whole runs
@@ -255,7 +256,7 @@ def test_values_of_another_head_size_take_the_native_layer(scores: int, values: 
 
 def test_a_size_that_comes_from_data_is_refused_before_the_build_in_one_line() -> None:
     config, made = settings("falcon", "in_engine"), loaded("falcon", "fp16")
-    cache = building.cache_of(config, made)
+    cache = programs.cache_of(config, made)
     assert cache is not None
     with pytest.raises(RunError, match=r"FalconForCausalLM reads a number out of a tensor .*; try cache=none") as error:
         cached_forms.trace_decode(cached_forms.DecodeForm(made.model), cache, CPU)

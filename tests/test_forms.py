@@ -10,11 +10,11 @@ import tiny
 import torch
 from torch import Tensor
 
+from passes import classify
 from passes.errors import RunError
 from passes.graph.driver import apply_strategy
 from passes.graph.lowerings import SDPA
 from passes.proof.calls import FORMS, find_calls
-from passes.proof.masks import classify
 
 aten = torch.ops.aten
 X = torch.randn(1, 2, 7, 16, generator=torch.Generator().manual_seed(0))

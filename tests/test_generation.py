@@ -17,7 +17,7 @@ from runs import GPU, do, failure, mlflow_run
 from torch import Tensor
 
 from passes.errors import RunError, UserError
-from pipeline import generation
+from pipeline import judging
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import BackendConfig
 from pipeline.measure.attention_kernels import UNKNOWN, attention_kernels
@@ -115,13 +115,13 @@ def made_for(record: Record):
 
 def test_the_generation_that_will_be_timed_is_judged_token_by_token(record: Record) -> None:
     loaded, generator = made_for(record)
-    generation.verify(record, loaded, generator)
+    judging.verify_generation(record, loaded, generator)
 
     section = record.report["verify"]["generation"]
     assert section["passed"] and record.report["verify"]["passed"]
     assert [(case["name"], case["tokens"]) for case in section["cases"]] == [("generation_12_4", 4)]
     bound = generator.generation
-    generator.prepare(generation.prompts(record, loaded), 4)
+    generator.prepare(judging.prompts(record, loaded), 4)
     assert generator.generation == bound, "nothing is compiled again between judging and timing"
 
 
@@ -136,7 +136,7 @@ def test_a_generation_with_a_wrong_token_ends_the_run_and_its_verification_faile
 
     monkeypatch.setattr(generator, "tokens", wrong)
     with pytest.raises(RunError) as caught:
-        generation.verify(record, loaded, generator)
+        judging.verify_generation(record, loaded, generator)
     assert caught.value.kind == "accuracy"
     assert record.report["verify"]["passed"] is False
     assert record.report["verify"]["generation"]["cases"][0]["first_difference"] == 2
@@ -196,7 +196,7 @@ class HostClock:
 def test_a_real_generator_is_timed_counted_and_its_kernels_named(record: Record) -> None:
     loaded, generator = made_for(record)
     config = replace(record.config.benchmark, min_seconds=0.0, warmup_seconds=0.1)
-    prompt = generation.prompts(record, loaded)
+    prompt = judging.prompts(record, loaded)
     report = measure_generation(generator, config, prompt, True, clock=HostClock()).report
 
     whole, decode = report["generate"], report["decode"]

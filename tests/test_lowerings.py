@@ -14,15 +14,16 @@ from torch import Tensor
 from torch.fx import Graph
 from torch.nn.functional import scaled_dot_product_attention
 
+from passes import classify
 from passes.errors import RunError
 from passes.graph import ops
 from passes.graph.driver import apply_strategy
 from passes.graph.lowerings import SDPA
 from passes.graph.strategies import every_row_sees_a_key
 from passes.proof.calls import find_calls
-from passes.proof.masks import classify
 from passes.tensorrt.versions import load_stack
 from pipeline.engine import network
+from pipeline.engine.build import build_engine
 
 STRATEGIES = ("detect_causal", "mask_input", "lowering", "decompose")
 LENGTH, KEYS, SIZE = 5, 3, 16
@@ -96,7 +97,7 @@ def test_an_engine_is_built_from_heads_that_are_broadcast() -> None:
     program = apply_strategy(given.program, "lowering").program
     made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
     assert [layer.heads for layer in made.native_layers] == [(2, 2)]
-    assert network.build(load_stack(), made, lambda *_: True).data is not None
+    assert build_engine(load_stack(), made, lambda *_: True).data is not None
 
 
 # -- rows that see no key ----------------------------------------------------------------------------
@@ -192,7 +193,7 @@ def test_an_engine_is_built_that_blanks_its_rows(strategy: str) -> None:
     program = apply_strategy(given.program, strategy).program
     made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
     assert len(layers(made, "REDUCE")) == 1  # over the keys of the mask
-    assert network.build(load_stack(), made, lambda *_: True).data is not None
+    assert build_engine(load_stack(), made, lambda *_: True).data is not None
 
 
 def _before(q: Tensor) -> Tensor:

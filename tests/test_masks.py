@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from passes import classify
 from passes.proof.calls import find_calls
-from passes.proof.masks import MaskProof, classify, prover_of
+from passes.proof.masks import MaskProof, prover_of
 
 LONGEST = 12
 

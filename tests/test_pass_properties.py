@@ -19,7 +19,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from passes.graph import query_key_joining
-from passes.graph.driver import apply_strategy, prepare
+from passes.graph.driver import apply_strategy
+from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
 from passes.graph.scale import fold_scale
 from passes.proof import counterexample

@@ -19,10 +19,12 @@ from pipeline.__main__ import compose_config
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig, VerifyConfig
 from pipeline.engine import network as compile
 from pipeline.engine import profiles
+from pipeline.engine.build import build_engine
 from pipeline.engine.network import Network
 from pipeline.engine.session import GraphSession, Session
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.trace import cached_forms
+from pipeline.trace.cache_shape import cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
 from pipeline.verify import candidate
 from pipeline.verify.cases import cases
@@ -52,7 +54,7 @@ def test_every_exact_length_is_a_profile_of_each_open_input() -> None:
 def test_the_engine_holds_kernels_of_every_profile() -> None:
     made = network(tiny.traced("llama", "fp16", exact=(16, 33)))
     built = [
-        compile.build(load_stack(), dataclasses.replace(made, exact=exact), lambda *_: True).section
+        build_engine(load_stack(), dataclasses.replace(made, exact=exact), lambda *_: True).section
         for exact in ((), (16,), made.exact)
     ]
 
@@ -64,19 +66,19 @@ def test_the_engine_holds_kernels_of_every_profile() -> None:
 
 def test_a_static_engine_has_no_profiles() -> None:
     made = network(tiny.traced("llama", "fp16", lengths=(12, 12)))
-    assert compile.build(load_stack(), made, lambda *_: True).section["profiles"] == []
+    assert build_engine(load_stack(), made, lambda *_: True).section["profiles"] == []
 
 
 @pytest.mark.parametrize(("mode", "batch"), [("static", 1), ("in_engine", 1), ("in_engine", 2)])
 def test_the_prompts_of_a_cache_have_them_too_and_the_step_has_none(mode: str, batch: int) -> None:
     model = tiny.model("llama", "fp16")
     shape = ShapeConfig("dynamic", batch, 2, 48, 48, exact=[32, 48])
-    cache = cached_forms.cache_shape(model, CacheConfig(mode), shape, 60)
+    cache = cache_shape(model, CacheConfig(mode), shape, 60)
     form = cached_forms.PrefillForm(model, len(cache.layers))
     prefill = network(cached_forms.trace_prefill(form, cache, shape, tiny.CPU), in_place=mode == "in_engine")
     step = cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, tiny.CPU)
 
-    section = compile.build(load_stack(), prefill, lambda *_: True).section
+    section = build_engine(load_stack(), prefill, lambda *_: True).section
     assert section["profiles"] == [[2, 48, 48], [32] * 3, [48] * 3]
     assert {spec.exact for spec in step.inputs} == {()}
 
@@ -236,7 +238,7 @@ def test_behind_a_prompt_of_exact_length_a_token_reads_the_cache() -> None:
 def test_the_prompt_of_a_case_has_an_exact_length_where_one_is_near() -> None:
     config = compose_config(["cache=in_engine", "shape.max=48", "shape.exact=[32,48]", "benchmark=none"])
     model, shape = tiny.model("llama"), config.shape
-    cache = cached_forms.cache_shape(model, config.cache, shape, 60)
+    cache = cache_shape(model, config.cache, shape, 60)
     traced = [
         cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, tiny.CPU),
         cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, tiny.CPU),

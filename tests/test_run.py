@@ -22,11 +22,12 @@ from runs import APART, DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, ou
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
 from pipeline.config.schema import STAGES
-from pipeline.engine.runner import load_engine, open_engine
+from pipeline.engine.runner import open_engine
 from pipeline.host import interrupts
 from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome
 from pipeline.tracking import runs
+from pipeline.tracking.engines import load_engine
 from pipeline.tracking.names import parameters
 
 # shared/DESIGN.md's report.json, schema 1: what readers may count on.

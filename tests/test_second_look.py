@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from passes import classify
 from passes.graph.driver import apply_strategy
 from passes.proof.calls import find_calls
 from passes.proof.claims import Claims, Class
-from passes.proof.masks import classify, prover_of
+from passes.proof.masks import prover_of
 from passes.proof.second_look import CLAIMED, look
 from pipeline.config.schema import StrategyConfig
-from pipeline.engine.build import dropped
+from pipeline.engine.programs import dropped
 
 Mask = Callable[[int, int, Tensor], Tensor]
 

@@ -18,6 +18,7 @@ from passes.graph.driver import apply_strategy
 from passes.graph.row_narrowing import narrow
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.trace import cached_forms
+from pipeline.trace.cache_shape import cache_shape
 from pipeline.trace.call_form import CallForm, exported, trace
 
 LINEAR = torch.ops.aten.linear.default
@@ -64,7 +65,7 @@ def test_where_every_rows_logits_are_read_every_row_is_computed() -> None:
 
 def test_each_prompt_of_a_batch_has_its_own_last_row() -> None:
     model, shape = tiny.model("llama"), ShapeConfig("dynamic", 3, 2, 8, 12)
-    cache = cached_forms.cache_shape(model, CacheConfig("static"), shape, 20)
+    cache = cache_shape(model, CacheConfig("static"), shape, 20)
     traced = cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, tiny.CPU)
     inputs = {"input_ids": tiny.tokens(3, 9), "last": torch.tensor([8, 3, 5])}
     before = traced.program.module()(**inputs)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from passes.graph.driver import Rewritten, apply_strategy, prepare
+from passes.graph.driver import Rewritten, apply_strategy
+from passes.graph.prepare import prepare
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
 from pipeline.model.load import load

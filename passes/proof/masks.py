@@ -26,7 +26,6 @@ content of the run-time inputs.  The proof belongs to the graph and to the profi
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Collection
@@ -39,7 +38,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from passes.proof import counterexample
-from passes.proof.calls import AttentionCall, find_calls
+from passes.proof.calls import AttentionCall
 from passes.proof.claims import Claims, Element, ancestors
 from passes.proof.conditions import CONDITIONS, GIVEN, KEEPING, about
 from passes.proof.counterexample import Counterexample
@@ -238,30 +237,3 @@ def prover_of(program: ExportedProgram, assume: Collection[str] = ()) -> Prover:
     ]
     inputs = frozenset((*signature.user_inputs, *state))
     return Prover(symbol_ranges(program), inputs, constants_of(program), frozenset(assume), asserted(program))
-
-
-class Classification(list[tuple[AttentionCall, MaskProof]]):
-    """Every attention call of a graph with its proof; prints as a list of what was found."""
-
-    def __str__(self) -> str:
-        found: dict[str, list[str]] = {}
-        for call, proof in self:
-            found.setdefault(str(proof), []).append(call.name)
-        return "\n".join(f"{_listed(names)}: {text}" for text, names in found.items())
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-def classify(program: ExportedProgram, assume: Collection[str] = ()) -> Classification:
-    """What the mask of each attention call of ``program`` is; ``assume`` names :data:`CONDITIONS` to rely on.
-
-    Takes what ``torch.export.export`` gives, and leaves it as it is.  Raises :class:`passes.errors.RunError` of kind
-    ``no_attention`` for a graph without attention ops.
-    """
-    from passes.graph.driver import prepare
-
-    program = prepare(copy.deepcopy(program))
-    prover = prover_of(program, assume)
-    return Classification((call, prover.prove(call)) for call in find_calls(program.graph_module))

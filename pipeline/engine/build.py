@@ -1,152 +1,105 @@
-"""export → strategy → lower → interpret → build: from the loaded model to engine files in the run's folder."""
+"""The ``build`` stage: a TensorRT network becomes the bytes of an engine."""
 
 from __future__ import annotations
 
-import gc
+import hashlib
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.export import ExportedProgram
+import torch
 
-from passes.graph.driver import Rewritten, apply_strategy
-from passes.tensorrt.versions import Stack
-from pipeline.config.schema import Config, StrategyConfig
-from pipeline.engine import network
-from pipeline.engine.runner import write_engine
-from pipeline.host.memory import collector_paused, trim
-from pipeline.model.load import LoadedModel
-from pipeline.record.record import Record
-from pipeline.record.report import calls_table
-from pipeline.trace import cached_forms, call_form
-from pipeline.trace.cached_forms import CacheShape
-from pipeline.trace.call_form import InputSpec, Traced
+from passes.errors import RunError
+from passes.tensorrt.versions import Stack, tensorrt_errors
+from pipeline.engine import kernel_cache, profiles
+from pipeline.engine.network import Network
+
+Progress = Callable[[str, int, int], bool]
+"""(phase, step, steps) -> whether to go on."""
 
 
 @dataclass(frozen=True)
-class Program:
-    """A program that an engine was built from, after its strategy; ``inputs`` in the order of its arguments."""
+class Built:
+    """An engine: its bytes, and the report's ``engine`` section."""
 
-    program: ExportedProgram
-    inputs: tuple[InputSpec, ...]
-
-
-def cache_of(config: Config, loaded: LoadedModel) -> CacheShape | None:
-    """The KV cache that this run's engines share; None without one."""
-    if config.cache.name == "none":
-        return None
-    generate = config.benchmark.generate
-    longest = generate.input_length + generate.output_length if generate else config.shape.max + cached_forms.GRANULE
-    return cached_forms.cache_shape(loaded.model, config.cache, config.shape, max(longest, config.shape.max + 1))
+    data: Any
+    """A buffer of the engine's bytes."""
+    section: dict[str, Any] = field(default_factory=dict)
 
 
-def parts(config: Config, loaded: LoadedModel, cache: CacheShape | None) -> dict[str, Callable[[], Traced]]:
-    """What is built, by the name of its engine file: one program, or with a cache the prompts' (``engine``) and the
-    next token's (``decode``); each with the function that traces it."""
-    model, device = loaded.model, loaded.model.device
-    if cache is None:
-        form = call_form.CallForm(model, config.model.logits)
-        return {"engine": lambda: call_form.trace(form, config.model, config.shape, device)}
-    prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
-    return {
-        "engine": lambda: cached_forms.trace_prefill(prefill, cache, config.shape, device),
-        "decode": lambda: cached_forms.trace_decode(decode, cache, device),
+def build_engine(stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None) -> Built:
+    """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error.
+
+    ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.engine.kernel_cache`.
+    """
+    interpreter, net = network.interpreter, network.interpreter.ctx.net
+    config = interpreter._populate_trt_builder_config()
+    added = profiles.add(interpreter.builder, net, config, network.exact)
+    every = [*(interpreter.optimization_profiles or []), *added]
+    with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
+        config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
+        data = interpreter.builder.build_serialized_network(net, config)
+    if data is None:
+        first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
+        kind = "out_of_memory" if "OutOfMemory" in first else "build"
+        raise RunError(kind, first)
+    section = {
+        "file": "engine.trt",
+        "bytes": data.nbytes,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "target": _target(stack, config),
+        "profiles": [profiles.lengths(net, profile) for profile in every],
+        **network.contents,
     }
+    return Built(data, section)
 
 
-def build(
-    record: Record, stack: Stack, loaded: LoadedModel, cache: CacheShape | None, timing_cache: Path | None
-) -> dict[str, Program]:
-    """Leave the engines in the run's folder and what they are in the report; the second one's sections, ``decode``,
-    stand inside the first one's.  Returns the programs that they were made from, by the same names."""
-    config, report = record.config, record.report
-    with record.stage("export"), collector_paused():
-        traced = {name: trace() for name, trace in parts(config, loaded, cache).items()}
-        for name, each in traced.items():
-            record.keep(_file("graph_before.txt", name), str(each.program.graph))
-        record.detail = " + ".join(f"{len(each.program.graph.nodes)} nodes" for each in traced.values())
+@contextmanager
+def _signals_held() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted in the list, and raised when the block ends.
 
-    with record.stage("strategy"):
-        asked = config.strategy
-        rewritten = {
-            name: apply_strategy(each.program, asked.name, asked.unproven, asked.assume)
-            for name, each in traced.items()
-        }
-        described = {name: each.describe() for name, each in rewritten.items()}
-        for name, after in rewritten.items():
-            record.keep(_file("graph_after.txt", name), str(after.program.graph))
-            record.keep(_file("attention_calls.md", name), calls_table(described[name]["calls"]))
-            _put(report, "attention", name, described[name])
-        actions = [str(section["summary"]["by_action"]) for section in described.values()]
-        record.detail = " + ".join(actions).replace("'", "").replace("{", "").replace("}", "")
-    for note in dict.fromkeys(note for each in rewritten.values() for note in dropped(each, asked)):
-        record.note(note)
-
-    with record.stage("lower"), collector_paused():
-        lowered = {
-            name: network.lower(stack, each.program, traced[name].inputs, config.backend, config.precision)
-            for name, each in rewritten.items()
-        }
-
-    with record.stage("interpret"):
-        networks, untouched = {}, config.strategy.name == "upstream"
-        for name, low in lowered.items():
-            in_place = cache is not None and cache.mode == "in_engine"
-            fused_rows = config.backend.fused_rows is not False and not untouched
-            networks[name] = network.interpret(stack, low, untouched, in_place, fused_rows)
-            _put(report, "engine", name, networks[name].contents)
-
-    with record.stage("build"):
-        assert record.folder is not None
-        size = 0
-        for name in list(networks):
-            built = network.build(stack, networks.pop(name), record.display.steps, timing_cache)
-            section = built.section | {"file": f"{name}.trt"}
-            _put(report, "engine", name, section)
-            conditions, guard = rewritten[name].assumed, bool(asked.guard)
-            write_engine(
-                record.folder, built.data, section, traced[name].inputs, report["environment"], conditions, guard, cache
-            )
-            size += section["bytes"]
-            del built  # hundreds of megabytes, and on disk
-        record.detail = f"{size / 1e6:.0f} MB"
-    del lowered
-    gc.collect()
-    trim()
-    return {name: Program(each.program, traced[name].inputs) for name, each in rewritten.items()}
+    TensorRT swallows an exception that is raised in its progress monitor; a monitor that answers False stops it.
+    """
+    held: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers, or needs to
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda number, frame: held.append(number))
+    try:
+        yield held
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if held:
+            signal.raise_signal(held[0])
 
 
-def _file(name: str, part: str) -> str:
-    return name if part == "engine" else f"{part}_{name}"
+def _target(stack: Stack, config: Any) -> str:
+    """What the engine was built for: this GPU, or, ahead of time, the compute capabilities that were asked for."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    asked = [config.get_compute_capability(i).name for i in range(getattr(config, "num_compute_capabilities", 0))]
+    return f"ahead of time, {', '.join(asked) if asked else 'TensorRT-RTX default targets'}"
 
 
-def _put(report: dict[str, Any], section: str, part: str, content: dict[str, Any]) -> None:
-    """The first program's content is the section; that of another stands in it under its name."""
-    if part == "engine":
-        report[section] = content
-    else:
-        report[section] = {**report[section], part: content}
+def _monitor(stack: Stack, progress: Progress) -> Any:
+    class Monitor(stack.trt.IProgressMonitor):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
 
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
 
-def assumed(report: dict[str, Any]) -> list[str]:
-    """The conditions on whose word masks were dropped from the engine of this ``report``."""
-    return list(report["attention"]["summary"]["assumed"])
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
 
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
 
-def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
-    """What the reader must know of masks that were dropped without a proof for every input."""
-    yield from dict.fromkeys(call.disagreement for call in rewritten.calls if call.disagreement)
-    forced: dict[str, list[str]] = {}  # calls that share a mask share the warning
-    for call in rewritten.calls:
-        if call.unproved:
-            shown = (call.counterexample or {}).get("text")
-            forced.setdefault(f"({call.reason})" + (f"; {shown}" if shown else ""), []).append(call.name)
-    for why, names in forced.items():
-        calls = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-        yield f"{calls}: mask dropped unproved; right only where it happens to be causal {why}"
-    if rewritten.assumed:
-        checked = "the runtime checks it" if strategy.guard else "nothing checks it (strategy.guard=false)"
-        yield f"masks were dropped on your word that {', '.join(rewritten.assumed)} holds for every input; {checked}"
-    if unused := [condition for condition in strategy.assume if condition not in rewritten.assumed]:
-        yield f"strategy.assume: no mask was dropped on the word of {', '.join(unused)}"
+    return Monitor()

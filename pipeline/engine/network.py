@@ -1,4 +1,4 @@
-"""The ``lower``, ``interpret`` and ``build`` stages: a rewritten program becomes the bytes of a TensorRT engine.
+"""The ``lower`` and ``interpret`` stages: a rewritten program becomes a TensorRT network.
 
 Torch-TensorRT lowers the graph and converts every op except attention, which is ours
 (:mod:`passes.tensorrt.attention`). The whole graph becomes one engine: an op that TensorRT cannot take ends the run, it
@@ -8,13 +8,7 @@ deserialises, is not used but the two steps inside it (pinned by ``tests/test_co
 
 from __future__ import annotations
 
-import hashlib
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +23,7 @@ from passes.tensorrt import cache, network_form, rows
 from passes.tensorrt import missing as missing_converters
 from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
 from pipeline.config.schema import BackendConfig
-from pipeline.engine import kernel_cache, profiles
 from pipeline.trace.call_form import InputSpec
-
-Progress = Callable[[str, int, int], bool]
-"""(phase, step, steps) -> whether to go on."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +42,6 @@ class Network:
     contents: dict[str, Any]
     exact: tuple[int, ...] = ()
     """Lengths (tokens) with an optimization profile of their own."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """An engine: its bytes, and the report's ``engine`` section."""
-
-    data: Any
-    """A buffer of the engine's bytes."""
-    section: dict[str, Any] = field(default_factory=dict)
 
 
 def lower(
@@ -141,53 +122,6 @@ def _place(node: Node | None) -> str:
         return "it"
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     return f"{node.name} in {stack[-1][0]}" if stack and stack[-1][0] else str(node.name)
-
-
-def build(stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None) -> Built:
-    """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error.
-
-    ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.engine.kernel_cache`.
-    """
-    interpreter, net = network.interpreter, network.interpreter.ctx.net
-    config = interpreter._populate_trt_builder_config()
-    added = profiles.add(interpreter.builder, net, config, network.exact)
-    every = [*(interpreter.optimization_profiles or []), *added]
-    with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
-        config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
-        data = interpreter.builder.build_serialized_network(net, config)
-    if data is None:
-        first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
-        kind = "out_of_memory" if "OutOfMemory" in first else "build"
-        raise RunError(kind, first)
-    section = {
-        "file": "engine.trt",
-        "bytes": data.nbytes,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "target": _target(stack, config),
-        "profiles": [profiles.lengths(net, profile) for profile in every],
-        **network.contents,
-    }
-    return Built(data, section)
-
-
-@contextmanager
-def _signals_held() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted in the list, and raised when the block ends.
-
-    TensorRT swallows an exception that is raised in its progress monitor; a monitor that answers False stops it.
-    """
-    held: list[int] = []
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers, or needs to
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda number, frame: held.append(number))
-    try:
-        yield held
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if held:
-            signal.raise_signal(held[0])
 
 
 def _trt_input(stack: Stack, spec: InputSpec) -> Any:
@@ -275,30 +209,3 @@ def _asked_causal(node: Node) -> Any:
     if position is not None and len(node.args) > position:
         return node.args[position]
     return node.kwargs.get("is_causal", False)
-
-
-def _target(stack: Stack, config: Any) -> str:
-    """What the engine was built for: this GPU, or, ahead of time, the compute capabilities that were asked for."""
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-    asked = [config.get_compute_capability(i).name for i in range(getattr(config, "num_compute_capabilities", 0))]
-    return f"ahead of time, {', '.join(asked) if asked else 'TensorRT-RTX default targets'}"
-
-
-def _monitor(stack: Stack, progress: Progress) -> Any:
-    class Monitor(stack.trt.IProgressMonitor):  # type: ignore[name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return progress(phase_name, step + 1, self.steps.get(phase_name, step + 1))
-
-        def phase_finish(self, phase_name: str) -> None:
-            self.steps.pop(phase_name, None)
-
-    return Monitor()

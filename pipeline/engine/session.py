@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,6 @@ from torch.fx import GraphModule
 from passes.errors import RunError, UserError
 from passes.tensorrt.versions import Stack
 from pipeline.engine import kernel_cache, profiles
-from pipeline.verify.arithmetic import Arithmetic
 
 
 class Runs(Protocol):
@@ -33,6 +33,17 @@ class Runs(Protocol):
 
     def keep_kernels(self) -> None:
         """Write what was compiled for it to where it is kept, if it is."""
+
+
+def captured(stream: torch.cuda.Stream | None, launch: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """What ``launch`` launches as a CUDA graph; raises :class:`RunError` of kind ``cuda_graph`` where it cannot be."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            launch()
+    except RuntimeError as error:
+        raise RunError("cuda_graph", f"the engine cannot be captured: {str(error).splitlines()[0]}") from error
+    return graph
 
 
 class Session:
@@ -152,7 +163,12 @@ class Session:
 class GraphSession:
     """A traced program in PyTorch: what an engine is made from, where none can run."""
 
-    def __init__(self, graph: GraphModule, inputs: tuple[str, ...], arithmetic: Arithmetic = nullcontext) -> None:
+    def __init__(
+        self,
+        graph: GraphModule,
+        inputs: tuple[str, ...],
+        arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
         """``inputs``: the engine's names of its inputs, in order; ``keys_0`` stands in the list ``keys``.
         ``arithmetic``: in which it runs, see :mod:`pipeline.verify.arithmetic`."""
         self._graph, self._arithmetic = graph, arithmetic

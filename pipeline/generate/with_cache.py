@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from passes.errors import UserError
-from pipeline.engine.session import Runs
-from pipeline.generate.protocol import behind_caller, captured
+from pipeline.engine.session import Runs, captured
+from pipeline.generate.protocol import behind_caller
 from pipeline.generate.sampling import Sampling
-from pipeline.trace.cached_forms import CacheShape
+from pipeline.trace.cache_shape import CacheShape
 
 OnTokens = Callable[[list[int]], object]
 
@@ -289,27 +289,3 @@ def aligned(tokens: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     first = (~padding).int().argmax(1, keepdim=True)
     places = (torch.arange(length, device=tokens.device) + first) % length
     return tokens.gather(1, places), lengths
-
-
-class PromptRunner:
-    """The prompts' program of a :class:`CachedGenerator` as a :class:`pipeline.measure.prompt.Runner`."""
-
-    cuda_graph = False
-
-    def __init__(self, generator: CachedGenerator) -> None:
-        self._generator = generator
-
-    @property
-    def stream(self) -> torch.cuda.Stream:
-        assert self._generator.stream is not None
-        return self._generator.stream
-
-    @property
-    def generation(self) -> int:
-        return self._generator.generation
-
-    def prepare(self, tokens: Tensor) -> None:
-        self._generator.bind_prompts(tokens)
-
-    def enqueue(self) -> None:
-        self._generator.run_prompts()

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from passes.errors import UserError
-from pipeline.engine.session import Runs, Session
-from pipeline.generate.protocol import behind_caller, captured
+from pipeline.engine.session import Runs, Session, captured
+from pipeline.generate.protocol import behind_caller
 
 
 def _check_one_prompt(tokens: Tensor, padding: Tensor | None) -> None:

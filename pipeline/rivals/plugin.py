@@ -13,19 +13,6 @@ from passes.errors import RunError
 if TYPE_CHECKING:
     from passes.tensorrt.versions import Stack
     from pipeline.config.schema import BackendConfig
-    from pipeline.record.record import Record
-
-
-def unavailable(record: Record) -> str:
-    """Record why the plugin cannot run here; returns the report's status."""
-    from passes.tensorrt.versions import load_stack
-    from pipeline.record.environment import environment
-
-    stack = load_stack()
-    record.report["environment"] = environment(stack.versions())
-    reason = record.report["unavailable"] = why_not(record.config.backend, stack)
-    record.note(f"unavailable: {reason}")
-    return "unavailable"
 
 
 def why_not(backend: BackendConfig, stack: Stack) -> str:

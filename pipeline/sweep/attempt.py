@@ -27,7 +27,7 @@ from pipeline.tracking.names import folder_name
 from pipeline.tracking.runs import Tracked
 
 if TYPE_CHECKING:
-    from pipeline.run import Turn
+    from pipeline.host.turn import Turn
 
 LOG_FILE = "run.log"
 
@@ -38,7 +38,8 @@ def attempt(config: Config, key: str, name: str, turn: Turn | None = None) -> in
     ``name`` is this attempt's; ``turn`` is taken before anything is timed.  A job that somebody else finishes meanwhile
     is not done again.
     """
-    from pipeline.run import alone, run
+    from pipeline.host.turn import alone
+    from pipeline.run import run
 
     ledger = Ledger(Path(config.output))
     before = ledger.read(key)

@@ -11,7 +11,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import Node
 
 from passes.errors import AS_IT_IS, RunError, first_line
-from passes.graph.driver import prepare
+from passes.graph.prepare import prepare
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
 from pipeline.model.experts import plain_experts

@@ -13,16 +13,18 @@ from torch import Tensor
 from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import Config
-from pipeline.engine.runner import Engine, check_target, open_engine, read_engine
+from pipeline.engine.file import check_target, read_engine
+from pipeline.engine.runner import Engine, open_engine
 from pipeline.engine.session import GraphSession, Session
-from pipeline.generate.with_cache import CachedGenerator, PromptRunner
+from pipeline.generate.prompts import PromptRunner
+from pipeline.generate.with_cache import CachedGenerator
 from pipeline.generate.without_cache import OneLengthGenerator, PrefixGenerator, at_one_length
 from pipeline.model.load import LoadedModel
-from pipeline.trace.cached_forms import CacheShape
+from pipeline.trace.cache_shape import CacheShape
 from pipeline.verify.arithmetic import Forward, in_arithmetic, on_cpu
 
 if TYPE_CHECKING:
-    from pipeline.engine.build import Program
+    from pipeline.engine.programs import Program
     from pipeline.generate.protocol import Generator
     from pipeline.measure.prompt import Runner
 

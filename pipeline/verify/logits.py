@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError
-from pipeline.generate.protocol import chat_tokens, greedy
+from pipeline.generate.greedy import chat_tokens, greedy
 from pipeline.verify.arithmetic import Forward
 from pipeline.verify.cases import Case
 from pipeline.verify.deviation import BLOCK, Difference, difference

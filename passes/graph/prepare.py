@@ -1,0 +1,58 @@
+"""The form of a program in which masks are read: functional, with attention intact."""
+
+from __future__ import annotations
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+CASTS = (
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.to.dtype_layout,
+    torch.ops.aten.to.device,
+    torch.ops.aten.type_as.default,
+    torch.ops.aten.detach_.default,  # of a cache's empty tensors; changes no element
+)
+
+
+def prepare(program: ExportedProgram) -> ExportedProgram:
+    """A functional form with attention intact: the form in which masks are read.
+
+    ``run_decompositions({})`` gives it, by tracing the whole program again.  Most models are exported without a
+    mutation or a nested graph; all it would do for them is to spell out ``to`` and ``reshape``, so that is done
+    here, in place, in a hundredth of the time; and so is ``type_as``, which it keeps.
+    """
+    if not all(_is_functional(node) for node in _operations(program)):
+        program = program.run_decompositions({})
+    for node in _operations(program):
+        if node.target in CASTS and _stays_on_device(node):
+            source, dtype = node.all_input_nodes[0], node.meta["val"].dtype
+            node.args, node.kwargs = (source,), {}
+            node.target = torch.ops.aten.alias.default
+            if dtype != source.meta["val"].dtype:
+                node.target, node.kwargs = torch.ops.aten._to_copy.default, {"dtype": dtype}
+    program.graph_module.recompile()
+    return program
+
+
+def _operations(program: ExportedProgram) -> list[Node]:
+    return [node for node in program.graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def _stays_on_device(node: Node) -> bool:
+    return bool(node.all_input_nodes[0].meta["val"].device == node.meta["val"].device)
+
+
+def _is_functional(node: Node) -> bool:
+    """Whether ``run_decompositions({})`` would keep ``node``, or :func:`prepare` can do what it would do."""
+    target = node.target
+    if node.op != "call_function":
+        return False
+    if not isinstance(target, torch._ops.OpOverload):  # arithmetic with sizes: operator.mul, math.floor, torch.sym_min
+        return target.__module__ in ("_operator", "math") or target.__name__.startswith("sym_")  # type: ignore[union-attr]
+    if target in CASTS:
+        return _stays_on_device(node)
+    aliases = any(returned.alias_info is not None for returned in target._schema.returns)
+    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    decomposes = aliases and composite and target is not torch.ops.aten.reshape.default
+    return not target._schema.is_mutable and not decomposes

@@ -1,0 +1,80 @@
+"""An engine on disk: its bytes, and the manifest beside them that says what it is and where it runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from passes.errors import UserError
+from passes.tensorrt.versions import load_stack
+from pipeline.host.files import draft, write_text
+from pipeline.trace.call_form import InputSpec
+
+if TYPE_CHECKING:
+    from pipeline.trace.cache_shape import CacheShape
+
+
+def write_engine(
+    folder: Path,
+    data: Any,
+    section: dict[str, Any],
+    inputs: tuple[InputSpec, ...],
+    environment: dict[str, Any],
+    assumed: Collection[str] = (),
+    guarded: bool = True,
+    cache: CacheShape | None = None,
+) -> None:
+    """The engine's file, ``engine.trt`` or ``decode.trt``, and beside it its manifest (``.json``): hash, inputs with
+    their ranges, KV cache, target and versions, the conditions under which masks were dropped, and whether
+    :func:`pipeline.engine.runner.open_engine` has them checked."""
+    with draft(folder / section["file"]) as part:
+        part.write_bytes(data)
+    manifest = {
+        "schema": 1,
+        "file": section["file"],
+        "bytes": section["bytes"],
+        "sha256": section["sha256"],
+        "target": section["target"],
+        "inputs": [asdict(spec) | {"shape": spec.sizes or ["batch", "length"]} for spec in inputs],
+        "cache": None if cache is None else asdict(cache) | {"dtype": str(cache.dtype).removeprefix("torch.")},
+        "outputs": [{"name": "output0", "shape": ["batch", "1 or length", "vocabulary"]}],
+        "assumed": list(assumed),
+        "guard": guarded,
+        "environment": environment,
+    }
+    write_text((folder / section["file"]).with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
+
+
+def read_engine(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The manifest beside the engine file ``path``, and its bytes; raises :class:`UserError` if its hash is another."""
+    manifest_path = path.with_suffix(".json")
+    try:
+        manifest, data = json.loads(manifest_path.read_text()), path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{error.filename}: not there; an engine is {path.name} with {manifest_path.name} beside it"
+        ) from None
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
+    return manifest, data
+
+
+def check_target(path: Path, manifest: dict[str, Any]) -> None:
+    """Raises :class:`UserError` where the engine cannot run here: it is of another TensorRT, or for another GPU."""
+    made, here = manifest["environment"], load_stack().versions()
+    if any(made.get(key) != here[key] for key in ("flavour", "tensorrt")):
+        raise UserError(
+            f"{path.name}: was built by {made.get('flavour')} {made.get('tensorrt')}, and this is {here['flavour']} "
+            f"{here['tensorrt']}; build it again"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(f"{path.name}: running an engine needs an NVIDIA GPU, and there is none")
+    gpu = torch.cuda.get_device_name()
+    if made.get("gpu") not in (None, gpu):  # None: built ahead of time, for several
+        raise UserError(f"{path.name}: was built for {made['gpu']}, and this is {gpu}; build it again")
