@@ -61,7 +61,7 @@ def cases(
 
 
 def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int], kernels: bool) -> list[int]:
-    """Both ends of the profile, odd lengths, and where there are ``kernels`` around 512, as TensorRT changes them there.
+    """Both ends of the profile, odd lengths, and where there are ``kernels`` around 512: TensorRT changes them there.
 
     ``exact``: lengths with an optimization profile of their own; each is tried, and the ends are the shortest and the
     longest of those beside them, which are left to the other profile.  ``capacity``: of a KV cache, or 0 without one;
