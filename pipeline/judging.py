@@ -79,7 +79,8 @@ def verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collecti
     )
     lengths = replace(config.shape, min=1) if config.runs_at_one_length else config.shape
     ragged = what.longest > 0 and config.shape.batch > 1  # a cache's rows are at places of their own
-    every = cases(config.verify, lengths, names, config.model.logits, what.longest, what.exact, ragged)
+    kernels = what.executed != "graph"
+    every = cases(config.verify, lengths, names, config.model.logits, what.longest, what.exact, ragged, kernels)
     inside, outside = split(every, assumed, names, config.shape.batch)
     described = {"executed": what.executed, "arithmetic": arithmetic.described(*computing), "factor": logits.FACTOR}
     record.report["verify"] = {**described, **judge(inside)}

@@ -221,6 +221,12 @@ def lengths(exact: tuple[int, ...], capacity: int = 0, least: int = 2, most: int
     return [case.length for case in cases(VerifyConfig(), shape, ["input_ids"], "last", capacity, exact)]
 
 
+def test_a_graph_in_pytorch_has_no_kernels_that_change_at_512() -> None:
+    shape = ShapeConfig("dynamic", 1, 2, 2048, 2048)
+    every = cases(VerifyConfig(), shape, ["input_ids"], "last", kernels=False)
+    assert [case.length for case in every] == [2, 7, 77, 2048]
+
+
 def test_every_exact_length_is_verified_and_both_ends_of_those_beside_it() -> None:
     assert lengths(()) == [2, 7, 77, 511, 512, 513, 2048]
     assert lengths((2048,)) == [2, 7, 77, 511, 512, 513, 2047, 2048]

@@ -519,7 +519,8 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(tmp_path: Path) -> N
     assert (engine["iattention"], engine["iattention_causal"], engine["softmax"]) == (30, 30, 0)
     assert engine["iattention_fused"] == 30 and engine["bytes"] > 200e6
     lengths = [case["length"] for case in report["verify"]["cases"]]
-    assert report["verify"]["passed"] and lengths == [2, 7, 77, 511, 512, 513, 2048]
+    on_the_graph = [2, 7, 77, 2048]
+    assert report["verify"]["passed"] and lengths == ([2, 7, 77, 511, 512, 513, 2048] if GPU else on_the_graph)
     assert "Paris" in report["verify"]["answer"]["engine"]
     assert report["stages_s"]["strategy"] <= 0.05 * sum(report["stages_s"].values())
     assert "30 causal → 30 native_causal" in shown and "Paris" in shown

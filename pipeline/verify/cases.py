@@ -36,9 +36,11 @@ def cases(
     capacity: int = 0,
     exact: Sequence[int] = (),
     ragged: bool = False,
+    kernels: bool = True,
 ) -> list[Case]:
     """The lengths of :func:`lengths`, with padding and packed documents where ``attention_mask`` and ``position_ids``
     are among the ``inputs`` to say so, and ``ragged`` where a generator is told how long each row of a batch is.
+    ``kernels``: whether what is compared has kernels of its own for some lengths, as an engine has.
 
     Of a row that is padded on the right the last position says nothing, so ``logits=last`` has no such case.
     """
@@ -48,7 +50,7 @@ def cases(
     if "position_ids" in inputs:
         kinds.append(("none", "packed"))
     found = []
-    for length in sorted(set(config.lengths or lengths(shape, capacity, exact))):
+    for length in sorted(set(config.lengths or lengths(shape, capacity, exact, kernels))):
         for padding, positions in kinds if length > 2 else kinds[:1]:
             suffix = {"none": "", "ragged": "_ragged"}.get(padding, f"_{padding}_padding")
             suffix += "" if positions == "counted" else f"_{positions}"
@@ -58,8 +60,8 @@ def cases(
     return found
 
 
-def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int]) -> list[int]:
-    """Both ends of the profile, odd lengths, and around 512.
+def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int], kernels: bool) -> list[int]:
+    """Both ends of the profile, odd lengths, and where there are ``kernels`` around 512: TensorRT changes them there.
 
     ``exact``: lengths with an optimization profile of their own; each is tried, and the ends are the shortest and the
     longest of those beside them, which are left to the other profile.  ``capacity``: of a KV cache, or 0 without one;
@@ -67,7 +69,8 @@ def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int]) -> list[int
     cache it reads.
     """
     beside = [n for n in range(shape.min, shape.max + 1) if n not in exact]
-    found = [*beside[:1], *beside[-1:], *exact, *(n for n in (7, 77, 511, 512, 513) if shape.min <= n <= shape.max)]
+    odd = (7, 77, 511, 512, 513) if kernels else (7, 77)
+    found = [*beside[:1], *beside[-1:], *exact, *(n for n in odd if shape.min <= n <= shape.max)]
     if capacity:
         found += [n for n in (*(n + 1 for n in exact), shape.max + 1, capacity) if n <= capacity]
     return found
