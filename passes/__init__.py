@@ -9,9 +9,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from passes.front_door import Classification, classify
+    from passes.front_door import (
+        Classification,
+        Rewritten,
+        classify,
+        load_torch_tensorrt,
+        native_attention,
+        register,
+        rewrite,
+    )
 
-__all__ = ["Classification", "classify"]
+__all__ = [
+    "Classification", "Rewritten", "classify", "load_torch_tensorrt", "native_attention", "register", "rewrite",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

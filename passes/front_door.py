@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
 
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
+from passes.errors import UserError
+from passes.graph.driver import DECOMPOSITIONS, Rewritten, apply_strategy
+from passes.graph.lowering_pass import rewrite_proved
 from passes.graph.prepare import prepare
 from passes.proof.calls import AttentionCall, find_calls
 from passes.proof.masks import MaskProof, prover_of
+from passes.tensorrt import registry
+from passes.tensorrt.versions import load_stack
+
+STRATEGIES = ("lowering", "detect_causal", "decompose")
 
 
 class Classification(list[tuple[AttentionCall, MaskProof]]):
@@ -33,6 +44,82 @@ def classify(program: ExportedProgram, assume: Collection[str] = ()) -> Classifi
     Takes what ``torch.export.export`` gives, and leaves it as it is.  Raises :class:`passes.errors.RunError` of kind
     ``no_attention`` for a graph without attention ops.
     """
-    program = prepare(copy.deepcopy(program))
+    program = prepare(_copied(program))
     prover = prover_of(program, assume)
     return Classification((call, prover.prove(call)) for call in find_calls(program.graph_module))
+
+
+def rewrite(
+    program: ExportedProgram,
+    strategy: str = "lowering",
+    unproven: str | None = None,
+    assume: Collection[str] = (),
+) -> Rewritten:
+    """``program`` with its attention calls rewritten, in aten ops alone, and what became of each call.
+
+    ``program`` is what ``torch.export.export`` gives, and is left as it is; the result shares its weights, but for
+    those that a scale was multiplied into.  ``strategy``: ``lowering`` (or ``detect_causal``, which comes to the same
+    here): a call whose mask is proved causal gets ``is_causal=True`` instead, one whose mask blocks nothing gets none,
+    any other stays as it is; ``decompose``: every call as matmul, softmax, matmul.  ``unproven``: ``error`` raises
+    :class:`passes.errors.RunError` of kind ``unproven`` where a mask is not proved, ``force`` (``lowering``) drops it
+    all the same.  ``assume`` names :data:`passes.proof.conditions.CONDITIONS` that hold for every input, you say.
+    Raises :class:`passes.errors.UserError` for other names, and :class:`passes.errors.RunError` of kind
+    ``no_attention`` for a graph without attention ops.
+    """
+    if strategy not in STRATEGIES:
+        raise UserError(f"strategy={strategy}: allowed here: {', '.join(STRATEGIES)}")
+    done = apply_strategy(prepare(_copied(program)), strategy, unproven, assume, in_aten=True)
+    if any(node.target in DECOMPOSITIONS for node in done.program.graph.nodes):
+        return Rewritten(done.program.run_decompositions(dict(DECOMPOSITIONS)), done.calls, done.narrowed)
+    return done
+
+
+def native_attention() -> AbstractContextManager[None]:
+    """While the block runs, Torch-TensorRT converts attention by our converter (:mod:`passes.tensorrt.attention`).
+
+    It takes the place of the installed ones for ``scaled_dot_product_attention`` and for the kernels that torch makes
+    of it, wherever :func:`passes.tensorrt.registry.takes` says that it is right; raises
+    :class:`passes.errors.UserError` where Torch-TensorRT is not installed.
+    """
+    return registry.converters()
+
+
+def register() -> Callable[[], None]:
+    """From now on Torch-TensorRT proves the masks of every graph that it compiles, and converts attention by our
+    converter; returns a function that takes both out again.
+
+    For scripts that stay as they are: ``torch_tensorrt.compile``, ``torch_tensorrt.dynamo.compile`` and
+    ``torch.compile(backend="torch_tensorrt")``.  A mask that is not proved stays where it is.
+    """
+    if _registered:
+        return _registered[-1]
+    removals = [registry.add_converters(), registry.add_lowering_pass(_prove)]
+
+    def unregister() -> None:
+        while removals:
+            removals.pop()()
+        _registered.clear()
+
+    _registered.append(unregister)
+    return unregister
+
+
+_registered: list[Callable[[], None]] = []
+"""Torch-TensorRT's registries are its process's own, and so is whether we stand in them."""
+
+
+def _prove(graph_module: GraphModule, settings: Any) -> GraphModule:
+    rewrite_proved(graph_module)
+    return graph_module
+
+
+def load_torch_tensorrt() -> ModuleType:
+    """``import torch_tensorrt``, also on a machine without a GPU, where the import alone fails: it asks for the current
+    device.  Raises :class:`passes.errors.UserError` where it is not installed."""
+    return load_stack().torch_tensorrt
+
+
+def _copied(program: ExportedProgram) -> ExportedProgram:
+    """A copy that shares the tensors: nothing here writes into one."""
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    return copy.deepcopy(program, {id(tensor): tensor for tensor in tensors})

@@ -87,10 +87,23 @@ class Rewritten:
         }
 
 
+IN_ATEN = {
+    Action.NATIVE_CAUSAL: Action.REWRITTEN_CAUSAL,
+    Action.NATIVE_FULL: Action.REWRITTEN_FULL,
+    Action.NATIVE_MASK: Action.UNTOUCHED,
+}
+"""What says the same in aten's own words."""
+
+
 def apply_strategy(
-    program: ExportedProgram, name: str, unproven: str | None = None, assume: Collection[str] = ()
+    program: ExportedProgram,
+    name: str,
+    unproven: str | None = None,
+    assume: Collection[str] = (),
+    in_aten: bool = False,
 ) -> Rewritten:
-    """Prove every mask of the prepared ``program`` and rewrite its attention calls by strategy ``name``.
+    """Prove every mask of the prepared ``program`` and rewrite its attention calls by strategy ``name``; ``in_aten``:
+    a call becomes one of aten's where aten has a word for it.
 
     ``assume`` names the :data:`passes.proof.conditions.CONDITIONS` that hold for every input, says the user.
 
@@ -104,6 +117,8 @@ def apply_strategy(
     for call in calls:
         proof = prover.prove(call)
         decision = decide(call, proof, unproven)
+        if in_aten:
+            decision = replace(decision, action=IN_ATEN.get(decision.action, decision.action))
         key, value, scale = call.key, call.value, "in the graph"
         if decision.action not in (Action.UNTOUCHED, Action.DECOMPOSED):
             key, value = use_native_gqa(call, prover.ranges)
@@ -112,7 +127,7 @@ def apply_strategy(
         if proof.proof == ASSUMED and decision.action not in KEEPS_MASK:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
         call = replace(call, sees_keys=every_row_sees_a_key(call, proof))
-        REWRITES[decision.action](program, call, key, value)
+        REWRITES[decision.action](program.graph_module.graph, call, key, value)
     left_alone = all(Action(record.action) is Action.UNTOUCHED for record in records)
     narrowed = 0 if left_alone else narrow(program.graph_module)
     program.graph_module.graph.eliminate_dead_code(_keeps_alive)

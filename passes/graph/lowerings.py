@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
@@ -24,7 +23,7 @@ aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 LAYOUTS = (aten.reshape.default, aten.transpose.int, aten.permute.default, aten.squeeze.dim, ops.BLANKED)
 """Whose result is laid out by what they read."""
-Rewrite = Callable[[ExportedProgram, AttentionCall, Node, Node], None]
+Rewrite = Callable[[Graph, AttentionCall, Node, Node], None]
 
 
 def _made(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -36,12 +35,12 @@ def _made(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 
 def _replace(
-    program: ExportedProgram, call: AttentionCall, key: Node, value: Node, target: Any, rest: tuple[Any, ...],
+    graph: Graph, call: AttentionCall, key: Node, value: Node, target: Any, rest: tuple[Any, ...],
     blanked: bool = False, **kwargs: Any,
 ) -> None:  # fmt: skip
     """Put ``target`` of query, key, value and ``rest`` in the call's place; ``blanked``: with 0 in the rows that see
     no key."""
-    graph, output = program.graph_module.graph, _output(call)
+    output = _output(call)
     with graph.inserting_before(call.node):
         query, key, value = _aligned(graph, call, key, value)
         if target is SDPA and query.meta["val"].shape[1] != key.meta["val"].shape[1]:
@@ -124,19 +123,19 @@ def _allow_any_layout(node: Node) -> None:
 
 
 def _native(causal: str, keep_mask: bool) -> Rewrite:
-    def rewrite(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
-        mask = _full_mask(program, call) if keep_mask and call.mask is not None else None
+    def rewrite(graph: Graph, call: AttentionCall, key: Node, value: Node) -> None:
+        mask = _full_mask(graph, call) if keep_mask and call.mask is not None else None
         blanked = mask is not None and causal == "none" and not call.sees_keys
-        _replace(program, call, key, value, ops.NATIVE, (mask, causal, call.scale), blanked)
+        _replace(graph, call, key, value, ops.NATIVE, (mask, causal, call.scale), blanked)
 
     return rewrite
 
 
-def _full_mask(program: ExportedProgram, call: AttentionCall) -> Node:
+def _full_mask(graph: Graph, call: AttentionCall) -> Node:
     """The mask with four dimensions, the last two at full size: only batch and heads may broadcast in the native
     layer."""
     assert call.mask is not None
-    graph, mask = program.graph_module.graph, call.mask
+    mask = call.mask
     with graph.inserting_before(call.node):
         for _ in range(4 - mask.meta["val"].dim()):
             mask = _made(graph, aten.unsqueeze.default, mask, 0)
@@ -148,24 +147,24 @@ def _full_mask(program: ExportedProgram, call: AttentionCall) -> Node:
 
 
 def _rewritten(is_causal: bool) -> Rewrite:
-    def rewrite(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
-        _replace(program, call, key, value, SDPA, (None, 0.0, is_causal), scale=call.scale)
+    def rewrite(graph: Graph, call: AttentionCall, key: Node, value: Node) -> None:
+        _replace(graph, call, key, value, SDPA, (None, 0.0, is_causal), scale=call.scale)
 
     return rewrite
 
 
-def _decomposed(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+def _decomposed(graph: Graph, call: AttentionCall, key: Node, value: Node) -> None:
     rest = (call.mask, call.is_causal, call.scale, call.sees_keys)
-    _replace(program, call, call.key, call.value, ops.DECOMPOSED, rest)
+    _replace(graph, call, call.key, call.value, ops.DECOMPOSED, rest)
 
 
-def _cached(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+def _cached(graph: Graph, call: AttentionCall, key: Node, value: Node) -> None:
     update = cache_ops.update_behind(call.key)
     assert update is not None
-    _replace(program, call, key, value, cache_ops.CACHED, (update.args[2], call.scale))
+    _replace(graph, call, key, value, cache_ops.CACHED, (update.args[2], call.scale))
 
 
-def _untouched(program: ExportedProgram, call: AttentionCall, key: Node, value: Node) -> None:
+def _untouched(graph: Graph, call: AttentionCall, key: Node, value: Node) -> None:
     return None
 
 

@@ -118,7 +118,7 @@ def _view(index: int, node: Node) -> AttentionCall:
 
 VIEW_LIKE = (
     aten.clone.default, aten.expand.default, aten.unsqueeze.default, aten.view.default,
-    aten.reshape.default, aten._unsafe_view.default,
+    aten.reshape.default, aten._unsafe_view.default, aten._reshape_copy.default,
 )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ class MaskProgram:
             if node not in needed and node not in typed:
                 continue
             self._count(node.meta.get("val"))  # a nested graph has none
-            if node not in needed or node.op == "placeholder" or self._is_size(node):
+            if node not in needed or node.op in ("placeholder", "get_attr") or self._is_size(node):
                 self._parameters.append(node)
                 self._arguments.append(self._argument(node, node in needed, constants, inputs))
             elif node.op == "call_function":

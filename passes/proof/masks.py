@@ -236,4 +236,4 @@ def prover_of(program: ExportedProgram, assume: Collection[str] = ()) -> Prover:
         if name in signature.buffers_to_mutate.values()
     ]
     inputs = frozenset((*signature.user_inputs, *state))
-    return Prover(symbol_ranges(program), inputs, constants_of(program), frozenset(assume), asserted(program))
+    return Prover(symbol_ranges(program), inputs, constants_of(program), frozenset(assume), asserted(program.graph))

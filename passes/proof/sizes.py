@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 INT64_MAX = 2**63 - 1
 
@@ -18,28 +19,43 @@ def symbol_ranges(program: ExportedProgram) -> dict[str, tuple[int, int]]:
     bound above 1 is relied on: a proof on a wider range holds on the narrower one.  Of a number out of a tensor (u0)
     it records what the graph asserts (``torch._check``); an engine does not run assertions, so nothing is taken over.
     """
-    ranges = {}
-    for symbol, interval in program.range_constraints.items():
-        if is_size(str(symbol)):
-            low, high = interval.lower, interval.upper
-            ranges[str(symbol)] = (
-                min(int(low), 1) if low.is_Integer else 0,
-                int(high) if high.is_Integer else INT64_MAX,
-            )
-    return ranges
+    return _bounds(program.range_constraints)
+
+
+def ranges_of_inputs(graph: Graph) -> dict[str, tuple[int, int]]:
+    """The same of a graph without a program: the bounds of its inputs' sizes in their own shape environment."""
+    found: dict[Any, Any] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, torch.Tensor) else [value]:
+            if isinstance(size, torch.SymInt) and size.node.shape_env is not None:
+                declared = size.node.shape_env.var_to_range
+                found |= {symbol: declared[symbol] for symbol in size.node.expr.free_symbols if symbol in declared}
+    return _bounds(found)
+
+
+def _bounds(intervals: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
+    return {
+        str(symbol): (
+            min(int(interval.lower), 1) if interval.lower.is_Integer else 0,
+            int(interval.upper) if interval.upper.is_Integer else INT64_MAX,
+        )
+        for symbol, interval in intervals.items()
+        if is_size(str(symbol))
+    }
 
 
 READS_A_NUMBER = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default)
 
 
-def asserted(program: ExportedProgram) -> set[str]:
-    """Names of the nodes in ``program`` that are made of a number out of a tensor which an assertion ties to a size.
+def asserted(graph: Graph) -> set[str]:
+    """Names of the nodes in ``graph`` that are made of a number out of a tensor which an assertion ties to a size.
 
     ``torch._check(t.item() == x.shape[0])`` makes torch.export write the size wherever the number stood, for sizes of
     tensors too.  An engine does not run the assertion, so nothing is known of what is made of such a number.
     """
     found: set[Node] = set()
-    for node in program.graph.nodes:
+    for node in graph.nodes:
         tied = node.target in READS_A_NUMBER and not _is_unbacked(node.meta.get("val"))
         if tied or any(source in found for source in node.all_input_nodes):
             found.add(node)

@@ -6,6 +6,7 @@ What is known about the layer, and how it is dealt with here:
   of Torch-TensorRT 2.14 writes LOWER_RIGHT for torch's upper-left ``is_causal``.
 * A causal layer takes no mask, and drops one that is assigned without a word: what was set is read back.
 * The mask is rank 4, bool or of the query's type, and full in its last two dimensions.
+* A row whose mask blocks every key gives anything; PyTorch gives 0, so that is put there (:func:`_without_unseeing`).
 * The layer needs static head counts; reshapes with -1 in the traced graph hide them.
 * Query, key and value must have the same head size.  Where the values' differs (DeepSeek), the smaller ones are filled
   up with zeros, which add nothing to a score, and the result's channels that come of zeros are cut off again.
@@ -25,10 +26,11 @@ from torch.fx import Node
 
 from passes.errors import RunError
 from passes.graph import ops
+from passes.proof.calls import FORMS
 from passes.tensorrt.versions import Stack
 
-SDPA = torch.ops.aten.scaled_dot_product_attention.default
-CONVERTED = (SDPA, ops.NATIVE)
+CONVERTED = (torch.ops.aten.scaled_dot_product_attention.default, ops.NATIVE)
+"""What the pipeline's graphs hold."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,12 @@ def convert(
 ) -> tuple[Any, NativeLayer]:
     """Add the native layer for ``node`` to the network of Torch-TensorRT's conversion context ``ctx``.
 
-    Returns the layer's output tensor [B, Hq, L, D] and what the layer was set to.
+    Returns the layer's output tensor [B, Hq, L, Dv] and what the layer was set to.
     ``args`` and ``kwargs`` are those of ``node`` with tensors in the place of nodes: query [B, Hq, L, D],
     key [B, Hkv, S, D], value [B, Hkv, S, D], mask broadcastable over [B, H] or None.
     """
     network = ctx.net
-    if node.target is SDPA:
-        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        is_causal = args[5] if len(args) > 5 else kwargs.get("is_causal", False)
-        causal, scale = ("upper_left" if is_causal else "none"), kwargs.get("scale")
-    else:
-        mask, causal, scale = args[3:6]
+    mask, causal, scale = asked(node, args, kwargs)
     if causal != "none":
         mask = None  # proved to say the same
     query, key, value = (_static_heads(network, tensor, node.args[i]) for i, tensor in enumerate(args[:3]))
@@ -79,14 +76,49 @@ def convert(
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
     layer.name = f"{node.name} [{'causal' if causal != 'none' else 'masked' if mask is not None else 'full'}]"
     if mask is not None:
-        layer.mask = _normalised_mask(stack, network, as_tensor(ctx, mask, f"{node.name} [mask]"), query)
+        mask = _normalised_mask(stack, ctx, as_tensor(ctx, mask, f"{node.name} [mask]"), query, key, node)
+        layer.mask = mask
     dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
     fused = has_fused_kernel(dtype, size)
     layer.decomposable = not fused
     built = _read_back(stack, layer, node, fused, (int(query.shape[1]), int(key.shape[1])))
     if (built.causal, built.masked) != (causal, mask is not None):
         raise RunError("conversion", f"{node.name}: asked for causal={causal}, mask={mask is not None}; got {built}")
-    return _with_channels(stack, network, layer.get_output(0), channels), built
+    output = _with_channels(stack, network, layer.get_output(0), channels)
+    if mask is not None and node.target is not ops.NATIVE:  # ours is followed by an op that says so where it may be
+        output = _without_unseeing(stack, ctx, output, mask, node)
+    return output, built
+
+
+def asked(node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, str, float | None]:
+    """The mask, the causal kind and the scale of an op of ours or one of :data:`passes.proof.calls.FORMS`."""
+    if node.target is ops.NATIVE:
+        return args[3], args[4], args[5]
+    mask_at, causal_at = FORMS[node.target]
+    mask = args[mask_at] if mask_at is not None and len(args) > mask_at else None
+    if mask is None:
+        mask = kwargs.get("attn_mask", kwargs.get("attn_bias"))
+    causal = args[causal_at] if causal_at is not None and len(args) > causal_at else kwargs.get("is_causal", False)
+    return mask, "upper_left" if causal else "none", kwargs.get("scale")
+
+
+def _without_unseeing(stack: Stack, ctx: Any, output: Any, mask: Any, node: Node) -> Any:
+    """``output`` [B, H, L, Dv] with 0 in the rows that see no key by ``mask`` [B or 1, H or 1, L, S]."""
+    trt, net = stack.trt, ctx.net
+    numbers = net.add_cast(mask, output.dtype).get_output(0) if mask.dtype == trt.bool else mask
+    most = net.add_reduce(numbers, trt.ReduceOperation.MAX, 1 << 3, True).get_output(0)
+    # -inf alone blocks, as in PyTorch; nothing is compared with it, since the least number is as good a bound.
+    least = 0.5 if mask.dtype == trt.bool else torch.finfo(node.args[0].meta["val"].dtype).min  # type: ignore[union-attr]
+    bound, zero = (
+        net.add_cast(
+            as_tensor(ctx, torch.full((1, 1, 1, 1), number), f"{node.name} [{name}]"), output.dtype
+        ).get_output(0)
+        for name, number in (("least", least), ("zero", 0.0))
+    )
+    unseeing = net.add_elementwise(most, bound, trt.ElementWiseOperation.LESS).get_output(0)
+    layer = net.add_select(unseeing, zero, output)
+    layer.name = f"{node.name} [rows that see no key]"
+    return layer.get_output(0)
 
 
 def _add_layer(stack: Stack, network: Any, qkv: tuple[Any, Any, Any], causal: str) -> Any:
@@ -139,17 +171,26 @@ def _with_channels(stack: Stack, network: Any, tensor: Any, count: int) -> Any:
     return reshaped(network, layer.get_output(0), (0, heads, 0, count))  # static again; 0 copies the size of the input
 
 
-def _normalised_mask(stack: Stack, network: Any, mask: Any, query: Any) -> Any:
-    """Rank 4 and bool, or rank 4 and of the query's type."""
+def _normalised_mask(stack: Stack, ctx: Any, mask: Any, query: Any, key: Any, node: Node) -> Any:
+    """``mask`` with four dimensions, the last two at the full L and S, bool or of the query's type."""
+    from torch_tensorrt.dynamo.conversion.converter_utils import prepend_ones
+
+    network = ctx.net
     if mask.dtype not in (stack.trt.bool, query.dtype):
         mask = network.add_cast(mask, query.dtype).get_output(0)
     missing = 4 - len(mask.shape)
     if missing > 0:
-        # 0 copies by position, so only a mask whose own sizes are known, or moved by one -1, can be lifted.
-        if sum(extent == -1 for extent in mask.shape) > 1:
-            raise RunError("conversion", f"a {len(mask.shape)}-D mask with several dynamic sizes; pass it as 4-D")
-        mask = reshaped(network, mask, (1,) * missing + tuple(mask.shape))
-    return mask
+        mask = prepend_ones(ctx, mask, f"{node.name} [mask, rank 4]", missing)
+    spread = [mask.shape[i] == 1 and tensor.shape[2] != 1 for i, tensor in ((2, query), (3, key))]
+    if not any(spread):
+        return mask
+    rows, columns = (network.add_slice(network.add_shape(x).get_output(0), (2,), (1,), (1,)) for x in (query, key))
+    outer = network.add_slice(network.add_shape(mask).get_output(0), (0,), (2,), (1,))
+    sizes = network.add_concatenation([each.get_output(0) for each in (outer, rows, columns)]).get_output(0)
+    layer = network.add_slice(mask, (0,) * 4, (1,) * 4, (1, 1, *(0 if each else 1 for each in spread)))
+    layer.set_input(2, sizes)
+    layer.name = f"{node.name} [mask, spread]"
+    return layer.get_output(0)
 
 
 def scaled(stack: Stack, ctx: Any, query: Any, scale: float, node: Node) -> Any:

@@ -1,0 +1,68 @@
+"""The proof inside somebody else's compiler: on the graph that Torch-TensorRT hands to its lowering passes."""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from passes.errors import RunError
+from passes.graph.lowerings import REWRITES
+from passes.graph.strategies import Action
+from passes.proof.calls import AttentionCall, find_calls, use_native_gqa
+from passes.proof.masks import MaskProof, Prover
+from passes.proof.sizes import asserted, ranges_of_inputs
+
+LARGEST_CONSTANT = 2**16
+"""Elements of a weight that may be a table which a mask is made of; larger ones are not looked at."""
+
+
+def prover_in(graph_module: GraphModule) -> Prover:
+    """The prover of a graph whose weights are its module's own: every placeholder is an input, and of its sizes is
+    known what its own shape environment has recorded, which is what the engine's profile is made of."""
+    graph = graph_module.graph
+    inputs = frozenset(node.name for node in graph.find_nodes(op="placeholder"))
+    written = {node.args[0] for node in graph.nodes if _writes(node.target)}
+    constants: dict[str, Tensor] = {}
+    for node in graph.find_nodes(op="get_attr"):
+        value = attrgetter(str(node.target))(graph_module)
+        if isinstance(value, Tensor) and value.numel() <= LARGEST_CONSTANT and node not in written:
+            constants[node.name] = value.detach()
+    return Prover(ranges_of_inputs(graph), inputs, constants, asserted=asserted(graph))
+
+
+def _writes(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, MaskProof]]:
+    """Rewrite, in place, each attention call of ``graph_module`` whose mask is proved causal or to block nothing.
+
+    What is not proved stays as it is, and so does a graph without attention; returns what was found of each call.
+    """
+    try:
+        calls = find_calls(graph_module)
+    except RunError:  # no attention, or one with dropout
+        return []
+    prover = prover_in(graph_module)
+    found: list[tuple[AttentionCall, MaskProof]] = []
+    for call in calls:
+        if not all("val" in source.meta for source in call.node.all_input_nodes):
+            continue
+        proof = prover.prove(call)
+        found.append((call, proof))
+        if call.mask is None or not (proof.causal or proof.void):
+            continue
+        key, value = use_native_gqa(call, prover.ranges)
+        action = Action.REWRITTEN_CAUSAL if proof.causal else Action.REWRITTEN_FULL
+        try:
+            REWRITES[action](graph_module.graph, call, key, value)
+        except RunError:  # a form that the layers do not take
+            continue
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return found
