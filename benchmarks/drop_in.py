@@ -1,0 +1,133 @@
+"""What the front door is worth to a script that is not ours: a dynamic prompt through Torch-TensorRT, before and after.
+
+``python -m benchmarks.drop_in MODEL... --to FILE`` needs a GPU.  One JSON line for each way: the script as it is
+(``before``), with ``passes.rewrite`` in front of an unchanged ``torch_tensorrt.dynamo.compile`` (``rewrite``), that with
+our converter (``native_attention``), and the script as it is after ``passes.register()`` (``register``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, export
+
+import passes
+from pipeline.__main__ import compose_config
+from pipeline.host import gpu
+from pipeline.measure.statistics import summarise
+from pipeline.model.load import load
+
+LENGTH, WARM_UP, RUNS = 2048, 20, 60
+
+
+class Logits(nn.Module):
+    """What a script in the style of Torch-TensorRT's run_llm.py exports."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids, use_cache=False).logits
+
+
+def program_of(form: nn.Module, device: str) -> ExportedProgram:
+    tokens = torch.zeros(1, 16, dtype=torch.int64, device=device)
+    with torch.no_grad():
+        return export(form, (tokens,), dynamic_shapes=({1: Dim("length", min=2, max=LENGTH)},), strict=False)
+
+
+def compiled(program: ExportedProgram) -> Callable[[Tensor], Tensor]:
+    torch_tensorrt = passes.load_torch_tensorrt()
+    inputs = [torch_tensorrt.Input(min_shape=(1, 2), opt_shape=(1, LENGTH), max_shape=(1, LENGTH), dtype=torch.int64)]
+    return torch_tensorrt.dynamo.compile(program, inputs=inputs, min_block_size=1)
+
+
+WAYS: dict[str, tuple[Callable[[ExportedProgram], ExportedProgram], Callable[[], Any]]] = {
+    "before": (lambda program: program, contextlib.nullcontext),
+    "rewrite": (lambda program: passes.rewrite(program).program, contextlib.nullcontext),
+    "native_attention": (lambda program: passes.rewrite(program).program, passes.native_attention),
+    "register": (lambda program: program, lambda: contextlib.closing(_Registered())),
+}
+
+
+class _Registered:
+    def __init__(self) -> None:
+        self.close = passes.register()
+
+
+def measure(engine: Callable[[Tensor], Tensor], tokens: Tensor) -> list[float]:
+    """Device time of each pass, ms."""
+    for _ in range(WARM_UP):
+        engine(tokens)
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(RUNS)]
+    torch.cuda.synchronize()
+    for begin, end in marks:
+        begin.record()
+        engine(tokens)
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in marks]
+
+
+def rows(name: str, ways: list[str], to: Path) -> None:
+    config = compose_config([f"model={name}", "model.weights=random", "precision=fp16", "benchmark=none"])
+    loaded = load(config.model, "fp16", torch.device("cuda"), 0, lambda _: None)
+    form = Logits(loaded.model).eval()
+    tokens = torch.randint(3, loaded.model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = tokens.cuda()
+    with torch.no_grad():
+        loaded.model.float()
+        truth = form(tokens).double()
+        loaded.model.half()
+        own = error(form(tokens), truth)
+    program = program_of(form, "cuda")
+    for way in ways:
+        change, context = WAYS[way]
+        row: dict[str, Any] = {"model": name, "way": way, "length": LENGTH, "own_relative_error": own}
+        try:
+            started = time.perf_counter()
+            with context():
+                engine = compiled(change(program))
+            row["build_s"] = time.perf_counter() - started
+            row["relative_error"] = error(engine(tokens), truth)
+            row["device_ms"] = asdict(summarise(measure(engine, tokens)))
+            del engine
+        except Exception as failure:  # the other ways are still worth their time
+            row["failure"] = f"{type(failure).__name__}: {str(failure)[:300]}"
+        gc.collect()
+        torch.cuda.empty_cache()
+        row |= {"gpu": gpu.card().name, "torch": torch.__version__}
+        row |= {"torch_tensorrt": passes.load_torch_tensorrt().__version__}
+        print(json.dumps(row), flush=True)
+        with to.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def error(got: Any, truth: Tensor) -> float:
+    got = torch.utils._pytree.tree_leaves(got)[0].double()
+    return float((got - truth).norm() / truth.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--to", type=Path, required=True)
+    asked = parser.parse_args()
+    for name in asked.models:
+        rows(name, asked.ways, asked.to)
+
+
+if __name__ == "__main__":
+    main()
