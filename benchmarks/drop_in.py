@@ -1,8 +1,8 @@
 """What the front door is worth to a script that is not ours: a dynamic prompt through Torch-TensorRT, before and after.
 
 ``python -m benchmarks.drop_in MODEL... --to FILE`` needs a GPU.  One JSON line for each way: the script as it is
-(``before``), with ``passes.rewrite`` in front of an unchanged ``torch_tensorrt.dynamo.compile`` (``rewrite``), that with
-our converter (``native_attention``), and the script as it is after ``passes.register()`` (``register``).
+(``before``), with ``passes.rewrite`` in front of an unchanged ``torch_tensorrt.dynamo.compile`` (``rewrite``), that
+with our converter (``native_attention``), and the script as it is after ``passes.register()`` (``register``).
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def rows(name: str, ways: list[str], to: Path) -> None:
                 engine = compiled(change(program))
             row["build_s"] = time.perf_counter() - started
             row["relative_error"] = error(engine(tokens), truth)
-            row["device_ms"] = asdict(summarise(measure(engine, tokens)))
+            row["device_ms"] = dict(summarise(measure(engine, tokens)))
             del engine
         except Exception as failure:  # the other ways are still worth their time
             row["failure"] = f"{type(failure).__name__}: {str(failure)[:300]}"
