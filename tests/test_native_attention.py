@@ -143,7 +143,6 @@ def test_a_call_that_the_layer_does_not_take_is_left_to_the_others() -> None:
         "without a batch": lambda q: sdpa(q[0], q[0], q[0]),
         "another batch": lambda q: sdpa(q, q[:1], q[:1]),
         "values of another number of heads": lambda q: sdpa(q, q[:, :2], q[:, :1], enable_gqa=True),
-        "a mask of one dimension": lambda q: sdpa(q, q, q, torch.ones(8).bool()),
     }
     taken = {"full": lambda q: sdpa(q, q, q), "causal": lambda q: sdpa(q, q, q, is_causal=True)}
 
