@@ -145,11 +145,11 @@ class Server:
             self.process.wait(30)
 
 
-def wait_for(condition: Any, seconds: float = 120) -> None:
+def wait_for(condition: Any, seconds: float = 120, pause: float = 0.05) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
+        time.sleep(pause)
 
 
 def runs(uri: str) -> tuple[list[Any], list[Any]]:

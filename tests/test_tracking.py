@@ -5,6 +5,7 @@ import http.server
 import json
 import logging
 import os
+import shlex
 import shutil
 import socket
 import sqlite3
@@ -359,6 +360,13 @@ def test_experiment_name_cannot_lead_out_of_the_artifact_folder(uri, folder, tmp
     run = record(uri, folder, experiment="../../team A")
     (artifacts,) = (tmp_path / "mlartifacts").glob(f"*/{run.run_id}/artifacts")
     assert (artifacts / "report.json").is_file()
+
+
+@pytest.mark.parametrize("path", ["/plain/mlflow.db", "/with space/it's $HOME;(1)&.db"])
+def test_the_command_that_shows_a_store_can_be_pasted_into_a_shell(path):
+    uri = f"sqlite:///{path}"
+    run = tracking.TrackedRun(None, uri, "1", "id", log_engine=False)
+    assert shlex.split(run.where) == ["mlflow", "ui", "--backend-store-uri", uri]
 
 
 def test_passwords_in_addresses_are_not_logged():

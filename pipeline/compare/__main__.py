@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from passes.errors import UserError
+from pipeline.files import write_text
 
 if TYPE_CHECKING:
     from pipeline.compare.baseline import Against
@@ -145,8 +146,8 @@ def _html_path(output: str) -> Path:
 def _write(html_path: Path, html: str, markdown: str) -> None:
     try:
         html_path.parent.mkdir(parents=True, exist_ok=True)
-        html_path.write_text(html, encoding="utf-8")
-        html_path.with_suffix(".md").write_text(markdown, encoding="utf-8")
+        write_text(html_path, html)
+        write_text(html_path.with_suffix(".md"), markdown)
     except OSError as error:
         raise UserError(f"--output {html_path}: cannot be written ({error.strerror})") from None
 

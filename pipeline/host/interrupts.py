@@ -2,7 +2,8 @@
 
 The exception of a signal rises wherever Python happens to be.  In a callback out of C++, a ``__del__``, a callback of a
 weak reference or somebody's ``except BaseException`` it is dropped, and the program goes on as if nothing had been
-said.  So the handler keeps the number, and the run asks for it between and within its stages (:func:`check`).
+said.  So the handler keeps the number, and the run asks for it between and within its stages (:func:`check`).  Where
+Python itself drops it, it says so (``sys.unraisablehook``): nothing is printed then, and it rises again.
 
 Imports are where that happened: torch's C++ imports numpy and takes every error for "there is no numpy", and
 ``torch.distributed`` aborts.  So no import is cut in two: the exception rises when the outermost one is done.
@@ -13,7 +14,6 @@ installed (a notebook, a test), all of this does nothing and Python's own Ctrl-C
 
 from __future__ import annotations
 
-import _thread
 import os
 import signal
 import sys
@@ -21,9 +21,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 RETRY_S = 0.1
-"""After which a signal that came during an import is looked at again."""
+"""After which a signal that came during an import, or was dropped, is looked at again."""
 
 
 class CtrlC(KeyboardInterrupt):
@@ -43,19 +44,23 @@ class _Handler:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.over or (self.asked is not None and number == signal.SIGINT):
-            _end_at_once(number)
+            _end_at_once(self.asked or number)
         self.asked = self.asked or number
         if self.raised or self.holding:
             return
         if _importing(frame):
-            later = threading.Timer(RETRY_S, _thread.interrupt_main, [signal.SIGTERM])
-            later.daemon = True
-            later.start()
-            return
-        self.raised = True
-        self.check()
+            self.later()
+        else:
+            self.check()
+
+    def later(self) -> None:
+        self.raised = False
+        again = threading.Timer(RETRY_S, _ask_again)
+        again.daemon = True
+        again.start()
 
     def check(self) -> None:
+        self.raised = self.asked is not None  # so that the second look at a signal does not raise it once more
         if self.asked == signal.SIGINT:
             raise CtrlC
         if self.asked is not None:
@@ -68,6 +73,15 @@ def install() -> None:
     signal.signal(signal.SIGTERM, handler)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, handler)
+    show = sys.unraisablehook
+
+    def dropped(what: Any) -> None:
+        if handler.asked is None or not isinstance(what.exc_value, CtrlC | SystemExit):
+            show(what)
+        elif not handler.over:
+            handler.later()
+
+    sys.unraisablehook = dropped
 
 
 def check() -> None:
@@ -130,6 +144,12 @@ def _importing(frame: FrameType | None) -> bool:
 def _installed() -> _Handler | None:
     handler = signal.getsignal(signal.SIGTERM)
     return handler if isinstance(handler, _Handler) else None
+
+
+def _ask_again() -> None:
+    """As a signal, since nothing else wakes what sleeps in the system; where nobody handles it, nobody asked."""
+    if callable(signal.getsignal(signal.SIGTERM)):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
 
 def _end_at_once(number: int) -> None:

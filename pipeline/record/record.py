@@ -154,7 +154,8 @@ def _failure(stage: str, error: BaseException) -> dict[str, str]:
         return {"stage": stage, "kind": "refused", "message": message}
     if isinstance(error, OSError) and error.errno in DISK:
         return {"stage": stage, "kind": "disk", "message": said_by_the_disk(error)}
-    # torch.OutOfMemoryError by its name: torch need not be loaded here.
+    # torch.OutOfMemoryError by its name: torch need not be loaded here.  On the CPU torch has no class for it.
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    out_of_memory |= isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in message
     kind = "out_of_memory" if out_of_memory else type(error).__name__
     return {"stage": stage, "kind": kind, "message": message, "traceback": "".join(traceback.format_exception(error))}

@@ -10,6 +10,7 @@ import getpass
 import hashlib
 import json
 import logging
+import shlex
 import socket
 import tempfile
 import time
@@ -137,7 +138,7 @@ class TrackedRun:
         """What a person opens to see the run: its page on the server, or the command that shows the store."""
         if is_server(self.uri):
             return f"{redacted(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"mlflow ui --backend-store-uri {redacted(self.uri)}"
+        return f"mlflow ui --backend-store-uri {shlex.quote(redacted(self.uri))}"
 
     def finish(self, report: Mapping[str, Any], folder: Path) -> bool:
         """Log the numbers of ``report`` (report.json, schema 1) and every file in ``folder``, and close the run.

@@ -96,8 +96,10 @@ def _check_sqlite(key: str, path: Path, must_exist: bool) -> None:
     try:
         address = f"{path.as_uri()}?mode=rw"  # never creates
         with closing(sqlite3.connect(address, timeout=LOCK_TIMEOUT_S, uri=True)) as database:
-            database.execute("BEGIN IMMEDIATE")  # takes the write lock, which a file that is read-only refuses
-            database.execute("SELECT count(*) FROM sqlite_master")
+            # Takes the write lock; of a file that is read-only SQLite makes it a read lock, without a word.
+            database.execute("BEGIN IMMEDIATE")
+            (version,) = database.execute("PRAGMA user_version").fetchone()
+            database.execute(f"PRAGMA user_version = {version}")  # writes, if only to the journal
             database.rollback()
     except sqlite3.Error as error:
         raise UserError(f"{key}: cannot be used ({error}); repair it, or name another file") from None
