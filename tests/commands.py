@@ -20,7 +20,7 @@ from sweeps import BEFORE, ROOT, wait_for
 FORKS = """
 import ctypes, json, os, signal, sys
 import mlflow.store.tracking.sqlalchemy_store, torch, transformers.models.llama.modeling_llama
-import pipeline.recovery, pipeline.sweep.preload
+import pipeline.tracking.recovery, pipeline.sweep.preload
 # Imports a hundred modules more.
 torch.export.export(torch.nn.Linear(2, 2), (torch.ones(3, 2),), dynamic_shapes=({0: torch.export.Dim("n", min=2)},))
 

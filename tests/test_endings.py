@@ -26,9 +26,9 @@ from runs import DONE
 from sweeps import ROOT, Server
 
 from pipeline.__main__ import compose_config
-from pipeline.console import StageDisplay
-from pipeline.record import Record
-from pipeline.tracking_store import search_runs
+from pipeline.record.console import StageDisplay
+from pipeline.record.record import Record
+from pipeline.tracking.store import search_runs
 
 RUNNING, KILLED, FAILED, FINISHED = "RUNNING", "KILLED", "FAILED", "FINISHED"
 
