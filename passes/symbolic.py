@@ -255,8 +255,8 @@ class Evaluator:
 
     def dim(self, node: Node, dim: int) -> int:
         rank = node.meta["val"].dim()
-        if not rank:
-            raise Unmodelled("a number has no dimensions")
+        if not -rank <= dim < rank:  # torch allows 0 and -1 of a number, and any of an empty tensor in a cat
+            raise Unmodelled(f"dimension {dim} of {rank}")
         return dim + rank if dim < 0 else dim
 
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+import pytest
 import torch
 import z3
-from hypothesis import HealthCheck
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from operation_cases import CASES, INTEGERS, Case, Made, Size
+from operation_cases import CASES, INTEGERS, TYPES, Case, Made, Size, cases
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
@@ -27,7 +28,7 @@ from passes.symbolic import Evaluator
 
 NAN = z3.RealVal(3**800)
 """Stands for a NaN among the contents of an input, of which a model may know nothing."""
-REFUSED = (RuntimeError, IndexError, ValueError, TypeError)
+REFUSED = (RuntimeError, IndexError, ValueError, TypeError, OverflowError)
 """What PyTorch raises where it refuses arguments."""
 
 
@@ -121,11 +122,16 @@ def known(tensor: Tensor, index: tuple[Any, ...]) -> z3.ExprRef:
     """The element of ``tensor`` at ``index``, as a choice among numbers."""
     if not tensor.numel() or bool(tensor.isnan().any()):
         raise terms.Unmodelled("not a number")
+    place = constant(list(index))
+    if place is not None:
+        if any(not 0 <= at < size for at, size in zip(place, tensor.shape, strict=True)):
+            raise terms.Unmodelled("no such element")
+        return number(tensor[place])
     result = number(tensor.flatten()[-1])
     for place in places(tensor.shape):
         at = z3.And([item == here for item, here in zip(index, place, strict=True)])
-        result = z3.simplify(z3.If(at, number(tensor[place]), result)) if tensor.numel() > 1 else number(tensor[place])
-    return result
+        result = z3.If(at, number(tensor[place]), result)
+    return z3.simplify(result)
 
 
 def compare(target: Any, case: Case, hidden: list[bool], symbolic: bool) -> tuple[int, int]:
@@ -166,8 +172,53 @@ def reads_itself(evaluator: Evaluator, element: z3.ExprRef, node: Node) -> bool:
 
 
 MODES = st.tuples(st.lists(st.booleans(), min_size=3, max_size=3), st.booleans())
+"""Which inputs are hidden from the models, and whether they are asked of a letter or of each place in turn."""
 EVERY = sorted(MODELS, key=str)
 SETTINGS = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+
+
+class Counts:
+    """What came of the examples of one operation."""
+
+    def __init__(self) -> None:
+        self.examples = self.elements = self.modelled = 0
+
+    def of(self, target: Any, case: Case, mode: tuple[list[bool], bool]) -> None:
+        modelled, elements = compare(target, case, *mode)
+        self.examples, self.elements, self.modelled = (
+            self.examples + 1, self.elements + elements, self.modelled + modelled
+        )
+
+    def __str__(self) -> str:
+        return f"{self.modelled} of {self.elements} elements of {self.examples} examples"
+
+
+@pytest.mark.parametrize("target", EVERY, ids=str)
+def test_an_operation_model_gives_what_pytorch_gives(target: Any) -> None:
+    counts = Counts()
+
+    @settings(max_examples=10, derandomize=True, phases=[Phase.generate], **SETTINGS)
+    @given(cases(target), MODES)
+    def check(case: Case, mode: tuple[list[bool], bool]) -> None:
+        counts.of(target, case, mode)
+
+    check()
+    print("COUNT", target, counts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("target", EVERY, ids=str)
+def test_an_operation_model_gives_what_pytorch_gives_at_length(target: Any, dtype: torch.dtype) -> None:
+    counts = Counts()
+
+    @settings(max_examples=int(__import__('os').environ.get('N', 200)), print_blob=True, **SETTINGS)
+    @given(cases(target, [dtype]), MODES)
+    def check(case: Case, mode: tuple[list[bool], bool]) -> None:
+        counts.of(target, case, mode)
+
+    check()
+    print("COUNT", target, dtype, counts)
 
 
 def test_every_operation_model_has_random_arguments() -> None:
