@@ -83,7 +83,7 @@ class Draws:
         return self.random.randint(low, high)
 
     def shape(self, least: int = 0, most: int = 3) -> list[int]:
-        return [self.pick(1, 2, 3, 2, 1, 3, 0) for _ in range(self.whole(least, most))]
+        return [self.pick(*(1, 2, 3) * 4, 0) for _ in range(self.whole(least, most))]
 
     def under(self, shape: Sequence[int]) -> list[int]:
         """A shape that broadcasts to ``shape``."""
@@ -103,7 +103,7 @@ class Draws:
 
     def type(self, first: torch.dtype) -> torch.dtype:
         """A type to go with ``first``: often the same."""
-        return self.pick(*[first] * 6, *TYPES)
+        return self.pick(*[first] * (20 if first == torch.bool else 6), *TYPES)
 
     def scalar(self) -> Any:
         number = self.pick(*SMALL, *SMALL, *SMALL, *BOUNDS, *FRACTIONS, 1.0, 2.0, True, False)
