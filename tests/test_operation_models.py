@@ -182,14 +182,18 @@ FRACTIONS_BY_TENSORS = (
     aten.floor_divide.default, aten.remainder.Tensor, aten.div.Tensor_mode, aten.div.Scalar_mode,
 )  # fmt: skip
 WITHOUT: dict[Any, tuple[torch.dtype, ...]] = {
-    **dict.fromkeys((target for target in EVERY if "bitwise" in str(target) or ".__" in str(target)), INTEGERS),
+    **dict.fromkeys(
+        (target for target in EVERY if "bitwise" in str(target) or ".__" in str(target)), (*INTEGERS, *FLOATS)
+    ),
     **dict.fromkeys(FRACTIONS_BY_TENSORS, FLOATS),
     **dict.fromkeys((aten.any.dim, aten.all.dim), (*INTEGERS, *FLOATS)),
     operator.getitem: (torch.bool, *FLOATS),
     aten.cumsum.default: FLOATS,
     aten.diff.default: (torch.bool, *FLOATS),
+    **dict.fromkeys((aten.abs.default, aten.neg.default, aten.relu.default), (torch.bool,)),
+    **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar), (torch.bool,)),
 }
-"""The types of a first tensor for which an operation has no model: bits of integers, fractions that are divided by what
+"""The types of a first tensor that PyTorch refuses, or for which an operation has no model: bits of integers, fractions that are divided by what
 may be 0 or cut to a whole number, truths that are numbers, sums and running maxima of fractions."""
 
 
