@@ -128,9 +128,13 @@ BROADCAST = (
     "{m}[None, None] & torch.tensor([True, {bool}])[:, None, None]",
     "{m}[None, None] & torch.tensor([{small}, 2])[:, None, None, None] {is} 0",
     "torch.where(torch.stack([{m}, {n}])[:, None], 0.0, {block})", "torch.where({m}[None], {f}[None, None], {block})",
-    "torch.stack([{m}, {n}])[: L // {divisor} + 1]", "torch.stack([{m}, {m}])[None, : L // {divisor} + 1]",
-    "torch.stack([{m}, {n}])[: L // {divisor} + 1, None]", "torch.stack([{f}, {g}])[None, : L // {divisor} + 1]",
-    "{m}[: L // {divisor} + 1]", "{m}[:, : S // {divisor} + 1]", "{m}[:1]", "{m}[-1:]", "{m}[:, :1]", "{m}[:, -1:]",
+    # A size that is 1 at some lengths: by an index, since torch.export asks of a slice how long it is.
+    "torch.stack([{m}, {n}])[torch.arange(L // {divisor} + 1) % 2]",
+    "torch.stack([{m}, {m}])[None, torch.arange(L // {divisor} + 1) % 2]",
+    "torch.stack([{m}, {n}])[torch.arange(L // {divisor} + 1) % 2, None]",
+    "torch.stack([{f}, {g}])[None, torch.arange(L // {divisor} + 1) % 2]",
+    "{m}[torch.arange(L // {divisor} + 1).clamp(max=2)]", "{m}[:, torch.arange(S // {divisor} + 1).clamp(max=2)]",
+    "{m}[:1]", "{m}[-1:]", "{m}[:, :1]", "{m}[:, -1:]",
     "{m}[0]", "{f}[:1]", "{f}[:, :1]", "torch.ones(L // {divisor} + 1, S, dtype=torch.bool).tril()", "{m}[:1, :1]",
     "torch.zeros(L // {divisor} + 1, S)", "torch.ones(1, S // {divisor} + 1, dtype=torch.bool)",
 )  # fmt: skip

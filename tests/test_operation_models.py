@@ -193,8 +193,9 @@ WITHOUT: dict[Any, tuple[torch.dtype, ...]] = {
     **dict.fromkeys((aten.abs.default, aten.neg.default, aten.relu.default), (torch.bool,)),
     **dict.fromkeys((aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Tensor, aten.rsub.Scalar), (torch.bool,)),
 }
-"""The types of a first tensor that PyTorch refuses, or for which an operation has no model: bits of integers, fractions that are divided by what
-may be 0 or cut to a whole number, truths that are numbers, sums and running maxima of fractions."""
+"""The types of a first tensor that PyTorch refuses, or for which an operation has no model: bits of integers, fractions
+that are divided by what may be 0 or cut to a whole number, truths that are numbers, sums and running maxima of
+fractions."""
 
 
 def modelled(target: Any) -> list[torch.dtype]:
