@@ -34,7 +34,7 @@ Program = tuple[Statement, ...]
 SMALL, DIVISOR, BIT = st.integers(-3, 9), st.integers(1, 9), st.integers(0, 1)
 CONSTANTS: dict[str, st.SearchStrategy[Any]] = {
     "small": SMALL, "other": SMALL, "divisor": DIVISOR, "bit": BIT, "diagonal": st.integers(-2, 2),
-    "bool": st.booleans(),
+    "bool": st.booleans(), "apart": st.sampled_from([2, 3, 12]),
     "five": st.one_of(st.sampled_from([[0, 1, 2, 3, 4], [3] * 5]), st.lists(SMALL, min_size=5, max_size=5)),
     "wide": st.sampled_from([-256, -129, -128, 3, 5, 127, 128, 255, 256, 258, 65536, 2**31, 2**32]),
     "narrow": st.sampled_from(["int8", "uint8", "int16", "int32", "int64"]),
@@ -128,15 +128,15 @@ BROADCAST = (
     "{m}[None, None] & torch.tensor([True, {bool}])[:, None, None]",
     "{m}[None, None] & torch.tensor([{small}, 2])[:, None, None, None] {is} 0",
     "torch.where(torch.stack([{m}, {n}])[:, None], 0.0, {block})", "torch.where({m}[None], {f}[None, None], {block})",
-    # A size that is 1 at some lengths: by an index, since torch.export asks of a slice how long it is.
-    "torch.stack([{m}, {n}])[torch.arange(L // {divisor} + 1) % 2]",
-    "torch.stack([{m}, {m}])[None, torch.arange(L // {divisor} + 1) % 2]",
-    "torch.stack([{m}, {n}])[torch.arange(L // {divisor} + 1) % 2, None]",
-    "torch.stack([{f}, {g}])[None, torch.arange(L // {divisor} + 1) % 2]",
-    "{m}[torch.arange(L // {divisor} + 1).clamp(max=2)]", "{m}[:, torch.arange(S // {divisor} + 1).clamp(max=2)]",
+    # torch.export refuses a size that is 1 at some lengths only: these are at every length of the tests, or at none.
+    "torch.stack([{m}, {n}])[torch.arange(L // {apart} + 1) % 2]",
+    "torch.stack([{m}, {m}])[None, torch.arange(L // {apart} + 1) % 2]",
+    "torch.stack([{m}, {n}])[torch.arange(L // {apart} + 1) % 2, None]",
+    "torch.stack([{f}, {g}])[None, torch.arange(L // {apart} + 1) % 2]",
+    "{m}[torch.arange(L // {apart} + 1).clamp(max=2)]", "{m}[:, torch.arange(S // {apart} + 1).clamp(max=2)]",
     "{m}[:1]", "{m}[-1:]", "{m}[:, :1]", "{m}[:, -1:]",
-    "{m}[0]", "{f}[:1]", "{f}[:, :1]", "torch.ones(L // {divisor} + 1, S, dtype=torch.bool).tril()", "{m}[:1, :1]",
-    "torch.zeros(L // {divisor} + 1, S)", "torch.ones(1, S // {divisor} + 1, dtype=torch.bool)",
+    "{m}[0]", "{f}[:1]", "{f}[:, :1]", "torch.ones(L // {apart} + 1, S, dtype=torch.bool).tril()", "{m}[:1, :1]",
+    "torch.zeros(L // {apart} + 1, S)", "torch.ones(1, S // {apart} + 1, dtype=torch.bool)",
 )  # fmt: skip
 FIRST = {
     "r": ("q", "q + (S - L)", "ids[S - L:, None]", "ids[S - L:, None].clamp(0, 5)"),
