@@ -18,14 +18,15 @@ from torch import Tensor
 
 class Statement(NamedTuple):
     name: str
-    """Its first letter is the kind: r integers [L, 1], c integers [1, S], m bool [L, S], f float [L, S]."""
+    """Its first letter is the kind: r integers [L, 1], c integers [1, S], m bool [L, S], f float [L, S], and w a mask
+    of any rank and size, which attention may have to broadcast, or refuse."""
     text: str
     reads: tuple[str, ...]
     """The statements whose values it reads."""
 
     @property
     def is_mask(self) -> bool:
-        return self.name[0] in "mf"
+        return self.name[0] in "mfw"
 
 
 Program = tuple[Statement, ...]
@@ -33,7 +34,7 @@ Program = tuple[Statement, ...]
 SMALL, DIVISOR, BIT = st.integers(-3, 9), st.integers(1, 9), st.integers(0, 1)
 CONSTANTS: dict[str, st.SearchStrategy[Any]] = {
     "small": SMALL, "other": SMALL, "divisor": DIVISOR, "bit": BIT, "diagonal": st.integers(-2, 2),
-    "bool": st.booleans(),
+    "bool": st.booleans(), "apart": st.sampled_from([2, 3, 12]),
     "five": st.one_of(st.sampled_from([[0, 1, 2, 3, 4], [3] * 5]), st.lists(SMALL, min_size=5, max_size=5)),
     "wide": st.sampled_from([-256, -129, -128, 3, 5, 127, 128, 255, 256, 258, 65536, 2**31, 2**32]),
     "narrow": st.sampled_from(["int8", "uint8", "int16", "int32", "int64"]),
@@ -105,6 +106,38 @@ ADDED = (
     "torch.add({f}, {g}, alpha={small})", "torch.rsub({f}, {g}, alpha={small})",
     "torch.where({f}.isnan(), {f}, {g})", "{m} * {f}",
 )  # fmt: skip
+MIXED = (
+    "({m} + {c}) {is} {r}", "{m} * {c} {is} {r}", "({c} + {number}) {is} {r}", "{c}.to(torch.{float}) {is} {r}",
+    "({c}.to(torch.{narrow}) + {m}) {is} {r}",
+    "({c} + {wide}).to(torch.{float}) {is} ({r} + {wide}).to(torch.{float})",
+    "torch.where({m}, {c}, {r}) {is} {c}", "torch.where({m}, {c}.to(torch.{narrow}), {r}) {is} {number}",
+    "torch.minimum({c}.to(torch.{narrow}), {r}) {is} {c}", "{m} <= {n}", "({c} {is} {r}) {is} {m}",
+    "{c}.to(torch.{narrow}) {is} {r}.to(torch.{float})", "torch.where({m}, {f}, {c}) {is} {number}",
+)  # fmt: skip
+MIXED_ADDED = (
+    "torch.where({m}, 0, {f})", "torch.where({m}, {f}, {small})", "{f} + {m}", "{f} * {c}.to(torch.{narrow})",
+    "{f}.to(torch.{float}) + {g}", "torch.where({m}, {c}.to(torch.{narrow}) * 0, {f})",
+)  # fmt: skip
+BROADCAST = (
+    "{m}[None, None]", "{m}[None].expand(2, L, S)", "{m}[None, None].expand(2, 2, L, S)", "{f}[None, None]",
+    "torch.stack([{m}, {m}])", "torch.stack([{m}, {n}])", "torch.stack([{m}, {m}])[None]",
+    "torch.stack([{m}, {n}])[None]", "torch.stack([{m}, {m}])[:, None]", "torch.stack([{m}, {n}])[:, None]",
+    "torch.stack([{m}, {m}, {m}])[None]", "torch.stack([{m}, {m}, {m}, {n}]).reshape(2, 2, L, S)",
+    "torch.stack([{m}, {n}])[None].all(1, keepdim=True)", "torch.stack([{f}, {f}])[None]",
+    "torch.stack([{f}, {g}])[None]", "torch.stack([{f}, {f}])[:, None]", "torch.stack([{f}, {g}])[:, None]",
+    "{m}[None, None] & torch.tensor([True, {bool}])[:, None, None]",
+    "{m}[None, None] & torch.tensor([{small}, 2])[:, None, None, None] {is} 0",
+    "torch.where(torch.stack([{m}, {n}])[:, None], 0.0, {block})", "torch.where({m}[None], {f}[None, None], {block})",
+    # torch.export refuses a size that is 1 at some lengths only: these are at every length of the tests, or at none.
+    "torch.stack([{m}, {n}])[torch.arange(L // {apart} + 1) % 2]",
+    "torch.stack([{m}, {m}])[None, torch.arange(L // {apart} + 1) % 2]",
+    "torch.stack([{m}, {n}])[torch.arange(L // {apart} + 1) % 2, None]",
+    "torch.stack([{f}, {g}])[None, torch.arange(L // {apart} + 1) % 2]",
+    "{m}[torch.arange(L // {apart} + 1).clamp(max=2)]", "{m}[:, torch.arange(S // {apart} + 1).clamp(max=2)]",
+    "{m}[:1]", "{m}[-1:]", "{m}[:, :1]", "{m}[:, -1:]",
+    "{m}[0]", "{f}[:1]", "{f}[:, :1]", "torch.ones(L // {apart} + 1, S, dtype=torch.bool).tril()", "{m}[:1, :1]",
+    "torch.zeros(L // {apart} + 1, S)", "torch.ones(1, S // {apart} + 1, dtype=torch.bool)",
+)  # fmt: skip
 FIRST = {
     "r": ("q", "q + (S - L)", "ids[S - L:, None]", "ids[S - L:, None].clamp(0, 5)"),
     "c": ("k", "k - (S - L)", "ids[None]", "keep[None].long()"),
@@ -114,8 +147,14 @@ FIRST = {
         "k <= q + t",
     ),
     "f": ("torch.where(k <= q, 0.0, -inf)", "torch.zeros(L, S)"),
+    "w": ("(k <= q)[None, None]", "torch.stack([k <= q, k <= q])[None]"),
 }  # fmt: skip
 START = tuple(Statement(f"{kind}{place}", text, ()) for kind in FIRST for place, text in enumerate(FIRST[kind]))
+TEMPLATES = {
+    "m": st.sampled_from((*TABLES, *MIXED)),
+    "f": st.sampled_from((*ADDED, *MIXED_ADDED)),
+    "w": st.sampled_from(BROADCAST),
+}
 GOOD = 4
 """How many of the first of a kind are drawn as often as all others together."""
 
@@ -125,8 +164,8 @@ def programs(draw: st.DrawFn, statements: int) -> Program:
     """``START`` and ``statements`` more."""
     found = list(START)
     for _ in range(statements):
-        kind = draw(st.sampled_from("rrccmmmmmmfff"))
-        template = draw(st.sampled_from({"m": TABLES, "f": ADDED}.get(kind, INTEGERS)))
+        kind = draw(st.sampled_from("rrccmmmmmmfffwwww"))
+        template = draw(TEMPLATES.get(kind, st.sampled_from(INTEGERS)))
         parts: dict[str, Any] = dict(ROW if kind == "r" else COLUMN)
         reads = []
         for field in sorted({field for _, field, _, _ in Formatter().parse(template) if field} - set(parts)):
@@ -176,9 +215,10 @@ def without_refused(program: Program, queries: int, keys: int, *inputs: Tensor) 
             continue
         try:
             state = values((*kept, statement), queries, keys, *inputs)
-        except RuntimeError:
+        except (RuntimeError, IndexError):
             continue
-        if state[statement.name].shape == {"r": (queries, 1), "c": (1, keys)}.get(statement.name[0], (queries, keys)):
+        wanted = {"r": (queries, 1), "c": (1, keys), "w": state[statement.name].shape}
+        if state[statement.name].shape == wanted.get(statement.name[0], (queries, keys)):
             kept.append(statement)
             names.add(statement.name)
     return tuple(kept)
