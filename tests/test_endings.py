@@ -384,7 +384,7 @@ def test_memory_that_torch_does_not_get_on_the_cpu_is_no_internal_error(model: P
 
 DURING_AN_IMPORT = """
 import time
-from pipeline import interrupts
+from pipeline.host import interrupts
 interrupts.install()
 import interrupted_meanwhile
 try:
@@ -397,7 +397,7 @@ raise SystemExit(code)
 """
 IN_A_DEL = """
 import os, signal, time
-from pipeline import interrupts
+from pipeline.host import interrupts
 class Dropping:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGINT)

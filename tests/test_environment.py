@@ -95,7 +95,7 @@ torch.cuda._lazy_init = initialise
 )
 def test_which_card_it_is_can_be_told_without_cuda(visible: str | None, name: str | None) -> None:
     variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
-    script = A_CARD + "from pipeline import gpu; print(gpu.card().name)"
+    script = A_CARD + "from pipeline.host import gpu; print(gpu.card().name)"
     surroundings = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")} | variables
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=surroundings)
     assert ran.stdout.strip() == (name or "") and ("CUDA was initialised" in ran.stderr) == (name is None)

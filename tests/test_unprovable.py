@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from passes import counterexample
-from passes.attention import find_calls
-from passes.masks import MaskProof, prover_of
+from passes.proof import counterexample
+from passes.proof.calls import find_calls
+from passes.proof.masks import MaskProof, prover_of
 
 aten = torch.ops.aten
 LONGEST = 12

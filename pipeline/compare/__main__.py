@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from passes.errors import UserError
-from pipeline.files import write_text
+from pipeline.host.files import write_text
 
 if TYPE_CHECKING:
     from pipeline.compare.baseline import Against
