@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from passes.proof.second_look import Look
     from pipeline.model.load import LoadedModel
 
-HEAVIEST = ("test_sweep.py", "test_sweep_server.py", "test_soundness.py", "test_run.py", "test_store.py")
+HEAVIEST = (
+    "test_run.py", "test_sweep.py", "test_sweep_server.py", "test_endings.py", "test_native_attention.py",
+    "test_front_door.py", "test_soundness.py", "test_store.py",
+)  # fmt: skip
 """Begun first, so that no worker is still at one of them when the others have nothing left to do."""
 
 CONF = Path(__file__).parent.parent / "conf"

@@ -55,7 +55,7 @@ def settings(inputs: str, *more: str) -> list[str]:
     return ["model.weights=random", f"model.inputs={inputs}", "shape.max=16", "precision=fp32", "benchmark=none", *more]
 
 
-@pytest.mark.parametrize("strategy", ["detect_causal", "lowering"])
+@pytest.mark.parametrize("strategy", ["detect_causal", pytest.param("lowering", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_mask_that_must_stay_stays_and_the_engine_is_verified_where_it_matters(
     name: str, strategy: str, store: str, tmp_path: Path

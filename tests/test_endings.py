@@ -294,6 +294,7 @@ def test_a_report_that_the_disk_does_not_take_is_printed(left: dict[str, Left]) 
 # Full disks
 
 
+@pytest.mark.slow
 def test_an_engine_that_the_disk_does_not_take_is_a_failure_that_names_it_and_no_part_of_it_stays(
     place: Place, warm: Warm
 ) -> None:

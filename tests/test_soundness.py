@@ -134,11 +134,11 @@ def refused_by_none(program: Program, form: Form) -> Program:
 STATEMENTS = 180
 """Some 90 to 150 of them are masks; one export takes them all."""
 FORMS = {
-    "static": (Form(0, True), 3),
-    "static, two batches and heads": (Form(0, True, (2, 2), (2, 2)), 3),
-    "static, with past keys, broadcast": (Form(3, True, (1, 2), (2, 1)), 4),
-    "dynamic, one query head": (Form(0, False, (2, 1), (2, 2)), 2),
-    "dynamic, with past keys, one key batch": (Form(3, False, (2, 2), (1, 2)), 2),
+    "static": (Form(0, True), 1),
+    "static, two batches and heads": (Form(0, True, (2, 2), (2, 2)), 2),
+    "static, with past keys, broadcast": (Form(3, True, (1, 2), (2, 1)), 2),
+    "dynamic, one query head": (Form(0, False, (2, 1), (2, 2)), 1),
+    "dynamic, with past keys, one key batch": (Form(3, False, (2, 2), (1, 2)), 1),
 }
 
 
@@ -168,7 +168,7 @@ def judged(program: Program, form: Form) -> dict[str, Found]:
 
 @pytest.mark.parametrize(("form", "examples"), FORMS.values(), ids=FORMS)
 def test_what_is_proved_of_a_random_mask_is_so(form: Form, examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1,100 masks and more in all; a sixth and more of them causal or full."""
+    """560 masks and more in all; a sixth and more of them causal or full."""
     check_many(form, monkeypatch, max_examples=examples, derandomize=True)
 
 

@@ -73,6 +73,7 @@ def test_workers_of_ray_leave_typed_rows_and_what_is_finished_is_not_done_again(
     assert sweep.processes() == []
 
 
+@pytest.mark.slow
 def test_optuna_finds_the_best_setting_and_a_trial_that_fails_is_a_row_and_not_the_end(
     tmp_path: Path, model: Path
 ) -> None:

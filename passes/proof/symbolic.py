@@ -21,6 +21,7 @@ import torch
 import z3
 from torch.fx import Node
 
+from passes.proof.constants import constant_element
 from passes.proof.operations import MODELS, MOVES
 from passes.proof.sizes import INT64_MAX, is_size
 from passes.proof.terms import (
@@ -33,7 +34,6 @@ from passes.proof.terms import (
     fits,
     in_range,
     is_tensor,
-    literal,
     same_size,
 )
 
@@ -48,7 +48,6 @@ MOST_ELEMENTS = 20_000
 MOST_PROOFS = 500
 """Questions to the solver about one mask; none of the suite's asks 30.  Operations that are settled by a proof about a
 whole row ask several at each of their elements, which takes hours where they stand behind each other."""
-SHORT = 64  # entries of a constant that are told apart one by one
 
 
 class Evaluator:
@@ -268,36 +267,3 @@ class Evaluator:
         if not -rank <= dim < rank:  # torch allows 0 and -1 of a number, and any of an empty tensor in a cat
             raise Unmodelled(f"dimension {dim} of {rank}")
         return dim + rank if dim < 0 else dim
-
-
-def constant_element(tensor: torch.Tensor, index: Index) -> Term:
-    """The element of a constant at ``index``: exact, by a pattern that every entry was compared with."""
-    if not tensor.numel():
-        raise Unmodelled("an empty constant")
-    tensor = tensor.detach().cpu()
-    while tensor.dim() and tensor.shape[0] == 1:
-        tensor, index = tensor[0], index[1:]
-    first = tensor.flatten()[0]
-    if bool((tensor == first).all()):
-        return literal(first.item(), tensor.dtype)
-    if tensor.dim() == 1:
-        if tensor.dtype in INTEGERS:
-            step = int(tensor[1]) - int(first)
-            if tensor.tolist() == [int(first) + step * position for position in range(len(tensor))]:
-                return int(first) + step * index[0]
-        if len(tensor) > SHORT:
-            raise Unmodelled("a long constant without a pattern")
-        result = literal(tensor[-1].item(), tensor.dtype)
-        for position in range(len(tensor) - 2, -1, -1):
-            result = z3.If(index[0] == position, literal(tensor[position].item(), tensor.dtype), result)
-        return result
-    if tensor.dim() == 2:
-        below, above = tensor[-1, 0], tensor[0, -1]  # one number up to a diagonal, another one past it
-        distance = torch.arange(tensor.shape[1]) - torch.arange(tensor.shape[0])[:, None]
-        matches = distance[tensor == below]
-        diagonal = int(matches.max()) if len(matches) else 0
-        if torch.equal(tensor, torch.where(distance <= diagonal, below, above)):
-            row, column = index
-            kept, dropped = (literal(value.item(), tensor.dtype) for value in (below, above))
-            return z3.If(column - row <= diagonal, kept, dropped)
-    raise Unmodelled("a constant without a pattern")
