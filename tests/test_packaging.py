@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,10 +11,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import CONF
+from conftest import CONF, save_tiny_llama
 
 ROOT = CONF.parent
-SOURCES = ("pipeline", "passes", "conf", "pyproject.toml", "README.md")
+SOURCES = ("pipeline", "passes", "conf", "pyproject.toml", "README.md", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def installed(unpacked: Path, cwd: Path, *command: str) -> subprocess.CompletedP
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
 
 
@@ -97,6 +98,23 @@ def test_the_installed_package_finds_its_data_and_its_strategies(unpacked: Path,
     done = installed(unpacked, tmp_path, "-c", script)
 
     assert done.stdout.split() == ["5", "True"], done.stderr
+
+
+def test_in_a_folder_with_a_pipeline_of_its_own_a_sweep_and_its_jobs_are_ours(unpacked: Path, tmp_path: Path) -> None:
+    model = save_tiny_llama(tmp_path / "model", num_hidden_layers=1)
+    theirs = tmp_path / "theirs"
+    for name in ("pipeline", "passes"):
+        (theirs / name).mkdir(parents=True)
+        (theirs / name / "__init__.py").write_text("raise SystemExit('somebody else')")
+    # As the console script does it: its own folder is first on the path, and not the current one.
+    script = "from pipeline.start import main; raise SystemExit(main())"
+    settings = ["model=local", f"model.path={model}", "shape.max=16", "benchmark=none", "until=load", "seed=1,2"]
+
+    done = installed(unpacked, theirs, "-P", "-c", script, "-m", *settings)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    reports = [json.loads(path.read_text()) for path in theirs.glob("outputs/*/*/report.json")]
+    assert [report["status"] for report in reports] == ["ok", "ok"]
 
 
 def test_the_console_script_is_the_module(wheel: Path) -> None:

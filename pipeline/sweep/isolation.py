@@ -110,10 +110,12 @@ class Asking:
 
 def warm_up() -> None:
     """Start the server ahead of the first call; it imports while the caller does something else."""
-    _context()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipeline.sweep.preload"])
     from multiprocessing import forkserver
 
-    forkserver.ensure_running()
+    with _our_own_path():
+        forkserver.ensure_running()
 
 
 def call(
@@ -160,9 +162,30 @@ def call(
 
 
 def _context() -> multiprocessing.context.ForkServerContext:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pipeline.sweep.preload"])
-    return context
+    """With its server running."""
+    warm_up()
+    return multiprocessing.get_context("forkserver")
+
+
+@contextmanager
+def _our_own_path() -> Iterator[None]:
+    """What is started here finds our packages where this process has them.
+
+    An interpreter that is started with ``-c``, as the server is, looks into the current folder first, and that is the
+    user's, who may have a ``pipeline`` of his own.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    ours = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def end_all() -> None:
