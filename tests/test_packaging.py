@@ -106,11 +106,12 @@ def test_in_a_folder_with_a_pipeline_of_its_own_a_sweep_and_its_jobs_are_ours(un
     for name in ("pipeline", "passes"):
         (theirs / name).mkdir(parents=True)
         (theirs / name / "__init__.py").write_text("raise SystemExit('somebody else')")
-    # As the console script does it: its own folder is first on the path, and not the current one.
-    script = "from pipeline.start import main; raise SystemExit(main())"
+    script = tmp_path / "bin" / "proved-attention"  # as pip writes it: its own folder is first on its path
+    script.parent.mkdir()
+    script.write_text("from pipeline.start import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n")
     settings = ["model=local", f"model.path={model}", "shape.max=16", "benchmark=none", "until=load", "seed=1,2"]
 
-    done = installed(unpacked, theirs, "-P", "-c", script, "-m", *settings)
+    done = installed(unpacked, theirs, str(script), "-m", *settings)
 
     assert done.returncode == 0, done.stdout + done.stderr
     reports = [json.loads(path.read_text()) for path in theirs.glob("outputs/*/*/report.json")]
