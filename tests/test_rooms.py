@@ -5,7 +5,7 @@ from __future__ import annotations
 from graphlib import TopologicalSorter
 
 import pytest
-from imports import ROOT, imports, modules, room
+from imports import PICTURE, ROOT, imports, modules, room, with_picture
 
 PASSES = ["errors", "proof", "graph", "tensorrt", "front_door", "passes"]
 PIPELINE = [
@@ -53,3 +53,9 @@ def test_every_module_says_what_it_is_about_in_one_line() -> None:
     for name, path in (modules("passes") | modules("pipeline")).items():
         first = path.read_text(encoding="utf-8").split("\n", 1)[0]
         assert first.startswith('"""') and len(first) > 20, f"{name}: {first}"
+
+
+def test_the_picture_of_the_house_is_made_of_the_imports() -> None:
+    """``python tests/imports.py`` writes it."""
+    text = PICTURE.read_text(encoding="utf-8")
+    assert text == with_picture(text)
