@@ -12,7 +12,7 @@ import contextlib
 import gc
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,17 @@ WAYS: dict[str, tuple[Callable[[ExportedProgram], ExportedProgram], Callable[[],
     "before": (lambda program: program, contextlib.nullcontext),
     "rewrite": (lambda program: passes.rewrite(program).program, contextlib.nullcontext),
     "native_attention": (lambda program: passes.rewrite(program).program, passes.native_attention),
-    "register": (lambda program: program, lambda: contextlib.closing(_Registered())),
+    "register": (lambda program: program, lambda: _registered()),
 }
 
 
-class _Registered:
-    def __init__(self) -> None:
-        self.close = passes.register()
+@contextlib.contextmanager
+def _registered() -> Iterator[None]:
+    passes.register()
+    try:
+        yield
+    finally:
+        passes.unregister()
 
 
 def measure(engine: Callable[[Tensor], Tensor], tokens: Tensor) -> list[float]:

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
         native_attention,
         register,
         rewrite,
+        unregister,
     )
 
 __all__ = [
     "Classification", "Rewritten", "classify", "load_torch_tensorrt", "native_attention", "register", "rewrite",
+    "unregister",
 ]  # fmt: skip
 
 

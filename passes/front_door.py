@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -84,28 +84,22 @@ def native_attention() -> AbstractContextManager[None]:
     return registry.converters()
 
 
-def register() -> Callable[[], None]:
+def register() -> None:
     """From now on Torch-TensorRT proves the masks of every graph that it compiles, and converts attention by our
-    converter; returns a function that takes both out again.
+    converter, until :func:`unregister`.
 
     For scripts that stay as they are: ``torch_tensorrt.compile``, ``torch_tensorrt.dynamo.compile`` and
     ``torch.compile(backend="torch_tensorrt")``.  A mask that is not proved stays where it is.
     """
-    if _registered:
-        return _registered[-1]
-    removals = [registry.add_converters(), registry.add_lowering_pass(_prove)]
-
-    def unregister() -> None:
-        while removals:
-            removals.pop()()
-        _registered.clear()
-
-    _registered.append(unregister)
-    return unregister
+    registry.add_converters()
+    registry.add_lowering_pass(_prove)
 
 
-_registered: list[Callable[[], None]] = []
-"""Torch-TensorRT's registries are its process's own, and so is whether we stand in them."""
+def unregister() -> None:
+    """Torch-TensorRT is as it was before :func:`register`."""
+    load_stack()
+    registry.remove_lowering_pass(_prove)
+    registry.remove_converters()
 
 
 def _prove(graph_module: GraphModule, settings: Any) -> GraphModule:

@@ -67,42 +67,53 @@ def _converted(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, A
     return output if target is SDPA else (output, *[None] * (len(target._schema.returns) - 1))
 
 
-def add_converters() -> Callable[[], None]:
-    """Put our converter before the installed ones for every form of attention; returns what takes it out again."""
+def add_converters() -> bool:
+    """Put our converter before the installed ones for every form of attention; False where it is there already."""
     load_stack()
     from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter
     from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_ATEN_CONVERTERS
 
+    if any(each.converter_implementation is _converted for each in DYNAMO_ATEN_CONVERTERS.get(SDPA, [])):
+        return False
     for target in DROPOUT_AT:
         dynamo_tensorrt_converter(
             target, capability_validator=takes, priority=ConverterPriority.HIGH, supports_dynamic_shapes=True
         )(_converted)
-
-    def remove() -> None:
-        for target in DROPOUT_AT:
-            others = [
-                each for each in DYNAMO_ATEN_CONVERTERS[target] if each.converter_implementation is not _converted
-            ]
-            DYNAMO_ATEN_CONVERTERS[target] = others
-
-    return remove
+    return True
 
 
-def add_lowering_pass(lowering_pass: LoweringPass) -> Callable[[], None]:
-    """Have Torch-TensorRT run ``lowering_pass`` before its own, which turn a static mask into a constant; returns what
-    takes it out again."""
-    load_stack()
-    from torch_tensorrt.dynamo.lowering.passes._aten_lowering_pass import ATEN_POST_LOWERING_PASSES
+def remove_converters() -> None:
+    """Take our converter out again, if it is there."""
+    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_ATEN_CONVERTERS
 
-    ATEN_POST_LOWERING_PASSES.add_pass_with_index(lowering_pass, 0)
-    return lambda: ATEN_POST_LOWERING_PASSES.passes.remove(lowering_pass)
+    for target in DROPOUT_AT:
+        others = [each for each in DYNAMO_ATEN_CONVERTERS[target] if each.converter_implementation is not _converted]
+        DYNAMO_ATEN_CONVERTERS[target] = others
 
 
 @contextmanager
 def converters() -> Iterator[None]:
-    """Our converter is there while the block runs."""
-    remove = add_converters()
+    """Our converter is there while the block runs, and afterwards where it was before."""
+    added = add_converters()
     try:
         yield
     finally:
-        remove()
+        if added:
+            remove_converters()
+
+
+def add_lowering_pass(lowering_pass: LoweringPass) -> None:
+    """Have Torch-TensorRT run ``lowering_pass``, once, before its own, which turn a static mask into a constant."""
+    load_stack()
+    from torch_tensorrt.dynamo.lowering.passes._aten_lowering_pass import ATEN_POST_LOWERING_PASSES
+
+    if lowering_pass not in ATEN_POST_LOWERING_PASSES.passes:
+        ATEN_POST_LOWERING_PASSES.add_pass_with_index(lowering_pass, 0)
+
+
+def remove_lowering_pass(lowering_pass: LoweringPass) -> None:
+    """Take it out again, if it is there."""
+    from torch_tensorrt.dynamo.lowering.passes._aten_lowering_pass import ATEN_POST_LOWERING_PASSES
+
+    if lowering_pass in ATEN_POST_LOWERING_PASSES.passes:
+        ATEN_POST_LOWERING_PASSES.passes.remove(lowering_pass)
