@@ -3,12 +3,14 @@
 ``python -m benchmarks.drop_in MODEL... --to FILE`` needs a GPU.  One JSON line for each way: the script as it is
 (``before``), with ``passes.rewrite`` in front of an unchanged ``torch_tensorrt.dynamo.compile`` (``rewrite``), that
 with our converter (``native_attention``), and the script as it is after ``passes.register()`` (``register``).
+``--logits last`` (what generation needs) or ``all``.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import time
@@ -30,14 +32,15 @@ LENGTH, WARM_UP, RUNS = 2048, 20, 60
 
 
 class Logits(nn.Module):
-    """What a script in the style of Torch-TensorRT's run_llm.py exports."""
+    """What a script in the style of Torch-TensorRT's run_llm.py exports; ``kept``: of how many tokens, 0 is all."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, kept: int) -> None:
         super().__init__()
         self.model = model
+        self.kept = kept
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        return self.model(input_ids, use_cache=False).logits
+        return self.model(input_ids, use_cache=False, logits_to_keep=self.kept).logits
 
 
 def program_of(form: nn.Module, device: str) -> ExportedProgram:
@@ -83,21 +86,20 @@ def measure(engine: Callable[[Tensor], Tensor], tokens: Tensor) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in marks]
 
 
-def rows(name: str, ways: list[str], to: Path) -> None:
+def rows(name: str, logits: str, ways: list[str], to: Path) -> None:
     config = compose_config([f"model={name}", "model.weights=random", "precision=fp16", "benchmark=none"])
     loaded = load(config.model, "fp16", torch.device("cuda"), 0, lambda _: None)
-    form = Logits(loaded.model).eval()
+    form = Logits(loaded.model, {"last": 1, "all": 0}[logits]).eval()
     tokens = torch.randint(3, loaded.model.config.vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     tokens = tokens.cuda()
     with torch.no_grad():
-        loaded.model.float()
-        truth = form(tokens).double()
-        loaded.model.half()
+        truth = copy.deepcopy(form).float()(tokens).double()  # not in place: tables stay in fp32 on the way back
         own = error(form(tokens), truth)
     program = program_of(form, "cuda")
     for way in ways:
         change, context = WAYS[way]
-        row: dict[str, Any] = {"model": name, "way": way, "length": LENGTH, "own_relative_error": own}
+        row: dict[str, Any] = {"model": name, "logits": logits, "way": way, "length": LENGTH}
+        row["own_relative_error"] = own
         try:
             started = time.perf_counter()
             with context():
@@ -126,10 +128,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--logits", default="last", choices=["last", "all"])
     parser.add_argument("--to", type=Path, required=True)
     asked = parser.parse_args()
     for name in asked.models:
-        rows(name, asked.ways, asked.to)
+        rows(name, asked.logits, asked.ways, asked.to)
 
 
 if __name__ == "__main__":
