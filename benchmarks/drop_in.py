@@ -23,10 +23,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import passes
+from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
-from pipeline.host import gpu
 from pipeline.measure.statistics import summarise
 from pipeline.model.load import load
+from pipeline.record.environment import environment
 
 LENGTH, WARM_UP, RUNS = 2048, 20, 60
 
@@ -112,8 +113,7 @@ def rows(name: str, logits: str, ways: list[str], to: Path) -> None:
             row["failure"] = f"{type(failure).__name__}: {str(failure)[:300]}"
         gc.collect()
         torch.cuda.empty_cache()
-        row |= {"gpu": gpu.card().name, "torch": torch.__version__}
-        row |= {"torch_tensorrt": passes.load_torch_tensorrt().__version__}
+        row["environment"] = environment(load_stack().versions())
         print(json.dumps(row), flush=True)
         with to.open("a") as file:
             file.write(json.dumps(row) + "\n")
