@@ -78,7 +78,7 @@ NAMED = re.compile(r"`((?:passes|pipeline|conf|tests|benchmarks|examples|docs)/[
 def test_every_file_of_ours_that_a_page_names_exists(page: Path) -> None:
     """In backticks; ``NAME`` stands for one to be made, whose folder has to exist."""
     for name in NAMED.findall(prose(page)):
-        existing = name.rpartition("/")[0] if "NAME" in name else name
+        existing = name.partition("NAME")[0]
         assert list(ROOT.glob(existing.rstrip("/"))), f"{page.name}: {name}: no such file"
 
 
