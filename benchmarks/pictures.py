@@ -72,7 +72,9 @@ def svg(title: str, notes: Sequence[str], charts: Sequence[Chart], legend: Mappi
             y += ROW
         y += 16
     height = y + EDGE
-    described = "; ".join(f"{bar.label} {bar.value}" for chart in charts for bar in chart.bars)
+    described = " ".join(
+        f"{chart.title}: {'; '.join(f'{bar.label} {bar.value}' for bar in chart.bars)}." for chart in charts
+    )
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '

@@ -59,8 +59,10 @@ def _is_upstream(each: Row) -> bool:
 class Figures:
     """What one stack's reports say, as rows of the comparison."""
 
-    def __init__(self, one: Measured) -> None:
+    def __init__(self, one: Measured, older: bool) -> None:
+        self.older = older
         self.where = caption(one.environment)
+        self.source = f"{self.where}{'; an older stack than the newest measured' if older else ''}"
         self.prompts = sections([row(found) for found in one.reports if not is_generation(found.report)])
         generating = [(row(found), found.report) for found in one.reports if is_generation(found.report)]
         self.generations = [each for each in sections([one for one, _ in generating]) if each.measures]
@@ -74,6 +76,7 @@ def parts(one: Measured, figures: Figures) -> dict[str, Any]:
     where, races = figures.where, figures.races
     made: dict[str, Any] = {
         "title": one.stack.title,
+        "older": figures.older,
         "where": where,
         "notes": [path.read_text(encoding="utf-8") for folder in one.folders for path in folder.glob("notes.md")],
         "speed_up": f"{where}\n\n{markdown.table(speed_up.HEADER, speed_up.lines(races))}" if races else "",
@@ -105,7 +108,7 @@ def speed_up_picture(figures: Figures) -> str:
     )
     legend = {css: f"as {name}" for name, css in speed_up.CSS.items()}
     charts = speed_up.charts(figures.races)
-    return svg("Proved native attention: how many times as fast", [f"{figures.where}.", note], charts, legend)
+    return svg("Proved native attention: how many times as fast", [f"{figures.source}.", note], charts, legend)
 
 
 def generation_picture(figures: Figures) -> str:
@@ -120,23 +123,23 @@ def generation_picture(figures: Figures) -> str:
         "⚠: clocks were held back, or times did not settle."
     )
     legend = {"fastest": "fastest", "engine": "TensorRT engine", "rival": "PyTorch"}
-    return svg("Whole generations, by strategy and rival", [f"{figures.where}.", note], charts, legend)
+    return svg("Whole generations, by strategy and rival", [f"{figures.source}.", note], charts, legend)
 
 
 def files() -> dict[Path, str]:
     """Every file that is made, and what it holds.  A picture is of the newest stack that has what it shows."""
-    stacks = [(one, Figures(one)) for one in measured()]
-    newest = stacks[0][0].stack
+    found = measured()
+    newest = found[0].stack
+    stacks = [(one, Figures(one, one.stack[:2] < newest[:2])) for one in found]
     racing = next(figures for _, figures in stacks if figures.races)
     generating = next(figures for _, figures in stacks if figures.generations)
     shown = []
     for one, figures in stacks:
-        older = (one.stack.tensorrt, one.stack.torch) < (newest.tensorrt, newest.torch)
         pictures = {"speed_up_picture": figures is racing, "generation_picture": figures is generating}
-        shown.append(parts(one, figures) | {"older": older} | pictures)
+        shown.append(parts(one, figures) | pictures)
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(stacks=shown)
-    picture = f"![How many times as fast proved native attention is; {racing.where}](docs/pictures/speed-up.svg)\n"
+    picture = f"![How many times as fast proved native attention is; {racing.source}](docs/pictures/speed-up.svg)\n"
     return {
         PAGE: re.sub(r"\n{3,}", "\n\n", page).rstrip() + "\n",
         PICTURES / "speed-up.svg": speed_up_picture(racing),

@@ -71,7 +71,7 @@ class Result:
 
 def results(sections: Iterable[Section], kind: str) -> Iterator[Result]:
     """Every race of ``kind`` of which both rows are there; of several rows that fit, the fastest."""
-    for section, race in product(sections, RACES):
+    for race, section in product(RACES, sections):
         for measure in section.measures:
             if not measure.kind == race.kind == kind or measure.clock != "device_ms":
                 continue
