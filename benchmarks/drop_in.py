@@ -114,9 +114,10 @@ def rows(name: str, logits: str, ways: list[str], to: Path) -> None:
         gc.collect()
         torch.cuda.empty_cache()
         row["environment"] = environment(load_stack().versions())
-        print(json.dumps(row), flush=True)
+        line = json.dumps(row, default=vars)  # of dataclasses
+        print(line, flush=True)
         with to.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line + "\n")
 
 
 def error(got: Any, truth: Tensor) -> float:

@@ -53,7 +53,7 @@ def generation_tables(reports: Iterable[dict[str, Any]]) -> str:
 def _table(model: str, reports: list[dict[str, Any]]) -> str:
     reports = sorted(reports, key=lambda report: _ms(report) or float("inf"))
     eager_ms = next((ms for report in reports if _key(report) == EAGER and (ms := _ms(report))), None)
-    environment = next((r["environment"] for r in reports if r["environment"].get("gpu")), {})
+    environment = next((r["environment"] for r in reports if (r["environment"] or {}).get("gpu")), {})
     rows = (_row(model, report, eager_ms, environment) for report in reports)
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
@@ -100,7 +100,7 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None, environment
 
 def _elsewhere(report: dict[str, Any], environment: Mapping[str, Any]) -> str:
     """What a row ran on, where that is not what stands over the table."""
-    own = report["environment"]
+    own = report["environment"] or {}
     if all(own.get(key) in (None, environment.get(key)) for key in ("flavour", "tensorrt", "torch")):
         return ""
     return f" ({versions(own)}{'' if own.get('gpu') else ', without a GPU'})"

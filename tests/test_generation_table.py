@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from test_benchmark_generate import MS, SimulatedGenerator, measured
@@ -13,7 +12,7 @@ from benchmarks.stacks import RESULTS
 from pipeline.__main__ import compose_config
 from pipeline.compare.labels import sections
 from pipeline.compare.rows import row
-from pipeline.compare.sources import Found
+from pipeline.compare.sources import read
 from pipeline.record.report import new_report
 
 
@@ -94,11 +93,11 @@ def test_a_row_of_other_versions_says_so() -> None:
 
 
 def test_prefill_reports_are_no_generations_and_keep_their_tables() -> None:
-    kept = [json.loads(path.read_text()) for path in RESULTS.rglob("*.json")]
-    prefill = [each for each in kept if not is_generation(each)]
+    kept, unreadable = read([str(RESULTS)], "", lambda found: found)
+    prefill = [found for found in kept if not is_generation(found.report)]
 
-    assert prefill
-    assert generation_tables(prefill) == ""
-    tables = "".join(prefill_tables(sections([row(Found(each, str(i))) for i, each in enumerate(prefill)]), "a card"))
-    models = {each["config"]["model"]["name"] for each in prefill}
+    assert prefill and not unreadable
+    assert generation_tables(found.report for found in prefill) == ""
+    tables = "".join(prefill_tables(sections(list(map(row, prefill))), "a card"))
+    models = {found.report["config"]["model"]["name"] for found in prefill}
     assert all(f"**{model}" in tables for model in models) and tables.count("| ok |") == len(prefill)

@@ -17,7 +17,7 @@ from benchmarks.pictures import FILLS, colours, svg
 from pipeline.compare.charts import Bar, Chart, Segment
 from pipeline.compare.labels import sections
 from pipeline.compare.rows import row
-from pipeline.compare.sources import Found
+from pipeline.compare.sources import read
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -72,30 +72,36 @@ def test_a_folder_of_two_stacks_is_refused(tmp_path: Path, monkeypatch: pytest.M
         stacks.measured()
 
 
-def races(*reports: dict[str, Any]) -> dict[tuple[str, str], float]:
-    found = sections([row(Found(report, str(i))) for i, report in enumerate(reports)])
-    return {(each.rival, each.ours.how): each.faster.value for each in speed_up.results(found, "prefill")}
+def races(folder: Path, *reports: dict[str, Any]) -> dict[tuple[str, str], float]:
+    for i, report in enumerate(reports):
+        keep(folder / str(i), report)
+    found, unreadable = read([str(folder)], "", row)
+    assert not unreadable
+    return {(each.rival, each.ours.how): each.faster.value for each in speed_up.results(sections(found), "prefill")}
 
 
-def test_a_speed_up_is_the_rivals_time_over_ours_and_needs_both() -> None:
+def test_a_speed_up_is_the_rivals_time_over_ours_and_needs_both(tmp_path: Path) -> None:
     ours, own, compiled = (real(f"llama3_1b-{name}") for name in ("detect_causal", "upstream", "torch_compile"))
-    once, twice = races(ours, own, compiled), races(ours, timed(own, 2), compiled)
+    once, twice = (
+        races(tmp_path / "once", ours, own, compiled),
+        races(tmp_path / "twice", ours, timed(own, 2), compiled),
+    )
+    against_own, against_compile = (speed_up.OWN, "detect_causal"), (speed_up.COMPILE, "detect_causal")
 
-    assert set(once) == {(speed_up.OWN, "detect_causal"), (speed_up.COMPILE, "detect_causal")}
+    assert set(once) == {against_own, against_compile}
     medians = [report["benchmark"]["prefill"]["device_ms"]["median"] for report in (own, ours)]
-    assert once[speed_up.OWN, "detect_causal"] == pytest.approx(medians[0] / medians[1])
-    assert twice[speed_up.OWN, "detect_causal"] == pytest.approx(2 * once[speed_up.OWN, "detect_causal"])
-    assert twice[speed_up.COMPILE, "detect_causal"] == once[speed_up.COMPILE, "detect_causal"]
-    assert set(races(ours, failed(own, "verify", "accuracy", "wrong"), compiled)) == {
-        (speed_up.COMPILE, "detect_causal")
-    }
-    assert races(real("llama3_1b-mask_input"), own, compiled) == {}
+    assert once[against_own] == pytest.approx(medians[0] / medians[1])
+    assert twice[against_own] == pytest.approx(2 * once[against_own])
+    assert twice[against_compile] == once[against_compile]
+    wrong = failed(own, "verify", "accuracy", "wrong")
+    assert set(races(tmp_path / "failed", ours, wrong, compiled)) == {against_compile}
+    assert races(tmp_path / "masked", real("llama3_1b-mask_input"), own, compiled) == {}
 
 
-def test_rows_of_other_lengths_do_not_race() -> None:
+def test_rows_of_other_lengths_do_not_race(tmp_path: Path) -> None:
     ours, own = real("llama3_1b-detect_causal"), real("llama3_1b-upstream")
     own["config"]["shape"] = {"kind": "dynamic", "batch": 1, "min": 2, "opt": 2048, "max": 2048, "exact": []}
-    assert races(ours, own) == {}
+    assert races(tmp_path, ours, own) == {}
 
 
 def test_the_widths_of_bars_are_their_values_and_all_text_is_inside_of_the_picture(made: dict[Path, str]) -> None:
