@@ -31,12 +31,17 @@ def drop_in(path: Path) -> str:
         ways = {row["way"]: row for row in rows if (row["model"], row.get("logits", "all")) == (model, logits)}
         before = ways.get("before")
         lines = [_way(way, ways[way], before) for way in WAYS if way in ways]
+        header = ["", "device ms (95 %)", "times as fast (95 %)", "relative error against fp32"]
+        if any("first_ms" in row for row in ways.values()):  # while TensorRT-RTX compiles the kernels of the length
+            header.append("first passes, ms")
+            for line, way in zip(lines, (way for way in WAYS if way in ways), strict=True):
+                line.append(f"{ways[way]['first_ms']:.1f}" if "first_ms" in ways[way] else "–")
         own = number(next(iter(ways.values()))["own_relative_error"], 2)
         length = next(iter(ways.values()))["length"]
         text.append(
             f"**{model}**, random weights, fp16, a prompt of {length} tokens through an engine for 2 to {length}, "
             f"{LOGITS[logits]}; PyTorch's own error in fp16 is {own}; {caption(environment_of(ways.values()))}\n\n"
-            + _table(("", "device ms (95 %)", "times as fast (95 %)", "relative error against fp32"), lines)
+            + _table(header, lines)
         )
     return "\n".join(text)
 

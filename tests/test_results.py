@@ -167,11 +167,16 @@ def test_a_way_of_the_drop_in_that_failed_stays_in_its_table_with_the_reason(tmp
     common = {"model": "m", "logits": "last", "length": 8, "own_relative_error": 0.01, "environment": environment}
     before = common | {"way": "before", "relative_error": 0.02, "device_ms": {"median": 4.0, "ci95": [3.9, 4.1]}}
     broken = common | {"way": "rewrite", "failure": "RuntimeError: a | b"}
-    other = common | {"way": "register", "relative_error": 0.02, "device_ms": {"median": 2.0, "ci95": [2.0, 2.0]}}
+    other = common | {
+        "way": "register",
+        "relative_error": 0.02,
+        "first_ms": 9.0,
+        "device_ms": {"median": 2.0, "ci95": [2, 2]},
+    }
     path = tmp_path / "drop_in.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in (before, other, broken)))
     text = profile_tables.drop_in(path)
 
     assert "logits of the last token" in text and stacks.caption(environment) in text
-    assert "| – | – | RuntimeError: a \\| b |" in text
-    assert "| 2.000 (2.000–2.000) | 2.00 (" in text
+    assert "| – | – | RuntimeError: a \\| b | – |" in text
+    assert re.search(r"\| 2\.000 \(2\.000–2\.000\) \| 2\.00 \(.*\| 0\.020 \| 9\.0 \|", text)
