@@ -191,6 +191,6 @@ def test_what_one_adds_is_a_list_of_at_most_three_files_each() -> None:
     """``tests/test_docs.py`` looks for the files themselves above."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (a [^|]*?) \| (.*) \|$", text, re.MULTILINE))
-    assert set(ADDED) <= set(rows)
+    assert all(NAMED.findall(rows[what]) for what in ADDED)
     for what, files in rows.items():
-        assert 1 <= len(NAMED.findall(files)) <= 3, what
+        assert len(NAMED.findall(files)) <= 3, what
