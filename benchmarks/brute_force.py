@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 from benchmarks.call_forms import LONGEST, PADDED, POSITIONS, CallForm, contents
 from passes.proof.calls import AttentionCall
 from passes.proof.counterexample import Counterexample
-from passes.proof.masks import MaskProof
+from passes.proof.mask import Arbitrary
+from passes.proof.masks import Proof, Status
 
 
 @dataclass(frozen=True)
@@ -270,13 +271,13 @@ def truths(seen: list[Run]) -> list[str]:
     return [kind for kind in DROPPABLE if describes(kind, seen)]
 
 
-def contradiction(proof: MaskProof, seen: list[Run]) -> str | None:
+def contradiction(proof: Proof, seen: list[Run]) -> str | None:
     """What the runs of one mask say against ``proof``; None where they agree."""
     if not seen:
         return "its graph runs on no input: nothing was checked"
-    if proof.proof == "proved" and proof.mask != "arbitrary" and not describes(proof.mask, seen):
-        return f"called {proof.mask}, and brute force disagrees"
-    if proof.proof == "proved" and proof.mask == "arbitrary":
+    if proof.status is Status.PROVED and not isinstance(proof.mask, Arbitrary) and not describes(proof.mask.name, seen):
+        return f"called {proof.mask.name}, and brute force disagrees"
+    if proof.status is Status.PROVED and isinstance(proof.mask, Arbitrary):
         return "an arbitrary mask has nothing to prove"
     if proof.conditions:
         held = []

@@ -26,7 +26,7 @@ from benchmarks.architectures import VARIANTS, build
 from benchmarks.brute_force import MaskGraph, Run, confirms, contradiction, parameters, runs, truths
 from benchmarks.call_forms import BATCH, FORMS, LONGEST, CallForm, export
 from passes.proof.calls import AttentionCall, find_calls
-from passes.proof.masks import PROVED, MaskProof, prover_of
+from passes.proof.masks import Proof, Status, prover_of
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 
@@ -36,7 +36,7 @@ class CheckedCall:
     """One attention call: what was proved and what brute force says."""
 
     name: str
-    proof: MaskProof
+    proof: Proof
     truths: list[str] = field(default_factory=list)
     """The droppable classes that describe its mask on every input tried; empty where it has no mask."""
     contradiction: str | None = None
@@ -46,7 +46,7 @@ class CheckedCall:
     @property
     def complete(self) -> bool:
         """Whether the proof found what is true."""
-        return not self.truths or (self.proof.proof == PROVED and self.proof.mask in self.truths)
+        return not self.truths or (self.proof.status is Status.PROVED and self.proof.mask.name in self.truths)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _kind(call: CheckedCall) -> str:
     return kind if call.complete else f"{kind} (unproved: {call.truths[0].replace('_', ' ')})"
 
 
-def prove(program: ExportedProgram) -> list[tuple[AttentionCall, MaskProof]]:
+def prove(program: ExportedProgram) -> list[tuple[AttentionCall, Proof]]:
     """Every attention call of a prepared program and the class of its mask."""
     prover = prover_of(program)
     return [(call, prover.prove(call)) for call in find_calls(program.graph_module)]
@@ -94,17 +94,17 @@ def check(program: ExportedProgram, form: CallForm, shape: str) -> list[CheckedC
     ]
 
 
-def _against(proof: MaskProof, seen: list[Run], graph: MaskGraph, index: int) -> str | None:
+def _against(proof: Proof, seen: list[Run], graph: MaskGraph, index: int) -> str | None:
     """What brute force says against the proof of call ``index`` or against its counterexample."""
     if proof.counterexample is not None and not confirms(graph, index, proof.counterexample):
         return f"the counterexample {proof.counterexample} is none"
     return contradiction(proof, seen)
 
 
-def _size(proof: MaskProof, seen: list[Run]) -> int | None:
-    if proof.mask not in ("sliding_window", "chunked"):
+def _size(proof: Proof, seen: list[Run]) -> int | None:
+    if proof.mask.name not in ("sliding_window", "chunked"):
         return None
-    return min((size for _, size in parameters(proof.mask, seen)), default=None)
+    return min((size for _, size in parameters(proof.mask.name, seen)), default=None)
 
 
 def cells(architecture: str) -> list[Cell]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -12,18 +13,21 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from passes.errors import UserError
-from passes.graph.driver import DECOMPOSITIONS, Rewritten, apply_strategy
+from passes.graph import driver
+from passes.graph.driver import DECOMPOSITIONS
 from passes.graph.lowering_pass import rewrite_proved
+from passes.graph.lowerings.lowering import ANY
 from passes.graph.prepare import prepare
+from passes.graph.rewritten import Rewritten
 from passes.proof.calls import AttentionCall, find_calls
-from passes.proof.masks import MaskProof, prover_of
+from passes.proof.masks import Proof, prover_of
 from passes.tensorrt import registry
 from passes.tensorrt.versions import load_stack
 
 STRATEGIES = ("lowering", "detect_causal", "decompose")
 
 
-class Classification(list[tuple[AttentionCall, MaskProof]]):
+class Classification(list[tuple[AttentionCall, Proof]]):
     """Every attention call of a graph with its proof; prints as a list of what was found."""
 
     def __str__(self) -> str:
@@ -54,6 +58,7 @@ def rewrite(
     strategy: str = "lowering",
     unproven: str | None = None,
     assume: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> Rewritten:
     """``program`` with its attention calls rewritten, in aten ops alone, and what became of each call.
 
@@ -62,15 +67,16 @@ def rewrite(
     here): a call whose mask is proved causal gets ``is_causal=True`` instead, one whose mask blocks nothing gets none,
     any other stays as it is; ``decompose``: every call as matmul, softmax, matmul.  ``unproven``: ``error`` raises
     :class:`passes.errors.RunError` of kind ``unproven`` where a mask is not proved, ``force`` (``lowering``) drops it
-    all the same.  ``assume`` names :data:`passes.proof.conditions.CONDITIONS` that hold for every input, you say.
+    all the same.  ``assume`` names :data:`passes.proof.conditions.CONDITIONS` that hold for every input, you say;
+    ``without`` passes that are left out, of :data:`passes.graph.passes.OPTIONAL`.
     Raises :class:`passes.errors.UserError` for other names, and :class:`passes.errors.RunError` of kind
     ``no_attention`` for a graph without attention ops.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy={strategy}: allowed here: {', '.join(STRATEGIES)}")
-    done = apply_strategy(prepare(_copied(program)), strategy, unproven, assume, in_aten=True)
+    done = driver.rewrite(_copied(program), strategy, unproven, assume, ANY, without)
     if any(node.target in DECOMPOSITIONS for node in done.program.graph.nodes):
-        return Rewritten(done.program.run_decompositions(dict(DECOMPOSITIONS)), done.calls, done.narrowed)
+        return replace(done, program=done.program.run_decompositions(dict(DECOMPOSITIONS)))
     return done
 
 

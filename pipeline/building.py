@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.tensorrt.versions import Stack
 from pipeline.engine import network
 from pipeline.engine.build import build_engine
@@ -34,8 +34,7 @@ def build(
     with record.stage("strategy"):
         asked = config.strategy
         rewritten = {
-            name: apply_strategy(each.program, asked.name, asked.unproven, asked.assume)
-            for name, each in traced.items()
+            name: rewrite(each.program, asked.name, asked.unproven, asked.assume) for name, each in traced.items()
         }
         described = {name: each.describe() for name, each in rewritten.items()}
         for name, after in rewritten.items():

@@ -15,8 +15,32 @@ from benchmarks.call_forms import FORMS, LONGEST, export
 from benchmarks.masks import Cell, CheckedCall, cells, check, markdown
 from passes.proof.calls import find_calls
 from passes.proof.counterexample import Counterexample
-from passes.proof.masks import PROVED, MaskProof
+from passes.proof.mask import (
+    Arbitrary,
+    Bias,
+    Causal,
+    Chunked,
+    Full,
+    LowerRight,
+    Mask,
+    Offset,
+    Packed,
+    Padding,
+    Window,
+)
+from passes.proof.masks import Proof, Status
 from passes.proof.sizes import symbol_ranges
+
+SOME: tuple[Mask, ...] = (
+    Full(), Causal(), LowerRight(), Offset("position", (0,)), Window(5), Chunked(4), Padding(), Packed("segments"),
+    Bias(), Arbitrary(),
+)  # fmt: skip
+
+
+def proof_of(name: str, status: Status = Status.PROVED) -> Proof:
+    """A proof of some mask of the class of that name."""
+    return Proof(next(mask for mask in SOME if mask.name == name), status)
+
 
 FORM = {form.name: form for form in FORMS}
 
@@ -47,7 +71,7 @@ def test_a_part_of_the_table_is_sound_and_complete(
     assert [call.contradiction for call in calls] == [None] * len(true)
     for call, kind in zip(calls, true, strict=True):
         assert call.complete
-        assert (call.truths == []) if kind is None else (kind in call.truths and call.proof.mask in call.truths)
+        assert (call.truths == []) if kind is None else (kind in call.truths and call.proof.mask.name in call.truths)
 
 
 def test_a_wrong_class_is_contradicted_in_a_real_graph() -> None:
@@ -55,7 +79,7 @@ def test_a_wrong_class_is_contradicted_in_a_real_graph() -> None:
     program = export(build("qwen2"), form, shape)
     (call,) = find_calls(program.graph_module)
     seen = [run for (run,) in runs(MaskGraph(program, [call]), form, shape) if run is not None]
-    assert contradiction(MaskProof("padding", PROVED), seen) is None
+    assert contradiction(proof_of("padding"), seen) is None
     for wrong in (
         "full",
         "causal",
@@ -66,7 +90,7 @@ def test_a_wrong_class_is_contradicted_in_a_real_graph() -> None:
         "packed",
         "bias",
     ):
-        assert "brute force disagrees" in str(contradiction(MaskProof(wrong, PROVED), seen)), wrong
+        assert "brute force disagrees" in str(contradiction(proof_of(wrong), seen)), wrong
 
 
 def test_a_counterexample_is_run_before_it_is_believed() -> None:
@@ -112,8 +136,8 @@ ALMOST = {
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_class_that_one_element_contradicts_is_caught(kind: str) -> None:
-    assert contradiction(MaskProof(kind, PROVED), squares(EXACT[kind])) is None
-    assert contradiction(MaskProof(kind, PROVED), squares(ALMOST[kind])) is not None
+    assert contradiction(proof_of(kind), squares(EXACT[kind])) is None
+    assert contradiction(proof_of(kind), squares(ALMOST[kind])) is not None
 
 
 def test_a_window_must_have_one_width_at_every_length() -> None:
@@ -123,14 +147,14 @@ def test_a_window_must_have_one_width_at_every_length() -> None:
 
 
 def test_a_mask_that_never_ran_is_not_called_checked() -> None:
-    assert contradiction(MaskProof("causal", PROVED), []) is not None
+    assert contradiction(proof_of("causal"), []) is not None
 
 
 def test_a_condition_is_tried_on_the_rows_where_it_holds() -> None:
     padded = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
     at = torch.arange(4)
     causal = (at <= at[:, None])[None, None] & (padded == 1)[:, None, None, :]
-    proof = replace(MaskProof("padding", PROVED), conditions=("no_padding",))
+    proof = replace(proof_of("padding"), conditions=("no_padding",))
     assert contradiction(proof, [Run(causal, {"attention_mask": padded})]) is None
     broken = causal.clone()
     broken[0, 0, 3, 0] = False
@@ -148,8 +172,8 @@ def test_additive_masks_count_as_masks_only_where_they_add_nothing_else() -> Non
 
 
 def test_an_incomplete_and_a_wrong_proof_show_in_the_summary_and_the_document() -> None:
-    missed = CheckedCall("call", MaskProof("arbitrary", "not_proved"), ["causal"])
-    wrong = CheckedCall("call", MaskProof("full", PROVED), [], "called full, and brute force disagrees")
+    missed = CheckedCall("call", proof_of("arbitrary", Status.NOT_PROVED), ["causal"])
+    wrong = CheckedCall("call", proof_of("full"), [], "called full, and brute force disagrees")
     table = [Cell("llama", form.name, shape, [missed, wrong]) for form in FORMS for shape in form.shapes]
     document = markdown(table)
     assert f"NO, {len(table)} proofs contradicted" in document and f"0 of {len(table)} calls" in document

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
 from passes.tensorrt.versions import load_stack, quiet
 from pipeline.config.schema import BackendConfig
@@ -66,7 +66,7 @@ def traced(form: str, static: bool, device: str) -> Traced:
 @pytest.mark.parametrize("strategy", ["detect_causal", "mask_input", "decompose"])
 def test_rows_that_see_no_key_are_zero(strategy: str, form: str, static: bool) -> None:
     stack, given = load_stack(), traced(form, static, "cuda")
-    rewritten = apply_strategy(given.program, strategy)
+    rewritten = rewrite(given.program, strategy)
     lowered = compile.lower(stack, rewritten.program, given.inputs, BackendConfig("tensorrt"), "fp16")
     network = compile.interpret(stack, lowered, use_upstream=False)
     engine = Engine(stack, build_engine(stack, network, lambda *_: True).data, given.inputs)

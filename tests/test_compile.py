@@ -14,7 +14,7 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from passes.errors import RunError
 from passes.graph import ops
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
 from passes.tensorrt import attention
 from passes.tensorrt.versions import Stack, load_stack, quiet
@@ -33,7 +33,7 @@ def on(phase: str, step: int, steps: int) -> bool:
 
 def network(traced: Traced, strategy: str, unproven: str | None = None, precision: str = "fp16", **how: Any) -> Network:
     stack = how.pop("stack", None) or load_stack()
-    program = apply_strategy(traced.program, strategy, unproven).program
+    program = rewrite(traced.program, strategy, unproven).program
     return compile.interpret(
         stack, compile.lower(stack, program, traced.inputs, BACKEND, precision), strategy == "upstream"
     )

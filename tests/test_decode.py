@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule
 from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, PretrainedConfig
 
 from passes.errors import RunError, UserError
-from passes.graph.driver import Rewritten, apply_strategy
+from passes.graph.driver import rewrite
+from passes.graph.rewritten import Rewritten
 from passes.tensorrt import rows as row_converters
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig
@@ -44,7 +45,7 @@ def programs(
         cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
         cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU),
     ]
-    return cache, traced, [apply_strategy(each.program, strategy, "mask") for each in traced]
+    return cache, traced, [rewrite(each.program, strategy, "mask") for each in traced]
 
 
 def lowered_step(name: str, **changes: Any) -> tuple[GraphModule, dict[str, Any]]:
@@ -272,7 +273,7 @@ def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_fo
     traced = cached_forms.trace_decode(cached_forms.DecodeForm(tiny.model("mistral", **WINDOWED)), cache, CPU)
 
     with pytest.raises(RunError, match="not proved causal"):
-        apply_strategy(traced.program, "detect_causal", "error")
+        rewrite(traced.program, "detect_causal", "error")
 
 
 @pytest.mark.parametrize(("name", "biases"), [("llama", 0), ("qwen2", 1)])

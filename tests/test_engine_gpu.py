@@ -55,7 +55,7 @@ def engine_of(
     cuda_graph: bool = False, assume: tuple[str, ...] = (),
 ) -> Engine:  # fmt: skip
     stack = load_stack()
-    rewritten = driver.apply_strategy(traced.program, strategy, unproven, assume)
+    rewritten = driver.rewrite(traced.program, strategy, unproven, assume)
     lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
     network = compile.interpret(stack, lowered, strategy == "upstream")
     data, conditions = build_engine(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
@@ -282,7 +282,7 @@ def test_the_default_model_answers_as_pytorch_does() -> None:
     loaded = load(config, "fp16", device, 0, lambda _: None)
     form = CallForm(loaded.model, "all")
     traced = trace(form, config, ShapeConfig("dynamic", 1, 2, 256, 256), device)
-    program = driver.apply_strategy(traced.program, "detect_causal", "mask").program
+    program = driver.rewrite(traced.program, "detect_causal", "mask").program
     lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), "fp16")
     built = build_engine(stack, compile.interpret(stack, lowered, False), lambda *_: True)
     assert built.section["iattention_causal"] == 30

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import architectures
 from passes.errors import RunError, UserError
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.tensorrt import missing, network_form
 from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
@@ -84,7 +84,7 @@ def networks(
     for part, trace in programs.parts(config, made, programs.cache_of(config, made)).items():
         if part in parts:
             traced = trace()
-            program = apply_strategy(traced.program, "detect_causal", "mask").program
+            program = rewrite(traced.program, "detect_causal", "mask").program
             lowered = compile.lower(stack, program, traced.inputs, config.backend, "fp16")
             found[part] = compile.interpret(stack, lowered, False, cache == "in_engine", True)
     return found

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from passes import classify
 from passes.errors import RunError
-from passes.graph.driver import apply_strategy
-from passes.graph.lowerings import SDPA
+from passes.graph.driver import rewrite
+from passes.graph.writing import SDPA
 from passes.proof.calls import FORMS, find_calls
 
 aten = torch.ops.aten
@@ -77,10 +77,10 @@ def test_a_mask_is_proved_in_every_form_and_the_call_rewritten(form: Any) -> Non
     for window, kind in ((None, "causal"), (3, "sliding_window")):
         program = program_of(form, MASKED[form], window)
         ((call, proof),) = classify(program)
-        assert (call.node.target, proof.mask, proof.proof) == (form, kind, "proved")
+        assert (call.node.target, proof.mask.name, proof.status) == (form, kind, "proved")
 
     program = program_of(form, MASKED[form], None)
-    rewritten = apply_strategy(program, "lowering").program
+    rewritten = rewrite(program, "lowering").program
     (call,) = find_calls(rewritten.graph_module)
     assert call.node.target is SDPA and call.is_causal and call.mask is None
     wanted = torch.nn.functional.scaled_dot_product_attention(X, X, X, is_causal=True)
@@ -90,7 +90,7 @@ def test_a_mask_is_proved_in_every_form_and_the_call_rewritten(form: Any) -> Non
 @pytest.mark.parametrize("form", CAUSAL, ids=str)
 def test_a_call_that_says_that_it_is_causal_is_believed_in_every_form(form: Any) -> None:
     ((call, proof),) = classify(program_of(form, CAUSAL[form], None))
-    assert call.is_causal and (proof.mask, proof.proof) == ("causal", "proved")
+    assert call.is_causal and (proof.mask.name, proof.status) == ("causal", "proved")
 
 
 def test_a_call_of_which_more_than_the_result_is_used_is_not_rewritten() -> None:
@@ -99,7 +99,7 @@ def test_a_call_of_which_more_than_the_result_is_used_is_not_rewritten() -> None
         return made[0] * 1.0, made[1] * 1.0
 
     with pytest.raises(RunError, match="more than the result"):
-        apply_strategy(tiny.program_of(forward, X), "lowering")
+        rewrite(tiny.program_of(forward, X), "lowering")
 
 
 def test_attention_that_is_written_out_is_no_call_and_the_way_out_is_named() -> None:

@@ -102,6 +102,6 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
     original = front_door.rewrite_proved
     monkeypatch.setattr(
-        front_door, "rewrite_proved", lambda graph: found.extend(proof.mask for _, proof in original(graph))
+        front_door, "rewrite_proved", lambda graph: found.extend(proof.mask.name for _, proof in original(graph))
     )
     return found

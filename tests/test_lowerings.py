@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from passes import classify
 from passes.errors import RunError
 from passes.graph import ops
-from passes.graph.driver import apply_strategy
-from passes.graph.lowerings import SDPA
-from passes.graph.strategies import every_row_sees_a_key
+from passes.graph.blank_rows import every_row_sees_a_key
+from passes.graph.driver import rewrite
+from passes.graph.writing import SDPA
 from passes.proof.calls import find_calls
 from passes.tensorrt.versions import load_stack
 from pipeline.engine import network
@@ -38,7 +38,7 @@ def assert_as_pytorch(function: Callable[..., Tensor], inputs: list[Tensor], dyn
     """The graph after each strategy, each of which computes ``function``."""
     program, graphs = tiny.program_of(function, *inputs, dynamic=dynamic), []
     for strategy in STRATEGIES:
-        rewritten = apply_strategy(copy.deepcopy(program), strategy).program
+        rewritten = rewrite(copy.deepcopy(program), strategy).program
         got = rewritten.module()(*inputs)
         assert got.isfinite().all()
         torch.testing.assert_close(got, function(*inputs), rtol=1e-5, atol=1e-5)
@@ -88,13 +88,13 @@ def test_heads_are_broadcast_at_a_length_that_is_dynamic() -> None:
 def test_more_than_four_dimensions_are_refused_before_anything_is_built(strategy: str) -> None:
     program = tiny.program_of(lambda x: scaled_dot_product_attention(x, x, x), torch.randn(2, 2, 2, LENGTH, SIZE))
     with pytest.raises(RunError, match="5-D tensors; the layers take four") as error:
-        apply_strategy(program, strategy)
+        rewrite(program, strategy)
     assert error.value.kind == "unsupported_op"
 
 
 def test_an_engine_is_built_from_heads_that_are_broadcast() -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q[:, :1], k, v, is_causal=True))
-    program = apply_strategy(given.program, "lowering").program
+    program = rewrite(given.program, "lowering").program
     made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
     assert [layer.heads for layer in made.native_layers] == [(2, 2)]
     assert build_engine(load_stack(), made, lambda *_: True).data is not None
@@ -160,8 +160,8 @@ def test_a_row_is_blanked_unless_the_class_of_its_mask_shows_it_a_key(name: str)
 
     program = tiny.program_of(attention, *tensors((1, 2, 7, SIZE)), dynamic=({2: tiny.length()},))
     ((call, proof),) = classify(program)
-    assert (proof.mask, every_row_sees_a_key(call, proof)) == (name, sees)
-    (record,) = apply_strategy(program, "mask_input").calls
+    assert (proof.mask.name, every_row_sees_a_key(call, proof)) == (name, sees)
+    (record,) = rewrite(program, "mask_input").calls
     blanked = [node for node in program.graph.nodes if node.target is ops.BLANKED]
     assert len(blanked) == (not sees) and record.mask == name
 
@@ -173,7 +173,7 @@ def test_a_window_over_fewer_keys_than_queries_may_show_a_row_none() -> None:
 
     inputs = tensors((1, 2, LENGTH, SIZE), (1, 2, KEYS, SIZE))
     ((call, proof),) = classify(tiny.program_of(attention, *inputs))
-    assert proof.mask == "causal_lower_right" and not every_row_sees_a_key(call, proof)
+    assert proof.mask.name == "causal_lower_right" and not every_row_sees_a_key(call, proof)
     assert_as_pytorch(attention, inputs)
 
 
@@ -182,7 +182,7 @@ def test_what_is_left_to_upstream_says_that_such_rows_are_its_own() -> None:
         return scaled_dot_product_attention(x, x, x, torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(-1))
 
     program = tiny.program_of(attention, *tensors((1, 2, LENGTH, SIZE)))
-    (record,) = apply_strategy(program, "upstream").calls
+    (record,) = rewrite(program, "upstream").calls
     assert record.reason.endswith("a row that sees no key need not be 0 as in PyTorch")
     assert find_calls(program.graph_module)
 
@@ -190,7 +190,7 @@ def test_what_is_left_to_upstream_says_that_such_rows_are_its_own() -> None:
 @pytest.mark.parametrize("strategy", ["detect_causal", "decompose"])
 def test_an_engine_is_built_that_blanks_its_rows(strategy: str) -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, _before(q)))
-    program = apply_strategy(given.program, strategy).program
+    program = rewrite(given.program, strategy).program
     made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
     assert len(layers(made, "REDUCE")) == 1  # over the keys of the mask
     assert build_engine(load_stack(), made, lambda *_: True).data is not None

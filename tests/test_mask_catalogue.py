@@ -15,7 +15,7 @@ from torch import Tensor
 
 from passes.proof import counterexample
 from passes.proof.calls import find_calls
-from passes.proof.masks import MaskProof, prover_of
+from passes.proof.masks import Proof, prover_of
 
 LENGTHS = (1, 2, 3, 5, 8, 9, 21, 38, 39, 40)
 
@@ -40,7 +40,7 @@ def contents(keys: int) -> Iterator[Inputs]:
 
 
 @functools.cache
-def proved(setting: str) -> dict[str, MaskProof]:
+def proved(setting: str) -> dict[str, Proof]:
     """The proofs of all programs of ``setting``: one export, whose masks are given to one attention call in turn."""
     past, lengths = SETTINGS[setting].past, SETTINGS[setting].lengths
     every = {name: program for programs in CATALOGUE[setting].values() for name, program in programs.items()}
@@ -100,10 +100,10 @@ def test_what_may_become_of_it(setting: str, kind: str, name: str, program: str)
     assert not proof.disagreement
     if kind in CLASSES:
         assert holds(kind, setting, program), "the catalogue itself is wrong"
-        assert (proof.mask, proof.proof) == (kind, "proved"), proof
+        assert (proof.mask.name, proof.status) == (kind, "proved"), proof
         assert proof.looks
         return
-    assert proof.mask not in DROPPED, proof
+    assert proof.mask.name not in DROPPED, proof
     could_go = [each for each in DROPPED if holds(each, setting, program)]
     assert bool(could_go) == (name in UNDECIDED), f"the catalogue itself is wrong: {could_go}"
 

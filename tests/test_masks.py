@@ -15,17 +15,17 @@ from torch.export import ExportedProgram
 
 from passes import classify
 from passes.proof.calls import find_calls
-from passes.proof.masks import MaskProof, prover_of
+from passes.proof.masks import Proof, prover_of
 
 LONGEST = 12
 
 
-def proofs(program: ExportedProgram) -> list[MaskProof]:
+def proofs(program: ExportedProgram) -> list[Proof]:
     prover = prover_of(program)
     return [prover.prove(call) for call in find_calls(program.graph_module)]
 
 
-def proof(name: str, **how: Any) -> MaskProof:
+def proof(name: str, **how: Any) -> Proof:
     first, *others = proofs(tiny.traced(name, **how).program)
     assert all(replace(other, seconds=first.seconds) == first for other in others)
     return first
@@ -38,19 +38,19 @@ def proof(name: str, **how: Any) -> MaskProof:
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_the_masks_of_the_shipped_models_are_proved_causal(name: str, static: bool) -> None:
     found = proof(name, lengths=(64, 64) if static else (1, 64))
-    assert (found.mask, found.proof, found.depends_on, found.causal) == ("causal", "proved", (), True)
+    assert (found.mask.name, found.status, found.depends_on, found.causal) == ("causal", "proved", (), True)
     assert list(found.profile.values()) == ([] if static else [(1, 64)])
 
 
 def test_an_attention_mask_makes_padding_that_may_not_be_dropped() -> None:
     found = proof("llama", inputs=("input_ids", "attention_mask"), batch=2)
-    assert (found.mask, found.proof, found.depends_on) == ("padding", "proved", ("attention_mask",))
+    assert (found.mask.name, found.status, found.depends_on) == ("padding", "proved", ("attention_mask",))
     assert not found.causal and not found.void
 
 
 def test_given_position_ids_make_packed_segments_that_may_not_be_dropped() -> None:
     found = proof("llama", inputs=("input_ids", "position_ids"))
-    assert (found.mask, found.proof, found.depends_on) == ("packed", "proved", ("position_ids",))
+    assert (found.mask.name, found.status, found.depends_on) == ("packed", "proved", ("position_ids",))
     assert found.conditions == ("contiguous_positions",)
     assert found.counterexample is not None and found.counterexample.inputs == {"position_ids": [[0, 0]]}
     assert not found.causal and not found.void
@@ -58,9 +58,9 @@ def test_given_position_ids_make_packed_segments_that_may_not_be_dropped() -> No
 
 def test_a_window_beside_padding_has_no_class_and_needs_no_name_to_be_kept() -> None:
     found = proof("mistral", inputs=("input_ids", "attention_mask"), sliding_window=6)
-    assert (found.mask, found.proof, found.conditions) == ("arbitrary", "not_proved", ())
+    assert (found.mask.name, found.status, found.conditions) == ("arbitrary", "not_proved", ())
     wide = proof("mistral", inputs=("input_ids", "attention_mask"), sliding_window=64)
-    assert (wide.mask, wide.proof, wide.conditions) == ("padding", "proved", ("no_padding",))
+    assert (wide.mask.name, wide.status, wide.conditions) == ("padding", "proved", ("no_padding",))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_an_assumption_makes_a_mask_causal_and_is_named(inputs: Any, kept: str, 
     for assume in ([], ["no_padding"], ["contiguous_positions"], ["no_padding", "contiguous_positions"]):
         (_, found), _ = classify(program, assume)
         assumed = conditions.issubset(assume)
-        assert (found.mask, found.proof) == (("causal", "assumed") if assumed else (kept, "proved"))
+        assert (found.mask.name, found.status) == (("causal", "assumed") if assumed else (kept, "proved"))
         assert found.causal == assumed and set(found.conditions) == conditions
     assert str(program.graph) == before
 
@@ -91,7 +91,7 @@ def test_a_classification_reads_as_text() -> None:
 
 def test_a_window_one_shorter_than_the_range_is_a_window() -> None:
     found = proof("mistral", sliding_window=63)
-    assert (found.mask, found.proof, found.causal) == ("sliding_window", "proved", False)
+    assert (found.mask.name, found.status, found.causal) == ("sliding_window", "proved", False)
     assert "last 63 keys" in found.reason
 
 
@@ -195,7 +195,7 @@ def attended(mask: Tensor) -> Tensor:
     return mask == 0 if bool((blocked | (mask == 0)).all()) else torch.full_like(blocked, False)
 
 
-def hand_written(*masks: Mask, offset: int = 0, static: int | None = None) -> list[MaskProof]:
+def hand_written(*masks: Mask, offset: int = 0, static: int | None = None) -> list[Proof]:
     """The proofs of ``masks`` on x [1, 2, length, 16] that attends from x[offset:] to x, for length 1..LONGEST
     (offset + 2..LONGEST where there is an offset), or ``static``."""
 
@@ -210,7 +210,7 @@ def hand_written(*masks: Mask, offset: int = 0, static: int | None = None) -> li
 
 
 @functools.cache
-def of_squares() -> dict[str, MaskProof]:
+def of_squares() -> dict[str, Proof]:
     return dict(zip(SQUARE, hand_written(*(mask for mask, _ in SQUARE.values())), strict=True))
 
 
@@ -218,7 +218,7 @@ def of_squares() -> dict[str, MaskProof]:
 def test_a_hand_written_mask_has_the_class_that_brute_force_finds(name: str) -> None:
     mask, kind = SQUARE[name]
     found = of_squares()[name]
-    assert (found.mask, found.proof) == (kind, "not_proved" if kind in ("arbitrary", "bias") else "proved")
+    assert (found.mask.name, found.status) == (kind, "not_proved" if kind in ("arbitrary", "bias") else "proved")
     true_of = {
         each
         for each, predicate in PREDICATES.items()
@@ -244,7 +244,7 @@ ONCE_FALSE: dict[str, Mask] = {
 
 
 @functools.cache
-def of_once_false() -> dict[str, MaskProof]:
+def of_once_false() -> dict[str, Proof]:
     return dict(zip(ONCE_FALSE, hand_written(*ONCE_FALSE.values()), strict=True))
 
 
@@ -274,13 +274,13 @@ def test_attention_over_other_than_four_dimensions_is_kept(rank: int) -> None:
     x = torch.zeros(*(2, 3, 2)[: rank - 2], 20, 16)
     program = tiny.program_of(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=hole), x)
     for found in proofs(program):
-        assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+        assert (found.mask.name, found.status) == ("arbitrary", "not_proved")
 
 
 def test_a_table_that_is_given_is_no_segment() -> None:
     table = torch.zeros(7, 7, dtype=torch.int64)
     found = with_inputs(lambda x: causal(7, 7) & (x == x.gather(0, torch.arange(7)[None])), table)
-    assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+    assert (found.mask.name, found.status) == ("arbitrary", "not_proved")
 
 
 @pytest.mark.parametrize("given", [torch.tensor(3), torch.tensor([3])])
@@ -296,13 +296,13 @@ def test_the_width_of_a_window_is_that_of_its_widest_row() -> None:
 
 def test_fewer_queries_than_keys_are_causal_at_one_end_only() -> None:
     found = hand_written(lower_right, causal, offset=3)
-    assert [each.mask for each in found] == ["causal_lower_right", "causal"]
+    assert [each.mask.name for each in found] == ["causal_lower_right", "causal"]
     assert not torch.equal(lower_right(4, 7), causal(4, 7))
 
 
 def test_one_query_sees_every_key_so_its_lower_right_mask_is_void() -> None:
     (found,) = hand_written(lower_right, offset=6, static=7)
-    assert found.mask == "full" and found.void and not found.causal
+    assert found.mask.name == "full" and found.void and not found.causal
 
 
 @pytest.mark.parametrize("length", [1, 9, 10, LONGEST])
@@ -330,7 +330,7 @@ def test_a_mask_that_overflows_to_infinity_in_a_narrow_type_is_read_as_it_is_sto
     assert found.causal
 
 
-def with_inputs(mask: Callable[..., Tensor], *inputs: Tensor, keys: int = 7) -> MaskProof:
+def with_inputs(mask: Callable[..., Tensor], *inputs: Tensor, keys: int = 7) -> Proof:
     """The proof of ``mask(*inputs)`` over 7 queries and ``keys`` keys."""
 
     def attention(x: Tensor, y: Tensor, *given: Tensor) -> Tensor:
@@ -343,25 +343,25 @@ def with_inputs(mask: Callable[..., Tensor], *inputs: Tensor, keys: int = 7) -> 
 
 def test_a_place_that_comes_with_the_input_is_an_offset() -> None:
     found = with_inputs(lambda place: k(12) <= q(7) + place, torch.tensor(0), keys=12)
-    assert (found.mask, found.proof, found.causal) == ("causal_offset", "proved", False)
+    assert (found.mask.name, found.status, found.causal) == ("causal_offset", "proved", False)
     for other in (lambda place: k(12) < q(7) + place, lambda place: k(12) <= q(7) - place):
         found = with_inputs(other, torch.tensor(0), keys=12)
-        assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+        assert (found.mask.name, found.status) == ("arbitrary", "not_proved")
 
 
 def test_segments_of_an_input_are_packed() -> None:
     segments = torch.tensor([0, 0, 0, 1, 1, 1, 1])
     found = with_inputs(lambda ids: causal(7, 7) & (ids[None] == ids[:, None]), segments)
-    assert (found.mask, found.proof) == ("packed", "proved")
+    assert (found.mask.name, found.status) == ("packed", "proved")
     swapped = with_inputs(lambda ids: causal(7, 7) & (ids[None] == ids[:, None] + 0 * q(7).flip(0)), segments)
     assert not swapped.causal
     loose = with_inputs(lambda ids: causal(7, 7) & (ids[None] <= ids[:, None]), segments)
-    assert (loose.mask, loose.proof) == ("arbitrary", "not_proved")
+    assert (loose.mask.name, loose.status) == ("arbitrary", "not_proved")
 
 
 def test_an_empty_range_of_indices_proves_nothing() -> None:
     (found,) = hand_written(causal, static=0)
-    assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+    assert (found.mask.name, found.status) == ("arbitrary", "not_proved")
 
 
 def test_a_mask_beside_is_causal_is_not_taken_for_either() -> None:
@@ -372,7 +372,7 @@ def test_a_mask_beside_is_causal_is_not_taken_for_either() -> None:
     (call,) = find_calls(program.graph_module)
     call.node.args = (*call.node.args, 0.0, True)
     (found,) = proofs(program)
-    assert (found.mask, found.proof) == ("arbitrary", "not_proved") and "both" in found.reason
+    assert (found.mask.name, found.status) == ("arbitrary", "not_proved") and "both" in found.reason
 
 
 def test_a_call_without_mask_says_itself_what_it_is() -> None:
@@ -382,7 +382,7 @@ def test_a_call_without_mask_says_itself_what_it_is() -> None:
             torch.zeros(1, 2, 7, 16),
         )
         (found,) = proofs(program)
-        assert (found.mask, found.causal, found.void) == (kind, is_causal, not is_causal)
+        assert (found.mask.name, found.causal, found.void) == (kind, is_causal, not is_causal)
 
 
 def test_a_mask_given_as_an_input_is_arbitrary_and_named() -> None:
@@ -391,7 +391,7 @@ def test_a_mask_given_as_an_input_is_arbitrary_and_named() -> None:
         lambda x, mask: torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask), x, mask
     )
     (found,) = proofs(program)
-    assert (found.mask, found.proof) == ("arbitrary", "not_proved")
+    assert (found.mask.name, found.status) == ("arbitrary", "not_proved")
     assert found.depends_on == (program.graph_signature.user_inputs[1],)
 
 

@@ -12,7 +12,7 @@ from runs import GPU, do, failure
 from torch import Tensor
 
 from passes.errors import UserError
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import ShapeConfig
 from pipeline.engine.session import GraphSession
@@ -37,7 +37,7 @@ def traced(name: str, batch: int = 1) -> Traced:
 
 
 def session_of(program: Traced, strategy: str = "lowering", unproven: str | None = "keep") -> GraphSession:
-    rewritten = apply_strategy(program.program, strategy, unproven, [])
+    rewritten = rewrite(program.program, strategy, unproven, [])
     return GraphSession(rewritten.program.module(), tuple(spec.name for spec in program.inputs))
 
 

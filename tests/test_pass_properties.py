@@ -19,12 +19,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from passes.graph import query_key_joining
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
 from passes.graph.scale import fold_scale
 from passes.proof import counterexample
-from passes.proof.calls import FORMS, find_calls, use_native_gqa
+from passes.proof.calls import FORMS, find_calls, native_gqa
 from passes.proof.sizes import symbol_ranges
 from passes.tensorrt import rows
 from passes.tensorrt.versions import quiet
@@ -63,19 +63,13 @@ def folded(program: ExportedProgram) -> int:
 
 
 def grouped(program: ExportedProgram) -> int:
-    count, ranges = 0, symbol_ranges(program)
-    for call in find_calls(program.graph_module):
-        key, value = use_native_gqa(call, ranges)
-        if key is not call.key:
-            call.node.args = (call.query, key, value, *call.node.args[3:])
-            call.node.update_kwarg("enable_gqa", True)
-            count += 1
-    return count
+    ranges = symbol_ranges(program)
+    return sum(native_gqa(call, ranges) for call in find_calls(program.graph_module))
 
 
 def strategy(name: str, unproven: str | None = None) -> Pass:
     def rewritten(program: ExportedProgram) -> int:
-        return sum(call.action != "untouched" for call in apply_strategy(program, name, unproven).calls)
+        return sum(call.action != "untouched" for call in rewrite(program, name, unproven).calls)
 
     return rewritten
 
@@ -83,7 +77,7 @@ def strategy(name: str, unproven: str | None = None) -> Pass:
 # Pass, and whether it claims that every bit stays.
 PASSES: dict[str, tuple[Pass, bool]] = {
     "fold_scale": (folded, True),
-    "use_native_gqa": (grouped, True),
+    "native_gqa": (grouped, True),
     "narrow": (lambda program: narrow(program.graph_module), False),
     "detect_causal": (strategy("detect_causal", "mask"), False),
     "detect_causal, decompose": (strategy("detect_causal", "decompose"), False),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import UserError
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.tensorrt.versions import Stack, load_stack
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig, VerifyConfig
@@ -33,7 +33,7 @@ from pipeline.verify.cases import cases
 
 
 def network(traced: Traced, in_place: bool = False) -> Network:
-    program = apply_strategy(traced.program, "detect_causal", "mask").program
+    program = rewrite(traced.program, "detect_causal", "mask").program
     lowered = compile.lower(load_stack(), program, traced.inputs, BackendConfig("tensorrt"), "fp16")
     return compile.interpret(load_stack(), lowered, False, in_place)
 

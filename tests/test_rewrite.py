@@ -12,8 +12,9 @@ from torch import Tensor
 
 from passes.errors import RunError
 from passes.graph import ops
-from passes.graph.driver import DECOMPOSITIONS, Rewritten, apply_strategy
-from passes.graph.lowerings import SDPA
+from passes.graph.driver import DECOMPOSITIONS, rewrite
+from passes.graph.rewritten import Rewritten
+from passes.graph.writing import SDPA
 from passes.proof.calls import find_calls, unrepeated
 from passes.proof.sizes import symbol_ranges
 from pipeline.model.load import load_reference
@@ -179,7 +180,7 @@ def test_error_ends_the_run_at_the_first_unproved_mask(strategy: str) -> None:
 def test_a_graph_without_attention_ends_the_run() -> None:
     program = tiny.program_of(lambda x: x.softmax(-1) @ x, torch.zeros(1, 2, 4, 4))
     with pytest.raises(RunError, match="attn_implementation=sdpa") as error:
-        apply_strategy(program, "detect_causal", "mask")
+        rewrite(program, "detect_causal", "mask")
     assert error.value.kind == "no_attention"
 
 
@@ -204,7 +205,7 @@ def test_only_the_repetition_of_grouped_query_attention_is_taken_for_it(spread: 
     program = tiny.program_of(attention, *inputs, dynamic=dynamic)
     (call,) = find_calls(program.graph_module)
     assert (unrepeated(call.key, symbol_ranges(program)) is not None) == native
-    rewritten = apply_strategy(program, "detect_causal", "mask")
+    rewritten = rewrite(program, "detect_causal", "mask")
     assert rewritten.calls[0].native_gqa == native
     got = rewritten.program.module()(*inputs)
     torch.testing.assert_close(got, attention(*inputs))
@@ -219,7 +220,7 @@ def test_a_call_that_asks_for_gqa_itself_stays_right(
         return torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
 
     inputs = [torch.randn(1, heads, 7, 16, generator=torch.Generator().manual_seed(heads)) for heads in (6, 2)]
-    rewritten = apply_strategy(tiny.program_of(attention, *inputs), strategy, unproven)
+    rewritten = rewrite(tiny.program_of(attention, *inputs), strategy, unproven)
     got = rewritten.program.run_decompositions(DECOMPOSITIONS).module()(*inputs)
     torch.testing.assert_close(got, attention(*inputs))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
 from passes.graph.scale import fold_scale
 from passes.proof.calls import find_calls
@@ -71,7 +71,7 @@ def test_a_fused_projection_keeps_its_scale_and_its_weights(name: str) -> None:
     before = dict(program.state_dict)
     inputs = {"input_ids": tiny.tokens(1, 33)}
     wanted = tiny.logits(program, **inputs)
-    rewritten = apply_strategy(program, "detect_causal", "mask")
+    rewritten = rewrite(program, "detect_causal", "mask")
     for call in rewritten.calls:
         assert call.action == "native_causal" and call.scale.startswith("in the graph: ")
     assert all(rewritten.program.state_dict[key] is weight for key, weight in before.items())

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from passes import classify
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.proof.calls import find_calls
-from passes.proof.claims import Claims, Class
+from passes.proof.claims import Claims, Found
+from passes.proof.mask import Causal
 from passes.proof.masks import prover_of
-from passes.proof.second_look import CLAIMED, look
+from passes.proof.second_look import claimed_of, look
 from pipeline.config.schema import StrategyConfig
 from pipeline.engine.programs import dropped
 
@@ -51,14 +52,14 @@ def program(mask: Mask) -> ExportedProgram:
 @pytest.fixture
 def gullible(monkeypatch: pytest.MonkeyPatch) -> None:
     """A prover that takes every mask for causal."""
-    monkeypatch.setattr(Claims, "classify", lambda self: Class("causal", "k <= q", ""))
+    monkeypatch.setattr(Claims, "classify", lambda self: Found(Causal(), ""))
 
 
 @pytest.mark.wrong_prover
 @pytest.mark.parametrize("name", WRONG)
 @pytest.mark.parametrize("strategy", ["detect_causal", "lowering"])
 def test_a_wrong_proof_is_found_out_and_the_mask_is_kept(strategy: str, name: str, gullible: None) -> None:
-    rewritten = apply_strategy(program(WRONG[name]), strategy, "mask")
+    rewritten = rewrite(program(WRONG[name]), strategy, "mask")
 
     (call,) = rewritten.calls
     assert (call.mask, call.proof, call.action) == ("arbitrary", "not_proved", "native_mask")
@@ -77,7 +78,7 @@ def test_what_is_said_names_the_sizes_and_the_input(gullible: None) -> None:
 def test_a_causal_mask_is_looked_at_and_stays() -> None:
     ((_, proof),) = classify(program(causal))
 
-    assert (proof.mask, proof.proof, proof.looks, proof.disagreement) == ("causal", "proved", 26, "")
+    assert (proof.mask.name, proof.status, proof.looks, proof.disagreement) == ("causal", "proved", 26, "")
 
 
 def test_a_look_costs_little() -> None:
@@ -87,7 +88,7 @@ def test_a_look_costs_little() -> None:
 
     def cost() -> float:
         started = time.process_time()
-        assert look(call, prover.constants, prover.ranges, CLAIMED["causal"], {}).runs == 26
+        assert look(call, prover.constants, prover.ranges, claimed_of(Causal()), {}).runs == 26
         return time.process_time() - started
 
     assert min(cost() for _ in range(5)) < 0.06

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from passes.proof import counterexample
 from passes.proof.calls import find_calls
-from passes.proof.masks import MaskProof, prover_of
+from passes.proof.masks import Proof, prover_of
 
 LENGTHS = range(3, 9)  # shorter ones are refused by torch.export itself, for slices such as [2:]
 EXHAUSTIVE = 4
@@ -97,7 +97,7 @@ def tables(program: Program, form: Form) -> list[dict[str, list[Table]]]:
 # -- proofs ------------------------------------------------------------------------------------------
 
 
-def proved(program: Program, form: Form) -> dict[str, MaskProof]:
+def proved(program: Program, form: Form) -> dict[str, Proof]:
     """The proof of every mask of ``program``: one export, whose masks are given to one attention call in turn."""
     masks = [statement.name for statement in program if statement.is_mask]
 
@@ -155,14 +155,15 @@ def judged(program: Program, form: Form) -> dict[str, Found]:
     program = refused_by_none(program, form)
     proofs, every = proved(program, form), tables(program, form)
     wrong = [
-        f"{proof.mask} ({proof.reason}) of {listing(needed(program, name))}"
+        f"{proof.mask.name} ({proof.reason}) of {listing(needed(program, name))}"
         for name, proof in proofs.items()
-        if proof.proof == "proved" and not is_true(proof.mask, [each for tables in every for each in tables[name]])
+        if proof.status == "proved"
+        and not is_true(proof.mask.name, [each for tables in every for each in tables[name]])
     ]
     assert not wrong, "\n".join(wrong)
     found = {kind: Found(0, 0) for kind in "mfw"}
     for name, proof in proofs.items():
-        found[name[0]] += (1, proof.mask in DROPPED)
+        found[name[0]] += (1, proof.mask.name in DROPPED)
     return found
 
 

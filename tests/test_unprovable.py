@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from passes.proof import counterexample
 from passes.proof.calls import find_calls
-from passes.proof.masks import MaskProof, prover_of
+from passes.proof.masks import Proof, prover_of
 
 aten = torch.ops.aten
 LONGEST = 12
@@ -42,7 +42,7 @@ def program(*masks: Callable[..., Tensor], inputs: tuple[Tensor, ...] = ()) -> E
     return tiny.program_of(attention, torch.zeros(1, 2, 7, 16), *inputs, dynamic=dynamic)
 
 
-def proofs(exported: ExportedProgram) -> list[MaskProof]:
+def proofs(exported: ExportedProgram) -> list[Proof]:
     prover = prover_of(exported)
     return [prover.prove(call) for call in find_calls(exported.graph_module)]
 
@@ -78,7 +78,7 @@ def test_a_mask_that_a_nested_graph_makes_is_kept_unless_it_holds_whatever_that_
     assert len(nested) == len(NESTED) + 1
     *kept, dropped = proofs(exported)
     for name, found in zip(NESTED, kept, strict=True):
-        assert (found.mask, found.proof) in (("arbitrary", "not_proved"), ("bias", "not_proved")), name
+        assert (found.mask.name, found.status) in (("arbitrary", "not_proved"), ("bias", "not_proved")), name
         assert "no exact model" in found.reason, name
     assert dropped.causal
 
@@ -114,7 +114,7 @@ def test_a_mask_behind_thousands_of_operations_is_kept(name: str) -> None:
                 node.meta["val"] = last.meta["val"]
             last = node
     found = prover_of(exported).prove(replace(call, mask=last))
-    assert (found.mask, found.proof) == ("arbitrary", "not_proved") and found.reason
+    assert (found.mask.name, found.status) == ("arbitrary", "not_proved") and found.reason
 
 
 # -- scalars that fit no type ------------------------------------------------------------------------
@@ -160,4 +160,4 @@ SCALARS: dict[str, Callable[[Any], Tensor]] = {
 def test_a_scalar_that_does_not_fit_its_type_proves_nothing() -> None:
     exported = program(*(lambda n, made=made: causal(n, n) & made(n) for made in SCALARS.values()))
     for name, found in zip(SCALARS, proofs(exported), strict=True):
-        assert found.mask in ("arbitrary", "padding") and found.proof == "not_proved", name
+        assert found.mask.name in ("arbitrary", "padding") and found.status == "not_proved", name

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.functional import layer_norm, linear
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config
 
-from passes.graph.driver import apply_strategy
+from passes.graph.driver import rewrite
 from passes.graph.row_narrowing import narrow
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.trace import cached_forms
@@ -41,7 +41,7 @@ def rows_of_products(program: ExportedProgram) -> list[Any]:
 def test_the_last_layer_runs_over_one_row_behind_its_attention(name: str, strategy: str, static: bool) -> None:
     before = last_rows(name, static)
 
-    rewritten = apply_strategy(copy.deepcopy(before), strategy)
+    rewritten = rewrite(copy.deepcopy(before), strategy)
 
     assert rewritten.narrowed > 10
     per_layer = 4 if name == "phi3" else 7  # phi3 has one product for query, key and value, and one for gate and up
@@ -56,11 +56,11 @@ def test_the_last_layer_runs_over_one_row_behind_its_attention(name: str, strate
 
 
 def test_what_upstream_gets_is_left_alone() -> None:
-    assert apply_strategy(last_rows("llama"), "upstream").narrowed == 0
+    assert rewrite(last_rows("llama"), "upstream").narrowed == 0
 
 
 def test_where_every_rows_logits_are_read_every_row_is_computed() -> None:
-    assert apply_strategy(last_rows("llama", logits="all"), "detect_causal").narrowed == 0
+    assert rewrite(last_rows("llama", logits="all"), "detect_causal").narrowed == 0
 
 
 def test_each_prompt_of_a_batch_has_its_own_last_row() -> None:
@@ -70,7 +70,7 @@ def test_each_prompt_of_a_batch_has_its_own_last_row() -> None:
     inputs = {"input_ids": tiny.tokens(3, 9), "last": torch.tensor([8, 3, 5])}
     before = traced.program.module()(**inputs)
 
-    rewritten = apply_strategy(traced.program, "detect_causal")
+    rewritten = rewrite(traced.program, "detect_causal")
 
     assert rewritten.narrowed > 10 and rows_of_products(rewritten.program)[-5:] == [3] * 5
     for one, other in zip(rewritten.program.module()(**inputs), before, strict=True):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedModel
 
-from passes.graph.driver import Rewritten, apply_strategy
+from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
+from passes.graph.rewritten import Rewritten
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
 from pipeline.model.load import load
@@ -122,7 +123,7 @@ def _traced(
 
 def rewritten(strategy: str, unproven: str | None, name: str, **how: Any) -> Rewritten:
     """``traced(name, **how)`` after strategy ``strategy``."""
-    return apply_strategy(traced(name, **how).program, strategy, unproven)
+    return rewrite(traced(name, **how).program, strategy, unproven)
 
 
 def logits(program: ExportedProgram, **inputs: Tensor) -> Tensor:

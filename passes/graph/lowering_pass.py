@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from passes.errors import RunError
-from passes.graph.lowerings import REWRITES
-from passes.graph.strategies import Action
-from passes.proof.calls import AttentionCall, find_calls, use_native_gqa
-from passes.proof.masks import MaskProof, Prover
+from passes.graph.lowerings import without_mask
+from passes.graph.lowerings.lowering import ANY
+from passes.proof.calls import AttentionCall, find_calls, native_gqa
+from passes.proof.masks import Proof, Prover
 from passes.proof.sizes import asserted, ranges_of_inputs
 
 LARGEST_CONSTANT = 2**16
@@ -39,7 +39,7 @@ def _writes(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, MaskProof]]:
+def rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, Proof]]:
     """Rewrite, in place, each attention call of ``graph_module`` whose mask is proved causal or to block nothing.
 
     What is not proved stays as it is, and so does a graph without attention; returns what was found of each call.
@@ -49,24 +49,24 @@ def rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, MaskP
         return _rewrite_proved(graph_module)
 
 
-def _rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, MaskProof]]:
+def _rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, Proof]]:
     try:
         calls = find_calls(graph_module)
     except RunError:  # no attention, or one with dropout
         return []
     prover = prover_in(graph_module)
-    found: list[tuple[AttentionCall, MaskProof]] = []
+    found: list[tuple[AttentionCall, Proof]] = []
     for call in calls:
         if not all("val" in source.meta for source in call.node.all_input_nodes):
             continue
         proof = prover.prove(call)
         found.append((call, proof))
-        if call.mask is None or not (proof.causal or proof.void):
+        lowering = without_mask(call, proof, ANY)
+        if call.mask is None or lowering is None:
             continue
-        key, value = use_native_gqa(call, prover.ranges)
-        action = Action.REWRITTEN_CAUSAL if proof.causal else Action.REWRITTEN_FULL
+        native_gqa(call, prover.ranges)
         try:
-            REWRITES[action](graph_module.graph, call, key, value)
+            lowering.write(graph_module.graph, call)
         except RunError:  # a form that the layers do not take
             continue
     graph_module.graph.eliminate_dead_code()

@@ -42,7 +42,7 @@ class AttentionCall:
     """Factor of the scores; the default D**-0.5 is filled in."""
     enable_gqa: bool
     sees_keys: bool = False
-    """Whether every row is known to see a key (:func:`passes.graph.strategies.every_row_sees_a_key`)."""
+    """Whether every row is known to see a key (:func:`passes.graph.blank_rows.every_row_sees_a_key`)."""
 
     @property
     def name(self) -> str:
@@ -146,9 +146,13 @@ def _repeats(source: Node, node: Node, ranges: dict[str, tuple[int, int]]) -> bo
     return evaluator.proves(claim, *in_range(evaluator, node, index))
 
 
-def use_native_gqa(call: AttentionCall, ranges: dict[str, tuple[int, int]]) -> tuple[Node, Node]:
-    """Key and value without ``repeat_kv`` where both are proved to repeat the same number of heads."""
+def native_gqa(call: AttentionCall, ranges: dict[str, tuple[int, int]]) -> bool:
+    """Hand ``call`` its keys and values without ``repeat_kv``, in place, where both are proved to repeat the same
+    number of heads; whether they are.  Its node then takes fewer heads of them than of the query."""
     key, value = unrepeated(call.key, ranges), unrepeated(call.value, ranges)
     if key is None or value is None or key.meta["val"].shape[1] != value.meta["val"].shape[1]:
-        return call.key, call.value
-    return key, value
+        return False
+    call.node.args = (call.node.args[0], key, value, *call.node.args[3:])
+    if call.node.target is aten.scaled_dot_product_attention.default:  # the kernels' own forms have no word for it
+        call.node.update_kwarg("enable_gqa", True)
+    return True

@@ -9,46 +9,43 @@ import z3
 from torch.fx import Node
 
 from passes.proof.calls import AttentionCall
+from passes.proof.mask import (
+    Arbitrary,
+    Bias,
+    Causal,
+    Chunked,
+    Element,
+    Full,
+    LowerRight,
+    Mask,
+    Offset,
+    Packed,
+    Padding,
+    Window,
+)  # fmt: skip
 from passes.proof.symbolic import SOLVER_STEPS, Evaluator
 from passes.proof.terms import INFINITY, Term, Unmodelled, dtype_of, literal
 
 EVERYWHERE = "holds for every index and length of the profile"
 
 
-_DROPPABLE = {"full": "true", "causal": "k <= q", "causal_lower_right": "k <= p"}
+class Found(NamedTuple):
+    """The class of a mask, and why in a clause."""
 
-
-Element = tuple[int | str, ...]
-"""An index into an input: numbers, and ``"b"`` where it is the row of the batch."""
-
-
-class Class(NamedTuple):
-    """A class of masks, the predicate that a mask of it is (for p see :mod:`passes.proof.masks`), and why in a
-    clause."""
-
-    name: str
-    predicate: str
+    mask: Mask
     reason: str
-    offset: tuple[str, Element] | None = None
-    """Of ``causal_offset``: the input that t is an element of, and which."""
 
 
 def _name(application: Term) -> str:
     return str(application.decl().name()).removesuffix("[]")
 
 
-def _element(application: Term) -> str:
-    """``position[0]``: an input's name, and which element of it where that is fixed."""
-    places = ", ".join(str(place) for place in application.children())
-    return f"{_name(application)}[{places}]" if places else _name(application)
-
-
-def _which(application: Term, batch: Term) -> tuple[str, Element] | None:
-    """The input and the element of it that ``application`` is, where that is one, or one for each row."""
+def _element(application: Term, batch: Term) -> Element | None:
+    """Which element of an input ``application`` is, where that is one, or one for each row."""
     places = [z3.simplify(place) for place in application.children()]
     if not all(z3.is_int_value(place) or place.eq(batch) for place in places):
         return None
-    return _name(application), tuple("b" if place.eq(batch) else place.as_long() for place in places)
+    return tuple("b" if place.eq(batch) else place.as_long() for place in places)
 
 
 def ancestors(nodes: list[Node], through_sizes: bool = False) -> set[str]:
@@ -118,54 +115,48 @@ class Claims:
 
     # -- the classes ---------------------------------------------------------------------------------
 
-    def droppable(self) -> str | None:
-        """``full``, ``causal`` or ``causal_lower_right``, or None."""
-        for name, predicate in (
-            ("full", z3.BoolVal(True)),
-            ("causal", self.k <= self.q),
-            ("causal_lower_right", self.k <= self.place),
-        ):
-            if self.holds(predicate):
-                return name
-        return None
+    def droppable(self) -> Mask | None:
+        """:class:`Full`, :class:`Causal` or :class:`LowerRight`: the first that is proved."""
+        predicates: dict[Mask, z3.BoolRef] = {
+            Full(): z3.BoolVal(True),
+            Causal(): self.k <= self.q,
+            LowerRight(): self.k <= self.place,
+        }
+        return next((mask for mask, predicate in predicates.items() if self.holds(predicate)), None)
 
-    def classify(self) -> Class:
-        """The narrowest class of :mod:`passes.proof.masks` that is proved, but for those of
+    def classify(self) -> Found:
+        """The narrowest class of :mod:`passes.proof.mask` that is proved, but for those of
         :meth:`of_bounded_inputs`."""
-        name = self.droppable()
-        if name:
-            return Class(name, _DROPPABLE[name], f"{EVERYWHERE}{self._least_numbers()}")
+        if (mask := self.droppable()) is not None:
+            return Found(mask, f"{EVERYWHERE}{self._least_numbers()}")
         if self.is_float and not self.evaluator.proves(z3.Or(self.attends, self.blocked), *self.inside):
-            return Class("bias", "", f"may hold numbers other than 0 and blocked{self._unmodelled()}")
+            return Found(Bias(), f"may hold numbers other than 0 and blocked{self._unmodelled()}")
         past = self.k <= self.place
         reads = self.evaluator.reads(self.attends)
         if not reads:
             width = self._first_blocked(self.place - self.k)
             if width and self.holds(z3.And(past, self.place - self.k < width)):
-                reason = f"sees the last {width} keys, itself included"
-                return Class("sliding_window", f"k <= p and p - k < {width}", reason)
+                return Found(Window(width), f"sees the last {width} keys, itself included")
             size = self._first_blocked(self.place)
             if size and self.holds(z3.And(past, self.k / size == self.place / size)):
-                reason = f"sees the keys of its own chunk of {size}"
-                return Class("chunked", f"k <= p and k // {size} == p // {size}", reason)
-            return Class("arbitrary", "", "is not causal")
+                return Found(Chunked(size), f"sees the keys of its own chunk of {size}")
+            return Found(Arbitrary(), "is not causal")
         named = ", ".join(sorted(reads))
         if self.holds(z3.And(past, self._attends_last())):
-            return Class("padding", "k <= p and mask[b, h, L - 1, k]", f"causal, and keys hang on {named}")
-        return Class("arbitrary", "", f"hangs on {named}{self._unmodelled()}")
+            return Found(Padding(), f"causal, and keys hang on {named}")
+        return Found(Arbitrary(), f"hangs on {named}{self._unmodelled()}")
 
-    def of_bounded_inputs(self) -> Class | None:
-        """``causal_offset`` or ``packed``: classes that hold only as long as no sum of inputs overflows."""
+    def of_bounded_inputs(self) -> Found | None:
+        """:class:`Offset` or :class:`Packed`: classes that hold only as long as no sum of inputs overflows."""
         for offset in self._applications():
             if self._is_free(offset) and self.holds(self.k <= self.q + offset):
-                reason = f"sees keys up to its own place behind {_name(offset)}"
-                return Class("causal_offset", f"k <= q + {_element(offset)}", reason, _which(offset, self.b))
+                mask = Offset(_name(offset), _element(offset, self.b))
+                return Found(mask, f"sees keys up to its own place behind {mask.source}")
         lemmas = self._segment_lemmas()
         for mine, theirs in self._pairs():
             if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):
                 segment = _name(mine)
-                reason = f"causal among places of equal {segment}"
-                return Class("packed", f"k <= p and {segment}[b, k] == {segment}[b, p]", reason)
+                return Found(Packed(segment), f"causal among places of equal {segment}")
         return None
 
     def _segment_lemmas(self) -> list[z3.BoolRef]:

@@ -1,27 +1,8 @@
-"""What an attention mask is, and the proof.
+"""The proof of what an attention mask is: a class of :mod:`passes.proof.mask`, and what stands behind it.
 
-A mask is a predicate over (batch b, head h, query q, key k): may query q attend to key k?  A float mask, which is
-added to the scores, attends where it is 0 and blocks where it is -inf or the least number of its type.  With L
-queries and S keys, p = q + S - L (the query's place among the keys: q itself without a cache), and every quantifier
-over the whole range of the profile:
-
-========================  ==========================================================================
-none                      there is no mask
-full                      always true
-causal                    k <= q (upper-left, torch's ``is_causal``)
-causal_lower_right        k <= p, and L differs from S somewhere in the profile
-causal_offset             k <= q + t, where t comes with the input (a static cache), and q + t does not overflow
-sliding_window            k <= p and p - k < w for one constant w that bites within the range
-chunked                   k <= p and k // c == p // c for one constant c that bites within the range
-padding                   k <= p and a condition on (b, k) that hangs on run-time inputs
-packed                    k <= p and s(b, k) == s(b, p), where s are segments made of run-time inputs that stay
-                          within half the range of their type
-bias                      a float mask that could not be proved to hold nothing but 0 and blocked entries
-arbitrary                 none of the above could be proved
-========================  ==========================================================================
-
-A class is reported only if the solver proves it for every index, every length of the profile and every
-content of the run-time inputs.  The proof belongs to the graph and to the profile it was made for.
+A float mask, which is added to the scores, attends where it is 0 and blocks where it is -inf or the least number of its
+type.  A class is reported only if the solver proves it for every index, every length of the profile and every content
+of the run-time inputs.  The proof belongs to the graph and to the profile it was made for.
 """
 
 from __future__ import annotations
@@ -30,6 +11,7 @@ import itertools
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -39,42 +21,46 @@ from torch.fx import Node
 
 from passes.proof import counterexample
 from passes.proof.calls import AttentionCall
-from passes.proof.claims import Claims, Element, ancestors
+from passes.proof.claims import Claims, ancestors
 from passes.proof.conditions import CONDITIONS, GIVEN, KEEPING, about
 from passes.proof.counterexample import Counterexample
-from passes.proof.second_look import CLAIMED, behind, look
+from passes.proof.mask import DROPPABLE, Absent, Arbitrary, Bias, Causal, Full, Mask, Offset, Padding
+from passes.proof.second_look import claimed_of, look
 from passes.proof.sizes import asserted, symbol_ranges
 from passes.proof.symbolic import Evaluator
 from passes.proof.terms import FLOATS, Unmodelled, size_expression
 
-PROVED = "proved"
-NOT_PROVED = "not_proved"
-ASSUMED = "assumed"
 
-DROPPABLE = ("none", "full", "causal", "causal_lower_right")
+class Status(StrEnum):
+    """How sure a class is; the values are the words of the report."""
+
+    PROVED = "proved"
+    """The class is exact."""
+    NOT_PROVED = "not_proved"
+    """Nothing is known."""
+    ASSUMED = "assumed"
+    """The class is exact where the conditions hold, and somebody asserted that they do."""
+
+    def __str__(self) -> str:
+        return self.value.replace("_", " ")
 
 
 @dataclass(frozen=True)
-class MaskProof:
+class Proof:
     """The class of one mask and what stands behind it."""
 
-    mask: str
-    proof: str
-    """``proved``: the class is exact.  ``not_proved``: nothing is known.  ``assumed``: the class is exact where the
-    ``conditions`` hold, and somebody asserted that they do."""
+    mask: Mask
+    status: Status
     depends_on: tuple[str, ...] = ()
     """The graph inputs that the mask's truth hangs on."""
     conditions: tuple[str, ...] = ()
     """The :data:`CONDITIONS` on those inputs under which the mask is proved droppable; empty where none are known."""
-    predicate: str = ""
-    """The claim that was proved of every element, in the letters of this module; empty where none was."""
     reason: str = ""
-    offset: tuple[str, Element] | None = None
-    """Of ``causal_offset``: the input that t is an element of, and which element, where that is one."""
+    """Why, in a clause for people."""
     looks: int = 0
     """On how many inputs the mask's graph was run and found to be what was proved (:mod:`passes.proof.second_look`)."""
     disagreement: str = ""
-    """Where prover and program differ, which is an error of ours: the mask is then ``arbitrary``."""
+    """Where prover and program differ, which is an error of ours: the mask is then :class:`Arbitrary`."""
     counterexample: Counterexample | None = None
     """Inputs on which the mask is not causal, checked by running the mask's graph on them."""
     profile: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -83,23 +69,24 @@ class MaskProof:
     @property
     def causal(self) -> bool:
         """Whether the mask is torch's ``is_causal``: proved, or assumed as asked."""
-        return self.mask == "causal" and self.proof in (PROVED, ASSUMED)
+        return isinstance(self.mask, Causal) and self.status is not Status.NOT_PROVED
 
     @property
     def void(self) -> bool:
         """Whether the mask blocks nothing: proved, or assumed as asked."""
-        return self.mask in ("none", "full") and self.proof in (PROVED, ASSUMED)
+        return isinstance(self.mask, Absent | Full) and self.status is not Status.NOT_PROVED
 
     def __str__(self) -> str:
-        lines = [f"{self.mask}, {self.proof.replace('_', ' ')}"]
-        if self.predicate:
-            lines.append(f"mask[b, h, q, k] == ({self.predicate}) for every b, h, q, k and every input")
+        lines = [f"{self.mask}, {self.status}"]
+        if self.mask.predicate and self.status is Status.PROVED:
+            lines.append(f"mask[b, h, q, k] == ({self.mask.predicate}) for every b, h, q, k and every input")
         if self.profile:
             sizes = ", ".join(f"{low} <= {symbol} <= {high}" for symbol, (low, high) in self.profile.items())
             lines.append(f"at every size with {sizes}")
-        lines += [self.reason] if self.reason and (self.mask not in DROPPABLE or self.proof == ASSUMED) else []
+        droppable = isinstance(self.mask, DROPPABLE)
+        lines += [self.reason] if self.reason and (not droppable or self.status is Status.ASSUMED) else []
         lines += [f"depends on {', '.join(self.depends_on)}"] if self.depends_on else []
-        if self.conditions and self.proof != ASSUMED:
+        if self.conditions and self.status is not Status.ASSUMED:
             lines.append(f"may be dropped where {' and '.join(CONDITIONS[name] for name in self.conditions)}")
         lines += [self.counterexample.text] if self.counterexample else []
         return "\n  ".join(lines)
@@ -125,13 +112,13 @@ class Prover:
         self.inputs = inputs
         self.constants = constants or {}
         self.assume = assume
-        self._known: dict[tuple[Any, ...], MaskProof] = {}
+        self._known: dict[tuple[Any, ...], Proof] = {}
 
-    def prove(self, call: AttentionCall) -> MaskProof:
+    def prove(self, call: AttentionCall) -> Proof:
         """The class of the call's mask; ``seconds`` is 0 where an earlier call has paid for the proof."""
         if call.mask is None:
-            kind = "causal" if call.is_causal else "none"
-            return MaskProof(kind, PROVED, reason="the call says so itself", profile=self.ranges)
+            said = Causal() if call.is_causal else Absent()
+            return Proof(said, Status.PROVED, reason="the call says so itself", profile=self.ranges)
         # The proof depends on the mask and on the scores' sizes; each layer has a query of its own.
         sizes = (*call.query.meta["val"].shape[:-1], call.key.meta["val"].shape[-2])
         key = (call.mask, call.is_causal, *(size_expression(size) for size in sizes))
@@ -142,59 +129,58 @@ class Prover:
             return replace(proof, seconds=round(time.perf_counter() - started, 4))
         return self._known[key]
 
-    def _prove(self, call: AttentionCall, mask: Node) -> MaskProof:
+    def _prove(self, call: AttentionCall, mask: Node) -> Proof:
         value = mask.meta["val"]
         reached = tuple(sorted(ancestors([mask]) & self.inputs))
         if call.is_causal:
-            return MaskProof("arbitrary", NOT_PROVED, reached, reason="both a mask and is_causal were given")
+            return _unknown(reached, "both a mask and is_causal were given")
         if self.asserted and self.asserted & ancestors([mask], through_sizes=True):
             reason = "made of a number that only an assertion in the graph ties to a size"
-            return MaskProof("arbitrary", NOT_PROVED, reached, reason=reason)
+            return _unknown(reached, reason)
         ranks = {node.meta["val"].dim() for node in (call.query, call.key)}
         if ranks != {4}:
-            return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"attention over {max(ranks)}-D tensors")
+            return _unknown(reached, f"attention over {max(ranks)}-D tensors")
         if value.dtype not in (torch.bool, *FLOATS) or value.dim() > 4:
-            return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"a {value.dim()}-D mask of {value.dtype}")
+            return _unknown(reached, f"a {value.dim()}-D mask of {value.dtype}")
         try:
             claims = Claims(Evaluator(self.ranges, self.constants), call)
             found = claims.classify()
             depends_on = claims.depends_on(self.inputs)
-            if found.name in ("arbitrary", "padding") and depends_on:
+            if isinstance(found.mask, Arbitrary | Padding) and depends_on:
                 bounded = Claims(Evaluator(self.ranges, self.constants, bounded=True), call)
                 found = bounded.of_bounded_inputs() or found
-            name, predicate, reason, offset = found
-            conditions, conditional = self._conditions(call, depends_on) if name not in DROPPABLE else ((), "")
+            kept, reason = found
+            if isinstance(kept, DROPPABLE):
+                return Proof(kept, Status.PROVED, reason=reason)
+            conditions, droppable = self._conditions(call, depends_on)
         except (Unmodelled, z3.Z3Exception, RecursionError) as error:
-            return MaskProof("arbitrary", NOT_PROVED, reached, reason=f"could not be evaluated: {error}")
-        if name == "padding" and not depends_on:  # a condition on keys that no input is behind
-            name, predicate, reason = "arbitrary", "", f"is not proved causal{reason.removeprefix('causal')}"
-        proved = NOT_PROVED if name in ("bias", "arbitrary") else PROVED
-        proof = MaskProof(name, proved, depends_on, reason=reason, predicate=predicate, offset=offset)
-        if name in DROPPABLE:
-            return replace(proof, depends_on=())
-        if conditions and self.assume.issuperset(conditions):
+            return _unknown(reached, f"could not be evaluated: {error}")
+        if isinstance(kept, Padding) and not depends_on:  # a condition on keys that no input is behind
+            kept, reason = Arbitrary(), f"is not proved causal{reason.removeprefix('causal')}"
+        if droppable is not None and self.assume.issuperset(conditions):
             asserted = " and ".join(CONDITIONS[condition] for condition in conditions)
-            reason = f"as asserted, {asserted}; without that it is {name}: {reason}"
-            return replace(proof, mask=conditional, proof=ASSUMED, conditions=conditions, reason=reason, predicate="")
+            reason = f"as asserted, {asserted}; without that it is {kept}: {reason}"
+            return Proof(droppable, Status.ASSUMED, depends_on, conditions, reason)
+        status = Status.NOT_PROVED if isinstance(kept, Bias | Arbitrary) else Status.PROVED
         witness = counterexample.find(call, *claims.search(), self.inputs)
-        return replace(proof, conditions=conditions, counterexample=witness)
+        return Proof(kept, status, depends_on, conditions, reason, counterexample=witness)
 
-    def _looked_at(self, call: AttentionCall, proof: MaskProof) -> MaskProof:
+    def _looked_at(self, call: AttentionCall, proof: Proof) -> Proof:
         """``proof``, if PyTorch makes that mask of the inputs that :mod:`passes.proof.second_look` tries."""
-        claimed = CLAIMED.get(proof.mask) if proof.offset is None else behind(*proof.offset)
-        if proof.proof == NOT_PROVED or claimed is None:
+        claimed = claimed_of(proof.mask)
+        if proof.status is Status.NOT_PROVED or claimed is None:
             return proof
-        assumed = proof.conditions if proof.proof == ASSUMED else ()
+        assumed = proof.conditions if proof.status is Status.ASSUMED else ()
         reads = about(call, proof.depends_on)
         given = {name: KEEPING[condition] for condition in assumed for name in reads[condition]}
-        seen = look(call, self.constants, self.ranges, claimed, given, bounded=proof.offset is not None)
+        seen = look(call, self.constants, self.ranges, claimed, given, bounded=isinstance(proof.mask, Offset))
         if not seen.disagreement:
             return replace(proof, looks=seen.runs)
         reason = f"the prover says {proof.mask}, the program says otherwise (please report it): {seen.disagreement}"
-        kept = MaskProof("arbitrary", NOT_PROVED, proof.depends_on, reason=reason)
+        kept = _unknown(proof.depends_on, reason)
         return replace(kept, looks=seen.runs, disagreement=f"{call.name}: {reason}; the mask is kept")
 
-    def _conditions(self, call: AttentionCall, depends_on: tuple[str, ...]) -> tuple[tuple[str, ...], str]:
+    def _conditions(self, call: AttentionCall, depends_on: tuple[str, ...]) -> tuple[tuple[str, ...], Mask | None]:
         """The fewest conditions under which the mask is droppable, and its class then; nothing where none help."""
         assert call.mask is not None
         placeholders = {node.name: node for node in call.mask.graph.nodes if node.op == "placeholder"}
@@ -206,10 +192,13 @@ class Prover:
                 for condition in conditions:
                     for name in reads[condition]:
                         evaluator.given[name] = GIVEN[condition](evaluator, placeholders[name])
-                droppable = Claims(evaluator, call).droppable()
-                if droppable:
+                if (droppable := Claims(evaluator, call).droppable()) is not None:
                     return conditions, droppable
-        return (), ""
+        return (), None
+
+
+def _unknown(depends_on: tuple[str, ...], reason: str) -> Proof:
+    return Proof(Arbitrary(), Status.NOT_PROVED, depends_on, reason=reason)
 
 
 def constants_of(program: ExportedProgram) -> dict[str, torch.Tensor]:

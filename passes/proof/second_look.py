@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from passes.proof.calls import AttentionCall
+from passes.proof.mask import Causal, Element, Full, LowerRight, Mask, Offset
 from passes.proof.mask_program import MaskProgram, NotRunnable
 
 SMALL_RUNS = 24
@@ -36,20 +37,25 @@ def _causal(queries: int, keys: int, offset: int | Tensor) -> Tensor:
     return torch.arange(keys) <= torch.arange(queries)[:, None] + offset
 
 
-CLAIMED: dict[str, Claimed] = {
-    "full": lambda queries, keys, inputs: torch.ones(queries, keys, dtype=torch.bool),
-    "causal": lambda queries, keys, inputs: _causal(queries, keys, 0),
-    "causal_lower_right": lambda queries, keys, inputs: _causal(queries, keys, keys - queries),
-}
-"""The classes of :mod:`passes.proof.masks` that need no more than the sizes, as tables."""
+def claimed_of(mask: Mask) -> Claimed | None:
+    """The table that ``mask`` is, where no more is needed for it than the sizes and an offset; None for any other."""
+    match mask:
+        case Full():
+            return lambda queries, keys, inputs: torch.ones(queries, keys, dtype=torch.bool)
+        case Causal():
+            return lambda queries, keys, inputs: _causal(queries, keys, 0)
+        case LowerRight():
+            return lambda queries, keys, inputs: _causal(queries, keys, keys - queries)
+        case Offset(source, element) if element is not None:
+            return _behind(source, element)
+    return None
 
 
-def behind(name: str, element: tuple[int | str, ...]) -> Claimed:
-    """The class ``causal_offset``, where the offset is ``element`` of input ``name``, or one for each row (``"b"``)."""
+def _behind(source: str, element: Element) -> Claimed:
     place: Any = tuple(slice(None) if each == "b" else each for each in element)
 
     def table(queries: int, keys: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        offset = inputs[name][place]
+        offset = inputs[source][place]
         return _causal(queries, keys, offset[:, None, None, None] if "b" in element else offset)
 
     return table

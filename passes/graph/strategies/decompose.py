@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from passes.graph.strategies import Action, Decision
+from passes.graph.lowerings import written_out
+from passes.graph.lowerings.lowering import BackEnd
+from passes.graph.strategies import Decision
 from passes.proof.calls import AttentionCall
-from passes.proof.masks import MaskProof
+from passes.proof.masks import Proof
 
 
-def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision:
-    return Decision(Action.DECOMPOSED, "as asked")
+def decide(call: AttentionCall, proof: Proof, unproven: str | None, back_end: BackEnd) -> Decision:
+    return Decision(written_out.DECOMPOSED, "as asked")

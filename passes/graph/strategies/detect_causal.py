@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from passes.errors import RunError
-from passes.graph.strategies import Action, Decision, over_cache, why
+from passes.graph.lowerings import with_mask, without_mask, written_out
+from passes.graph.lowerings.lowering import BackEnd
+from passes.graph.strategies import Decision, unproved, why
 from passes.proof.calls import AttentionCall
-from passes.proof.masks import MaskProof
+from passes.proof.masks import Proof
 
 
-def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision:
-    if proof.causal:
-        return Decision(Action.NATIVE_CAUSAL, why(proof))
-    if proof.void:
-        return Decision(Action.NATIVE_FULL, why(proof))
-    if (decision := over_cache(call, proof, unproven)) is not None:
-        return decision
-    if unproven == "error":
-        raise RunError(
-            "unproven", f"{call.name}: the mask is not proved causal ({why(proof)}); strategy.unproven=error"
-        )
-    return Decision(Action.DECOMPOSED if unproven == "decompose" else Action.NATIVE_MASK, why(proof))
+def decide(call: AttentionCall, proof: Proof, unproven: str | None, back_end: BackEnd) -> Decision:
+    lowering = without_mask(call, proof, back_end)
+    if lowering is not None:
+        return Decision(lowering, why(proof))
+    kept = written_out.DECOMPOSED if unproven == "decompose" else with_mask(back_end)
+    return unproved(call, proof, unproven, Decision(kept, why(proof)))

@@ -5,23 +5,18 @@ The result is an ordinary graph of ``aten.scaled_dot_product_attention(is_causal
 
 from __future__ import annotations
 
-from passes.errors import RunError
-from passes.graph.strategies import Action, Decision, over_cache, why
+from passes.graph.lowerings import aten, with_mask, without_mask
+from passes.graph.lowerings.lowering import Ability, BackEnd
+from passes.graph.strategies import Decision, unproved, why
 from passes.proof.calls import AttentionCall
-from passes.proof.masks import MaskProof
+from passes.proof.masks import Proof
 
 
-def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision:
-    if proof.causal:
-        return Decision(Action.REWRITTEN_CAUSAL, why(proof))
-    if proof.void:
-        return Decision(Action.REWRITTEN_FULL, why(proof))
-    if (decision := over_cache(call, proof, unproven)) is not None:
-        return decision
-    if unproven == "error":
-        raise RunError(
-            "unproven", f"{call.name}: the mask is not proved causal ({why(proof)}); strategy.unproven=error"
-        )
+def decide(call: AttentionCall, proof: Proof, unproven: str | None, back_end: BackEnd) -> Decision:
+    lowering = without_mask(call, proof, back_end - {Ability.NATIVE})
+    if lowering is not None:
+        return Decision(lowering, why(proof))
+    kept = Decision(with_mask(back_end), f"kept; {why(proof)}")
     if unproven == "force":
-        return Decision(Action.REWRITTEN_CAUSAL, f"dropped unproved, as asked; {why(proof)}", unproved=True)
-    return Decision(Action.NATIVE_MASK, f"kept; {why(proof)}")
+        kept = Decision(aten.CAUSAL, f"dropped unproved, as asked; {why(proof)}", unproved=True)
+    return unproved(call, proof, unproven, kept)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from passes.graph.strategies import Action, Decision
+from passes.graph.lowerings import with_mask, without_mask
+from passes.graph.lowerings.lowering import BackEnd
+from passes.graph.strategies import Decision
 from passes.proof.calls import AttentionCall
-from passes.proof.masks import MaskProof
+from passes.proof.masks import Proof
 
 
-def decide(call: AttentionCall, proof: MaskProof, unproven: str | None) -> Decision:
-    if call.mask is None:
-        return Decision(Action.NATIVE_CAUSAL if call.is_causal else Action.NATIVE_FULL, "there is no mask")
-    return Decision(Action.NATIVE_MASK, "as asked, whatever the mask is")
+def decide(call: AttentionCall, proof: Proof, unproven: str | None, back_end: BackEnd) -> Decision:
+    if call.mask is None and (lowering := without_mask(call, proof, back_end)) is not None:
+        return Decision(lowering, "there is no mask")
+    return Decision(with_mask(back_end), "as asked, whatever the mask is")

@@ -1,0 +1,145 @@
+"""The passes over a program, in the order in which they run, one after another and each over the whole program.
+
+A pass takes the :class:`Work` and returns how many calls or operations it changed.  Why they are legal: a mask is
+dropped only where it was proved equal to the predicate that replaces it for every index, every length of the profile
+and every content of the inputs (:mod:`passes.proof.masks`), or every content that keeps a condition which the user
+asserted; ``repeat_kv`` only where it was proved to be the repetition that grouped-query attention means
+(:func:`passes.proof.calls.unrepeated`); for the scale see :mod:`passes.graph.scale`, for rows that nothing reads
+:mod:`passes.graph.row_narrowing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from passes.graph.blank_rows import every_row_sees_a_key
+from passes.graph.lowerings.lowering import Action, BackEnd
+from passes.graph.prepare import prepare
+from passes.graph.row_narrowing import narrow
+from passes.graph.scale import fold_scale
+from passes.graph.strategies import Decision, Strategy
+from passes.proof.calls import AttentionCall, find_calls, native_gqa
+from passes.proof.masks import Proof, Prover, Status, prover_of
+
+
+@dataclass
+class Attention:
+    """One attention call while it is worked on."""
+
+    call: AttentionCall
+    proof: Proof
+    decision: Decision
+    scale: str = "in the graph"
+    """Where the softmax scale went."""
+    native_gqa: bool = False
+    """Whether keys and values are no longer repeated for each query head."""
+
+
+@dataclass
+class Work:
+    """One program while it is worked on, and what was asked."""
+
+    program: ExportedProgram
+    decide: Strategy
+    unproven: str | None
+    assume: Collection[str]
+    back_end: BackEnd
+    attention: list[Attention] = field(default_factory=list)
+    prover: Prover = field(init=False)
+
+
+def prepared(work: Work) -> int:
+    """A functional form with attention intact."""
+    work.program = prepare(work.program)
+    return 0
+
+
+def proved(work: Work) -> int:
+    """What each mask is, and what is to become of its call."""
+    work.prover = prover_of(work.program, work.assume)
+    for call in find_calls(work.program.graph_module):
+        proof = work.prover.prove(call)
+        work.attention.append(Attention(call, proof, work.decide(call, proof, work.unproven, work.back_end)))
+    return 0
+
+
+def scale_folded(work: Work) -> int:
+    """The softmax scale into the weights behind the query."""
+    for each in _in_own_words(work):
+        if each.call.scale == 1.0:
+            each.scale = "none"
+            continue
+        obstacle = fold_scale(work.program, each.call.node, each.call.query, each.call.scale)
+        each.scale = "in the weights" if obstacle is None else f"in the graph: {obstacle}"
+        if obstacle is None:
+            each.call = replace(each.call, scale=1.0)
+    return sum(each.scale == "in the weights" for each in work.attention)
+
+
+def heads_grouped(work: Work) -> int:
+    """Keys and values without ``repeat_kv``."""
+    for each in _in_own_words(work):
+        each.native_gqa = native_gqa(each.call, work.prover.ranges)
+    return sum(each.native_gqa for each in work.attention)
+
+
+def lowered(work: Work) -> int:
+    """Each call written anew."""
+    for each in work.attention:
+        call = each.call
+        if each.proof.status is Status.ASSUMED and not each.decision.lowering.applies_mask:
+            call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
+        call = replace(call, sees_keys=every_row_sees_a_key(call, each.proof))
+        each.decision.lowering.write(work.program.graph_module.graph, call)
+    return sum(each.decision.lowering.action is not Action.UNTOUCHED for each in work.attention)
+
+
+def rows_narrowed(work: Work) -> int:
+    """Rows that nothing reads are not computed."""
+    left_alone = all(each.decision.lowering.action is Action.UNTOUCHED for each in work.attention)
+    return 0 if left_alone else narrow(work.program.graph_module)
+
+
+def dead_code_removed(work: Work) -> int:
+    """What nothing reads, the graphs of dropped masks above all."""
+    graph = work.program.graph_module.graph
+    before = len(graph.nodes)
+    graph.eliminate_dead_code(_keeps_alive)
+    return before - len(graph.nodes)
+
+
+@dataclass(frozen=True)
+class Pass:
+    name: str
+    run: Callable[[Work], int]
+    optional: bool = False
+    """Whether a program without it is as right, and ``strategy.without`` may name it."""
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("prepare", prepared),
+    Pass("prove", proved),
+    Pass("fold_scale", scale_folded, optional=True),
+    Pass("group_heads", heads_grouped, optional=True),
+    Pass("lower_attention", lowered),
+    Pass("narrow_rows", rows_narrowed, optional=True),
+    Pass("remove_dead_code", dead_code_removed),
+)
+OPTIONAL = tuple(each.name for each in PASSES if each.optional)
+
+
+def _in_own_words(work: Work) -> list[Attention]:
+    return [each for each in work.attention if each.decision.lowering.own_words]
+
+
+def _keeps_alive(node: Node) -> bool:
+    """Whether ``node`` stays although nothing reads it: not an assertion about a tensor that nothing else reads."""
+    metadata = torch.ops.aten._assert_tensor_metadata.default
+    if node.target is metadata:
+        return any(user.target is not metadata for user in node.all_input_nodes[0].users)
+    return node.is_impure()

@@ -1,0 +1,110 @@
+"""What became of a program: the program, a row for each attention call, a row for each pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch.export import ExportedProgram
+
+from passes.graph.strategies import Decision
+from passes.proof.calls import AttentionCall
+from passes.proof.masks import Proof, Status
+
+
+@dataclass(frozen=True)
+class CallRecord:
+    """One row of the report's table of attention calls."""
+
+    index: int
+    name: str
+    op: str
+    mask: str
+    proof: str
+    depends_on: list[str]
+    conditions: list[str]
+    counterexample: dict[str, Any] | None
+    action: str
+    reason: str
+    unproved: bool
+    looks: int
+    """On how many inputs the mask's graph was run to check the proof."""
+    disagreement: str
+    """Where it was not what was proved; the mask is then kept."""
+    native_gqa: bool
+    scale: str
+    """Where the softmax scale went."""
+    profile: dict[str, tuple[int, int]]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did."""
+
+    name: str
+    changed: int
+    """Calls or operations that it changed."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """``program`` is functional and runs as it is; lowering must decompose
+    :data:`passes.graph.driver.DECOMPOSITIONS` on the way."""
+
+    program: ExportedProgram
+    calls: list[CallRecord]
+    passes: list[PassRecord]
+    assumed: list[str]
+    """The conditions on whose word a mask was dropped: outside of them ``program`` is wrong."""
+
+    @property
+    def narrowed(self) -> int:
+        """Operations that run over fewer rows, since the others' are not read (:mod:`passes.graph.row_narrowing`)."""
+        return sum(each.changed for each in self.passes if each.name == "narrow_rows")
+
+    def describe(self) -> dict[str, Any]:
+        """The report's ``attention`` section."""
+        return {
+            "calls": [asdict(call) for call in self.calls],
+            "passes": [asdict(each) for each in self.passes],
+            "summary": {
+                "by_mask": dict(Counter(call.mask for call in self.calls)),
+                "by_action": dict(Counter(call.action for call in self.calls)),
+                "assumed": self.assumed,
+                "proof_seconds": round(sum(call.seconds for call in self.calls), 4),
+                "narrowed": self.narrowed,
+            },
+        }
+
+
+def record(call: AttentionCall, proof: Proof, decision: Decision, native_gqa: bool, scale: str) -> CallRecord:
+    return CallRecord(
+        index=call.index,
+        name=call.name,
+        op=call.op,
+        mask=str(proof.mask),
+        proof="unproved" if decision.unproved else proof.status.value,
+        depends_on=list(proof.depends_on),
+        conditions=list(proof.conditions),
+        counterexample=None if proof.counterexample is None else proof.counterexample.describe(),
+        action=decision.lowering.action.value,
+        reason=decision.reason,
+        unproved=decision.unproved,
+        looks=proof.looks,
+        disagreement=proof.disagreement,
+        native_gqa=native_gqa,
+        scale=scale,
+        profile=dict(proof.profile),
+        seconds=proof.seconds,
+    )
+
+
+def assumed_of(proofs: list[tuple[Proof, Decision]]) -> list[str]:
+    """The conditions on whose word a mask was dropped."""
+    dropped = [
+        proof for proof, decision in proofs if proof.status is Status.ASSUMED and not decision.lowering.applies_mask
+    ]
+    return sorted({condition for proof in dropped for condition in proof.conditions})
