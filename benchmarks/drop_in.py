@@ -15,6 +15,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def rows(name: str, logits: str, ways: list[str], to: Path) -> None:
                 engine = compiled(change(program))
             row["build_s"] = time.perf_counter() - started
             row["relative_error"] = error(engine(tokens), truth)
-            row["device_ms"] = dict(summarise(measure(engine, tokens)))
+            row["device_ms"] = asdict(summarise(measure(engine, tokens)))
             del engine
         except Exception as failure:  # the other ways are still worth their time
             row["failure"] = f"{type(failure).__name__}: {str(failure)[:300]}"

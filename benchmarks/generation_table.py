@@ -58,8 +58,8 @@ def _table(model: str, reports: list[dict[str, Any]]) -> str:
 
 def _heading(model: str, reports: list[dict[str, Any]]) -> str:
     config, shape = reports[0]["config"], reports[0]["config"]["benchmark"]["generate"]
-    environment = next((r["environment"] for r in reports if r["environment"].get("gpu")), {})
-    stack = next((r["environment"] for r in reports if r["environment"].get("tensorrt")), {})
+    environment = next((r["environment"] for r in reports if (r["environment"] or {}).get("gpu")), {})
+    stack = next((r["environment"] for r in reports if (r["environment"] or {}).get("tensorrt")), {})
     support = "" if environment.get("supported_by_vendor") else " (not supported by the vendor on this GPU)"
     return (
         f"**{model}**, {config['model']['weights']} weights, {config['precision']}, {shape['input_length']} tokens in, "
@@ -77,6 +77,7 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
     generate, memory = report["benchmark"]["generate"], report["benchmark"]["memory"]
     low, high = generate["device_ms"]["ci95"]
     engine, prompt = report["engine"] or {}, report["benchmark"].get("prefill")
+    decode = (report["decode"] or {}).get("engine") or {}
     fraction = generate["roofline_fraction"]
     stages = {**report["stages_s"], **(report.get("store") or {}).get("stages_s", {})}  # of a stored engine: when built
     build_s = stages.get("build")
@@ -92,15 +93,10 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
         "–" if eager_ms is None else f"{eager_ms / own_ms:.1f}",
         ratio_then,
         "–" if memory is None else f"{memory['peak_bytes'] / 1e9:.1f}",
-        f"{_bytes(engine) / 1e6:.0f}" if engine.get("bytes") else "–",
+        f"{(engine['bytes'] + decode.get('bytes', 0)) / 1e6:.0f}" if engine.get("bytes") else "–",
         "–" if build_s is None else f"{build_s:.0f}",
         ", ".join(doubts),
     ]
-
-
-def _bytes(engine: dict[str, Any]) -> int:
-    """Of the engine, and of the one for the tokens after the prompt, where there are two."""
-    return int(engine["bytes"]) + int((engine.get("decode") or {}).get("bytes", 0))
 
 
 def _ms(report: dict[str, Any]) -> float | None:
@@ -134,4 +130,4 @@ def _label(report: dict[str, Any]) -> str:
 def _reason(report: dict[str, Any]) -> str:
     if report["failure"]:
         return "{kind}: {message}".format(**report["failure"])
-    return f"{report['status']}: {report['unavailable']}" if "unavailable" in report else str(report["status"])
+    return f"{report['status']}: {report['unavailable']}" if report["unavailable"] else str(report["status"])

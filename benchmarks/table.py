@@ -6,12 +6,12 @@ python -m benchmarks.table --write    # into README.md, between its markers
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.generation_table import generation_tables, is_generation
+from pipeline.compare.sources import read_file
 from pipeline.record.report import worst_case
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,7 +49,7 @@ def rows(report: dict[str, Any]) -> list[str]:
 def tables() -> str:
     """Every model of ``benchmarks/results`` as Markdown tables, generation before prefill, fastest first."""
     found: dict[str, list[dict[str, Any]]] = {}
-    every = [json.loads(path.read_text()) for path in sorted(RESULTS.rglob("*.json"))]
+    every = [read_file(path).report for path in sorted(RESULTS.rglob("*.json"))]
     for report in every:
         if is_generation(report):
             continue

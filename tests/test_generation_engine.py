@@ -44,8 +44,8 @@ def test_two_engines_are_built_and_what_they_generate_is_judged(
 
     assert (report["status"], report["failure"]) == (DONE, None)
     assert set(report["attention"]["summary"]["by_action"]) == {"native_causal"}
-    assert set(report["attention"]["decode"]["summary"]["by_action"]) == {"cached"}
-    assert report["engine"]["decode"]["file"] == "decode.trt"
+    assert set(report["decode"]["attention"]["summary"]["by_action"]) == {"cached"}
+    assert report["decode"]["engine"]["file"] == "decode.trt"
     assert report["verify"]["generation"]["passed"] and report["verify"]["generation"]["cases"][0]["tokens"] == 20
     lengths = {case["length"] for case in report["verify"]["cases"]}
     assert {2, 7, 64, 65, 128} <= lengths  # both ends of the profile, and of what only the cache reaches
@@ -202,4 +202,4 @@ def test_decomposed_attention_generates_too(store: str, tmp_path: Path, tiny_lla
     report = report_of(store, tmp_path, tiny_llama_dir, "cache=in_engine", "strategy=decompose")
 
     assert (report["status"], report["failure"]) == (DONE, None)
-    assert set(report["attention"]["decode"]["summary"]["by_action"]) == {"decomposed"}
+    assert set(report["decode"]["attention"]["summary"]["by_action"]) == {"decomposed"}

@@ -95,7 +95,7 @@ def test_every_call_becomes_a_native_layer_with_its_mask_and_the_engine_is_built
 
     masked = [layer.num_inputs > 3 and layer.get_input(3) is not None for layer in layers(made)]
     assert masked == [case.mask not in ("none", "causal") for case in cases(family)]
-    assert build_engine(load_stack(), made, lambda *_: True).section["bytes"] > 10_000
+    assert build_engine(load_stack(), made, lambda *_: True).engine.bytes > 10_000
 
 
 def as_kernels(graph: GraphModule, target: Any) -> int:
