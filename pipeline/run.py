@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipeline.record.environment import Environment
     from pipeline.trace.cache_shape import CacheShape
     from pipeline.tracking.runs import Tracked
-    from pipeline.verify.candidate import Machine
+    from pipeline.verify.candidate import Machine, Wanted
     from pipeline.verify.sections import Verification
 
 
@@ -113,7 +113,6 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     from pipeline.verify import candidate
 
     config, stack, on_gpu = record.config, load_stack(), loaded.device.type == "cuda"
-    one_length, generates = config.runs_at_one_length, config.benchmark.generate is not None
     store = Store.of(config.store) if config.looks_into_store else None
     judged_as = reuse.judged_as(config.verify, config.seed)
     decided_by = {} if store is None else ingredients(config, loaded.model, stack, loaded.device)
@@ -129,26 +128,19 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
         else:
             engines, made_from = _build(record, folder, loaded, stack, place.timing_cache)
 
-        assumed = engines.attention.summary.assumed
-        if on_gpu:
-            with record.stage("verify"):
-                what = candidate.engines(
-                    folder, loaded.model, config.shape, loaded.cache, one_length=one_length, generates=generates,
-                    cuda_graph=config.backend.cuda_graph, kernels=place.runtime_cache,
-                )  # fmt: skip
-                verification = _verify(record, loaded.model, what, stack.flavour, assumed)
-        elif kept is None:
-            with record.stage("verify"):
-                # Without a GPU no engine can run; what can be checked are the graphs that they were built from.
-                what = candidate.graphs(
-                    made_from, loaded.model, config.shape, loaded.cache, one_length=one_length, generates=generates,
-                    precision=config.precision,
-                )  # fmt: skip
-                verification = _verify(record, loaded.model, what, stack.flavour, assumed)
-        else:
+        if kept is not None and not on_gpu:
             record.stop_before("verify")
             verification = replace(kept.verification, stored=True)
             record.put(verify=verification, store=place.lookup(verified=True))
+        else:
+            with record.stage("verify"):
+                if on_gpu:
+                    graph, kernels = config.backend.cuda_graph, place.runtime_cache
+                    what = candidate.engines(folder, loaded.model, _wanted(config, loaded.cache), graph, kernels)
+                else:  # no engine can run; what can be checked are the graphs that they were built from
+                    precision = config.precision
+                    what = candidate.graphs(made_from, loaded.model, _wanted(config, loaded.cache), precision)
+                verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
         place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
     if not on_gpu:
         return "not_executed"
@@ -225,20 +217,25 @@ def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
     from pipeline.verify import candidate
 
     config = record.config
-    name, generates = config.backend.name, config.benchmark.generate is not None
+    name = config.backend.name
     record.note(f"backend={name} runs the model as it is: strategy has no part in this run")
-    if not generates and config.cache.name != "none":
+    if config.benchmark.generate is None and config.cache.name != "none":
         record.note(f"cache={config.cache.name} has no part in this run: nothing is generated")
     if loaded.device.type != "cuda":
         record.note("no GPU: nothing was run")
         return "not_executed"
     with record.stage("verify"):
-        what = candidate.rival(
-            loaded.model, config.model, config.shape, config.backend, config.cache, generates=generates
-        )
+        wanted = _wanted(config, loaded.cache)
+        what = candidate.rival(config.backend, loaded.model, wanted, config.model, config.cache)
         _verify(record, loaded.model, what)
     _measure(record, loaded.model, what, turn)
     return "ok"
+
+
+def _wanted(config: Config, cache: CacheShape | None) -> Wanted:
+    from pipeline.verify.candidate import Wanted
+
+    return Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
 
 
 def _verify(

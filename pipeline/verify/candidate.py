@@ -53,47 +53,48 @@ class Machine:
     """To be called when it has been measured."""
 
 
-def engines(
-    folder: Path,
-    loaded: LoadedModel,
-    shape: ShapeConfig,
-    cache: CacheShape | None,
-    *,
-    one_length: bool,
-    generates: bool,
-    cuda_graph: bool | None,
-    kernels: Path | None,
-) -> Machine:
-    """The engine files of ``folder`` on this GPU.
+@dataclass(frozen=True)
+class Wanted:
+    """What a machine has to do, whatever it is made of."""
 
-    ``one_length``: shorter sequences run in an engine of a single length too, see
-    :attr:`pipeline.config.schema.Config.runs_at_one_length`.  ``generates``: a generation is to be timed.
-    ``cuda_graph``: ``backend.cuda_graph``.  ``kernels``: where the kernels that they compile are kept.
-    """
-    exact = tuple(shape.exact)
-    if cache is None:
+    shape: ShapeConfig
+    cache: CacheShape | None
+    one_length: bool
+    """Shorter sequences run in an engine of a single length too, see
+    :attr:`pipeline.config.schema.Config.runs_at_one_length`."""
+    generates: bool
+    """A generation is to be timed."""
+
+
+def engines(
+    folder: Path, loaded: LoadedModel, wanted: Wanted, cuda_graph: bool | None, kernels: Path | None
+) -> Machine:
+    """The engine files of ``folder`` on this GPU.  ``cuda_graph``: ``backend.cuda_graph``.  ``kernels``: where the
+    kernels that they compile are kept."""
+    exact = tuple(wanted.shape.exact)
+    if wanted.cache is None:
         engine = open_engine(folder / "engine.trt", bool(cuda_graph), kernels)
-        prefix = _without_cache(engine, loaded, shape, one_length, cuda_graph is not False) if generates else None
-        forward, taken = _of_any_length(engine.unguarded, shape, one_length)
+        prefix = _without_cache(engine, loaded, wanted, cuda_graph is not False) if wanted.generates else None
+        forward, taken = _of_any_length(engine.unguarded, wanted)
         return Machine("engine", forward, taken, engine, prefix, exact=exact, finished=engine.keep_kernels)
     generator = open_generator(folder, cuda_graph is not False, kernels)
-    return _cached("engine", generator, shape, generates, exact, generator.keep_kernels)
+    return _cached("engine", generator, wanted.shape, wanted.generates, exact, generator.keep_kernels)
 
 
-def _of_any_length(forward: Forward, shape: ShapeConfig, one_length: bool) -> tuple[Forward, ShapeConfig]:
+def _of_any_length(forward: Forward, wanted: Wanted) -> tuple[Forward, ShapeConfig]:
     """``forward`` for every length that the run verifies, and which those are."""
-    return (at_one_length(forward, shape.max), replace(shape, min=1)) if one_length else (forward, shape)
+    if not wanted.one_length:
+        return forward, wanted.shape
+    return at_one_length(forward, wanted.shape.max), replace(wanted.shape, min=1)
 
 
-def _without_cache(
-    engine: Engine, loaded: LoadedModel, shape: ShapeConfig, one_length: bool, cuda_graph: bool
-) -> Generator:
+def _without_cache(engine: Engine, loaded: LoadedModel, wanted: Wanted, cuda_graph: bool) -> Generator:
     """What generates by running the whole prefix again, in a context of its own."""
     vocabulary, device = _vocabulary(loaded), loaded.model.device
-    session = engine.session.twin(specialise=one_length)
+    session = engine.session.twin(specialise=wanted.one_length)
     dtype = session.dtype(session.outputs[0])
-    if one_length:
-        return OneLengthGenerator(session, shape.max, vocabulary, dtype, device, cuda_graph)
+    if wanted.one_length:
+        return OneLengthGenerator(session, wanted.shape.max, vocabulary, dtype, device, cuda_graph)
     return PrefixGenerator(session, vocabulary, dtype, device)
 
 
@@ -112,46 +113,30 @@ def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None =
     return CachedGenerator(prefill, turns, cache, decode.shape("output0")[-1], torch.device("cuda"), cuda_graph)
 
 
-def graphs(
-    programs: dict[str, Program],
-    loaded: LoadedModel,
-    shape: ShapeConfig,
-    cache: CacheShape | None,
-    *,
-    precision: str,
-    one_length: bool,
-    generates: bool,
-) -> Machine:
-    """The programs that the engines were made from, in PyTorch on the CPU, in the arithmetic of ``precision``; the
-    rest as in :func:`engines`."""
+def graphs(programs: dict[str, Program], loaded: LoadedModel, wanted: Wanted, precision: str) -> Machine:
+    """The programs that the engines were made from, in PyTorch on the CPU, in the arithmetic of ``precision``."""
     modules = {name: each.program.module() for name, each in programs.items()}
-    arithmetic = on_cpu(precision)
+    arithmetic, cache = on_cpu(precision), wanted.cache
     if cache is None:
         module = modules["engine"]
         forward = in_arithmetic(lambda inputs: module(**inputs), arithmetic)
-        return Machine("graph", *_of_any_length(forward, shape, one_length))
+        return Machine("graph", *_of_any_length(forward, wanted))
     prefill, decode, twin = (
         GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs), arithmetic)
         for name in ("engine", "decode", "decode")
     )
     turns = [decode] if cache.mode == "in_engine" else [decode, twin]
     generator = CachedGenerator(prefill, turns, cache, _vocabulary(loaded), loaded.model.device)
-    return _cached("graph", generator, shape, generates)
+    return _cached("graph", generator, wanted.shape, wanted.generates)
 
 
 def rival(
-    loaded: LoadedModel,
-    form: ModelConfig,
-    shape: ShapeConfig,
-    backend: BackendConfig,
-    cache: CacheConfig,
-    *,
-    generates: bool,
+    backend: BackendConfig, loaded: LoadedModel, wanted: Wanted, form: ModelConfig, cache: CacheConfig
 ) -> Machine:
     """Eager PyTorch or ``torch.compile`` on this GPU."""
     runner = TorchRunner(CallForm(loaded.model, form.logits), form.inputs, backend)
-    generator = rival_generator(loaded.model, backend, cache) if generates else None
-    return Machine(backend.name, runner, shape, runner, generator)
+    generator = rival_generator(loaded.model, backend, cache) if wanted.generates else None
+    return Machine(backend.name, runner, wanted.shape, runner, generator)
 
 
 def _cached(
