@@ -11,10 +11,13 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import passes
 from passes.errors import RunError, UserError
+from passes.graph.lowering_pass import rewrite_proved
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
@@ -168,6 +171,17 @@ def test_the_rewritten_graph_of_the_pass_gives_the_same() -> None:
     with torch.no_grad():
         (got, *_) = torch.utils._pytree.tree_leaves(graph(input_ids=tiny.tokens(1, 13)))
     torch.testing.assert_close(got, logits(program))
+
+
+def test_it_proves_in_the_mode_in_which_torch_compile_calls_a_back_end() -> None:
+    """No tensor that is made there holds numbers, and the second look at a proof must have some."""
+    program = exported("llama")
+    graph = program.run_decompositions({}).module()
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()):
+        found = rewrite_proved(graph)
+    assert [(proof.mask, proof.looks > 0) for _, proof in found] == [("causal", True)] * 2
+    with torch.no_grad():
+        torch.testing.assert_close(graph(input_ids=tiny.tokens(1, 13)).logits, logits(program))
 
 
 def test_a_graph_without_attention_passes_through() -> None:

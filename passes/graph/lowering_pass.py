@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from passes.errors import RunError
@@ -42,7 +43,13 @@ def rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, MaskP
     """Rewrite, in place, each attention call of ``graph_module`` whose mask is proved causal or to block nothing.
 
     What is not proved stays as it is, and so does a graph without attention; returns what was found of each call.
+    ``torch.compile`` calls its back ends in a mode in which no tensor holds numbers; the second look needs them.
     """
+    with unset_fake_temporarily():
+        return _rewrite_proved(graph_module)
+
+
+def _rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, MaskProof]]:
     try:
         calls = find_calls(graph_module)
     except RunError:  # no attention, or one with dropout
