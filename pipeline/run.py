@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pipeline.engine.sections import Engines
     from pipeline.model.load import LoadedModel
     from pipeline.record.environment import Environment
-    from pipeline.trace.cache_shape import CacheShape
     from pipeline.tracking.runs import Tracked
     from pipeline.verify.candidate import Machine, Wanted
     from pipeline.verify.sections import Verification
@@ -56,12 +55,12 @@ def run(
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model, where it runs, and the KV cache of its engines."""
+    """The model, where it runs, and what it has to do there."""
 
     model: LoadedModel
     device: torch.device
     environment: Environment
-    cache: CacheShape | None
+    wanted: Wanted
 
 
 def _load(record: Record) -> Loaded:
@@ -74,6 +73,7 @@ def _load(record: Record) -> Loaded:
     from pipeline.model.limits import check_fit
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
+    from pipeline.verify.candidate import Wanted
 
     config, builds = record.config, record.config.backend.name == "tensorrt"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -89,7 +89,8 @@ def _load(record: Record) -> Loaded:
         Store.of(config.store)  # refuses a folder that cannot be written
     record.put(model=model.describe())
     record.detail = f"{model.parameters / 1e6:.0f} M parameters from {model.source}"
-    return Loaded(model, device, here, cache)
+    wanted = Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
+    return Loaded(model, device, here, wanted)
 
 
 def _unavailable(record: Record) -> None:
@@ -116,8 +117,8 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     store = Store.of(config.store) if config.looks_into_store else None
     judged_as = reuse.judged_as(config.verify, config.seed)
     decided_by = {} if store is None else ingredients(config, loaded.model, stack, loaded.device)
-    wanted = judged_as if config.reaches("verify") and not on_gpu else None
-    with reuse.engine_of(folder, store, decided_by, wanted, record.note, record.display.note) as place:
+    taken_over = judged_as if config.reaches("verify") and not on_gpu else None
+    with reuse.engine_of(folder, store, decided_by, taken_over, record.note, record.display.note) as place:
         record.put(store=place.lookup())
         made_from: dict[str, Program] = {}
         if (kept := place.kept) is not None:
@@ -136,10 +137,9 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
             with record.stage("verify"):
                 if on_gpu:
                     graph, kernels = config.backend.cuda_graph, place.runtime_cache
-                    what = candidate.engines(folder, loaded.model, _wanted(config, loaded.cache), graph, kernels)
+                    what = candidate.engines(folder, loaded.model, loaded.wanted, graph, kernels)
                 else:  # no engine can run; what can be checked are the graphs that they were built from
-                    precision = config.precision
-                    what = candidate.graphs(made_from, loaded.model, _wanted(config, loaded.cache), precision)
+                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
                 verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
         place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
     if not on_gpu:
@@ -161,7 +161,7 @@ def _build(
     from pipeline.engine.file import write_engine
     from pipeline.engine.sections import attention_of, engines_of
 
-    config, asked, cache = record.config, record.config.strategy, loaded.cache
+    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
     with record.stage("export"), collector_paused():
         parts = programs.parts(loaded.model.model, config.model, config.shape, cache)
         traced = {name: trace() for name, trace in parts.items()}
@@ -225,17 +225,10 @@ def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
         record.note("no GPU: nothing was run")
         return "not_executed"
     with record.stage("verify"):
-        wanted = _wanted(config, loaded.cache)
-        what = candidate.rival(config.backend, loaded.model, wanted, config.model, config.cache)
+        what = candidate.rival(config.backend, loaded.model, loaded.wanted, config.model, config.cache)
         _verify(record, loaded.model, what)
     _measure(record, loaded.model, what, turn)
     return "ok"
-
-
-def _wanted(config: Config, cache: CacheShape | None) -> Wanted:
-    from pipeline.verify.candidate import Wanted
-
-    return Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
 
 
 def _verify(
@@ -270,3 +263,4 @@ def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> N
             precision=config.precision, seed=config.seed, cached=config.cache.name != "none", waiting=waiting,
         ):  # fmt: skip
             record.put_benchmark(found)
+        record.draw(found)

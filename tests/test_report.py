@@ -8,11 +8,13 @@ import math
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 from conftest import save_tiny_llama
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
@@ -21,16 +23,21 @@ from rich.console import Console
 from runs import do, failure
 from simulated import MS, QUIET, SimulatedClock
 from test_benchmark import SimulatedRunner, prompts
+from test_benchmark_generate import SimulatedGenerator
 
+from passes.errors import RunError
 from pipeline.__main__ import compose_config
 from pipeline.compare.baseline import against_baseline, parse_baseline
 from pipeline.compare.labels import sections
 from pipeline.compare.rows import row
 from pipeline.compare.sources import read, read_file
-from pipeline.config.schema import BenchmarkConfig, BenchmarkShape
+from pipeline.config.schema import BenchmarkConfig, BenchmarkShape, GenerateShape
 from pipeline.host.plain_json import from_json, to_json
+from pipeline.measure import stage
 from pipeline.measure.prompt import measure
 from pipeline.measure.sections import Summary
+from pipeline.measure.until_settled import BenchmarkResult
+from pipeline.model.load import LoadedModel
 from pipeline.record.console import StageDisplay
 from pipeline.record.environment import environment
 from pipeline.record.report import SCHEMA as NUMBER
@@ -134,6 +141,33 @@ def test_an_engine_that_was_built_before_the_second_failed_is_in_the_report(stor
     assert first["file"] == "engine.trt" and first["bytes"] == (outcome.folder / "engine.trt").stat().st_size
     assert second["layers"] > 0 and second["file"] is None and not (outcome.folder / "decode.trt").exists()
     assert outcome.report["decode"]["attention"]["calls"] and outcome.report["verify"] is None
+
+
+def test_prompts_that_were_timed_are_kept_where_the_generation_fails_and_are_left_out_where_there_are_none() -> None:
+    model = tiny.model("llama")
+    loaded = LoadedModel(model, None, "tiny", "", None, None, 1, "random")
+    asked = BenchmarkConfig(
+        "generate", [BenchmarkShape(1, 32)], min_seconds=0.0, min_generations=2, generate=GenerateShape(1, 16, 5)
+    )
+
+    def steps(asked: BenchmarkConfig, lost: int) -> Iterator[BenchmarkResult]:
+        clock = SimulatedClock()
+        return stage.measure(
+            SimulatedRunner(clock), SimulatedGenerator(clock, lost=lost), loaded, asked, logits="last",
+            precision="fp16", seed=0, cached=True, waiting=(), clock=clock,
+        )  # type: ignore[arg-type]  # fmt: skip
+
+    first, both = steps(asked, lost=0)
+    assert first.benchmark.generate is None and set(first.samples) == {"prefill"}
+    assert both.benchmark.prefill == first.benchmark.prefill and both.benchmark.generate is not None
+    assert both.benchmark.tokens == "random, seeded" and set(both.samples) == {"prefill", "generate", "decode"}
+
+    broken = steps(asked, lost=1)
+    assert next(broken).benchmark.prefill is not None
+    with pytest.raises(RunError, match="the numbers are void"):
+        next(broken)
+    (alone,) = steps(replace(asked, shapes=[]), lost=0)
+    assert alone.benchmark.prefill is None and set(alone.samples) == {"generate", "decode"}
 
 
 # Schema 1

@@ -94,10 +94,14 @@ class Record:
             self.put(decode=replace(self.report.decode or DecodeProgram(), **section))
 
     def put_benchmark(self, result: BenchmarkResult) -> None:
-        """Have what was timed in the report, its samples and their picture beside it."""
+        """Have what was timed in the report, and its samples beside it."""
         assert self.folder is not None
         self.put(benchmark=result.benchmark)
         write_json(self.folder / "samples.json", result.samples)
+
+    def draw(self, result: BenchmarkResult) -> None:
+        """Leave a picture of the samples."""
+        assert self.folder is not None
         latency_plot(result.samples, self.folder / "latency.png")
 
     @property
