@@ -23,6 +23,7 @@ from passes.tensorrt.attention import asked
 from passes.tensorrt.versions import load_stack, quiet
 from pipeline.engine.build import build_engine
 from pipeline.engine.network import Network
+from pipeline.engine.sections import Engine
 from pipeline.engine.session import Session
 from pipeline.verify.logits import FACTOR
 
@@ -57,7 +58,7 @@ def network(family: Family, graph: GraphModule, settings: Any) -> Network:
         interpreter = TRTInterpreter(graph, specs, compilation_settings=settings)
         assert interpreter.validate_conversion() == set()
         interpreter._construct_trt_network_def()
-    return Network(interpreter, (), {})
+    return Network(interpreter, (), Engine(0, 0, 0, 0, None, 0))  # what is in it is asked of its layers
 
 
 def _spec(name: str, least: Tensor, now: Tensor, most: Tensor, dynamic: bool) -> Any:
