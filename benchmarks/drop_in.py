@@ -25,10 +25,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, export
 
 import passes
+from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
-from pipeline.host import gpu
 from pipeline.measure.statistics import summarise
 from pipeline.model.load import load
+from pipeline.record.environment import environment
 
 LENGTH, RUNS = 2048, 60
 WARM_UP = 8.0
@@ -119,11 +120,11 @@ def rows(name: str, logits: str, ways: list[str], to: Path) -> None:
             row["failure"] = f"{type(failure).__name__}: {str(failure)[:300]}"
         gc.collect()
         torch.cuda.empty_cache()
-        row |= {"gpu": gpu.card().name, "torch": torch.__version__}
-        row |= {"torch_tensorrt": passes.load_torch_tensorrt().__version__}
-        print(json.dumps(row), flush=True)
+        row["environment"] = environment(load_stack().versions())
+        line = json.dumps(row, default=vars)  # of dataclasses
+        print(line, flush=True)
         with to.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line + "\n")
 
 
 def error(got: Any, truth: Tensor) -> float:

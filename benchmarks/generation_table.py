@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+from benchmarks.stacks import caption, versions
 
 REPORT_MS: dict[str, dict[tuple[str, str, str], int]] = {
     # pytorch/TensorRT issue 4129: A100 80GB PCIe, fp16, 2048 tokens in, 128 out, batch 1; ms for the whole generation.
@@ -51,29 +53,27 @@ def generation_tables(reports: Iterable[dict[str, Any]]) -> str:
 def _table(model: str, reports: list[dict[str, Any]]) -> str:
     reports = sorted(reports, key=lambda report: _ms(report) or float("inf"))
     eager_ms = next((ms for report in reports if _key(report) == EAGER and (ms := _ms(report))), None)
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *(_row(model, report, eager_ms) for report in reports)]
-    table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-    return f"{_heading(model, reports)}\n\n{table}\n"
-
-
-def _heading(model: str, reports: list[dict[str, Any]]) -> str:
-    config, shape = reports[0]["config"], reports[0]["config"]["benchmark"]["generate"]
     environment = next((r["environment"] for r in reports if (r["environment"] or {}).get("gpu")), {})
-    stack = next((r["environment"] for r in reports if (r["environment"] or {}).get("tensorrt")), {})
-    support = "" if environment.get("supported_by_vendor") else " (not supported by the vendor on this GPU)"
+    rows = (_row(model, report, eager_ms, environment) for report in reports)
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
+    table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return f"{_heading(model, reports, environment)}\n\n{table}\n"
+
+
+def _heading(model: str, reports: list[dict[str, Any]], environment: Mapping[str, Any]) -> str:
+    config, shape = reports[0]["config"], reports[0]["config"]["benchmark"]["generate"]
     return (
         f"**{model}**, {config['model']['weights']} weights, {config['precision']}, {shape['input_length']} tokens in, "
-        f"{shape['output_length']} out, batch {shape['batch']}; {environment.get('gpu') or 'no GPU'}, "
-        f"{stack.get('flavour')} {stack.get('tensorrt')}{support}, torch {environment.get('torch')}"
+        f"{shape['output_length']} out, batch {shape['batch']}; {caption(environment)}"
     )
 
 
-def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str]:
+def _row(model: str, report: dict[str, Any], eager_ms: float | None, environment: Mapping[str, Any]) -> list[str]:
     own_ms, published = _ms(report), REPORT_MS.get(model, {})
     then = published.get(_key(report))
     ratio_then = f"{published[EAGER] / then:.1f}" if then else "–"
     if own_ms is None:
-        return [_label(report), *["–"] * 6, ratio_then, *["–"] * 3, _reason(report)]
+        return [label(report), *["–"] * 6, ratio_then, *["–"] * 3, _reason(report) + _elsewhere(report, environment)]
     generate, memory = report["benchmark"]["generate"], report["benchmark"]["memory"]
     low, high = generate["device_ms"]["ci95"]
     engine, prompt = report["engine"] or {}, report["benchmark"].get("prefill")
@@ -84,7 +84,7 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
     doubts = ["launch-bound"] * generate["launch_bound"]
     doubts += ["power-limited"] * any("power" in taint for taint in generate["tainted"])
     return [
-        _label(report),
+        label(report),
         f"{own_ms:.1f} ({low:.1f}–{high:.1f})",
         f"{generate['ttft_ms']['median']:.2f}",
         "–" if prompt is None else f"{prompt['device_ms']['median']:.2f}",
@@ -95,8 +95,16 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None) -> list[str
         "–" if memory is None else f"{memory['peak_bytes'] / 1e9:.1f}",
         f"{(engine['bytes'] + decode.get('bytes', 0)) / 1e6:.0f}" if engine.get("bytes") else "–",
         "–" if build_s is None else f"{build_s:.0f}",
-        ", ".join(doubts),
+        ", ".join(doubts) + _elsewhere(report, environment),
     ]
+
+
+def _elsewhere(report: dict[str, Any], environment: Mapping[str, Any]) -> str:
+    """What a row ran on, where that is not what stands over the table."""
+    own = report["environment"] or {}
+    if all(own.get(key) in (None, environment.get(key)) for key in ("flavour", "tensorrt", "torch")):
+        return ""
+    return f" ({versions(own)}{'' if own.get('gpu') else ', without a GPU'})"
 
 
 def _ms(report: dict[str, Any]) -> float | None:
@@ -112,7 +120,8 @@ def _key(report: dict[str, Any]) -> tuple[str, str, str]:
     return backend, config["cache"]["name"], config["strategy"]["name"] if backend == "tensorrt" else ""
 
 
-def _label(report: dict[str, Any]) -> str:
+def label(report: dict[str, Any]) -> str:
+    """What a row of these tables is called."""
     backend, cache, strategy = _key(report)
     mode = report["config"]["backend"].get("mode")
     name = {

@@ -19,7 +19,7 @@ import multiprocessing
 import queue
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from benchmarks.kernel_forms import (
     linear_net,
     linear_weights,
 )
+from benchmarks.stacks import caption, environment_of, rows_of
 from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
 from passes.tensorrt.versions import load_stack
 from pipeline.engine.session import captured
@@ -142,39 +143,55 @@ WRONG = 1e-2
 
 def tables(path: Path) -> str:
     """Microseconds a layer of attention, and GB/s of the linear layers, as Markdown; ✗ where the result is wrong."""
-    rows = [row for row in map(json.loads, path.read_text().splitlines()) if "us" in row]
+    every = rows_of(path)
+    rows, where = [row for row in every if "us" in row], caption(environment_of(every))
     text = []
-    for model in dict.fromkeys(row["model"] for row in rows):
+    for model in dict.fromkeys(row["model"] for row in rows if row["kind"] == "attention"):
         found = {(r["form"], r["size"]): r for r in rows if r["model"] == model and r["kind"] == "attention"}
-        if found:
-            sizes = sorted({size for _, size in found})
-            text += [f"**{model}**, {HEADS[model][0]}/{HEADS[model][1]} heads of {HEADS[model][2]}: us a layer\n"]
-            text += ["| form | " + " | ".join(f"{size} keys" for size in sizes) + " |", "|---" * (len(sizes) + 1) + "|"]
-            for form in dict.fromkeys(form for form, _ in found):
-                cells = (found.get((form, size)) for size in sizes)
-                shown = (
-                    f"{c['us'] / CHAIN:.1f}{' ✗' if c['relative_error'] > WRONG else ''}" if c else "–" for c in cells
-                )
-                text.append(f"| {form} | " + " | ".join(shown) + " |")
-            text.append("")
-    linear_rows = [row for row in rows if row["kind"] == "linear"]
-    if linear_rows:
-        cases = dict.fromkeys((row["model"], row["size"]) for row in linear_rows)
-        text += ["| form | " + " | ".join(f"{model} {part}, GB/s" for model, part in cases) + " |"]
-        text += ["|---" * (len(cases) + 1) + "|"]
-        for form in dict.fromkeys(row["form"] for row in linear_rows):
-            by = {(row["model"], row["size"]): row["gb_per_s"] for row in linear_rows if row["form"] == form}
-            text.append(f"| {form} | " + " | ".join(f"{by[c]:.0f}" if c in by else "–" for c in cases) + " |")
+        sizes = sorted({size for _, size in found})
+        forms = dict.fromkeys(form for form, _ in found)
+        cells = [
+            [
+                f"{c['us'] / CHAIN:.1f}{' ✗' if c['relative_error'] > WRONG else ''}" if c else "–"
+                for c in (found.get((form, size)) for size in sizes)
+            ]
+            for form in forms
+        ]
+        heads = "{}/{} heads of {}".format(*HEADS[model])
+        head = ["form", *(f"{size} keys" for size in sizes)]
+        text.append(_table(f"**{model}**, {heads}, us a layer; {where}", head, zip(forms, cells, strict=True)))
+    linear = [row for row in rows if row["kind"] == "linear"]
+    if linear:
+        cases = dict.fromkeys((row["model"], row["size"]) for row in linear)
+        speeds = {(row["form"], row["model"], row["size"]): row["gb_per_s"] for row in linear}
+        lines = [
+            (form, [f"{speeds[form, *c]:.0f}" if (form, *c) in speeds else "–" for c in cases])
+            for form in dict.fromkeys(row["form"] for row in linear)
+        ]
+        head = ["form", *(f"{model} {part}, GB/s" for model, part in cases)]
+        text.append(_table(f"**Products of one row with the weights**; {where}", head, lines))
     steps = {(row["form"], row["model"]): row for row in rows if row["kind"] == "step"}
     if steps:
         models = list(dict.fromkeys(model for _, model in steps))
-        text += ["| form | " + " | ".join(f"{model}, us a layer" for model in models) + " |"]
-        text += ["|---" * (len(models) + 1) + "|"]
-        for form in [form for form in STEP if any(form == made for made, _ in steps)]:
-            cells = (steps.get((form, model)) for model in models)
-            shown = (f"{c['us'] / STEP_LAYERS[c['model']]:.1f}" if c else "–" for c in cells)
-            text.append(f"| `{form}` | " + " | ".join(shown) + " |")
+        made = [form for form in STEP if any(form == each for each, _ in steps)]
+        lines = [
+            (
+                f"`{form}`",
+                [
+                    f"{c['us'] / STEP_LAYERS[c['model']]:.1f}" if c else "–"
+                    for c in (steps.get((form, model)) for model in models)
+                ],
+            )
+            for form in made
+        ]
+        head = ["form", *(f"{model}, us a layer" for model in models)]
+        text.append(_table(f"**Decoder layers**, one token over {STEP_KEYS} keys; {where}", head, lines))
     return "\n".join(text)
+
+
+def _table(title: str, head: list[str], lines: Iterable[tuple[str, list[str]]]) -> str:
+    rows = [head, ["---"] * len(head), *([form, *cells] for form, cells in lines)]
+    return f"{title}\n\n" + "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def main() -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from test_benchmark_generate import MS, SimulatedGenerator, measured
 
-from benchmarks import table
 from benchmarks.generation_table import REPORT_MS, generation_tables, is_generation
+from benchmarks.results import prefill_tables
+from benchmarks.stacks import RESULTS
 from pipeline.__main__ import compose_config
+from pipeline.compare.labels import sections
+from pipeline.compare.rows import row
+from pipeline.compare.sources import read
 from pipeline.host.plain_json import to_json
 from pipeline.record.sections import new_report
 
@@ -80,10 +83,22 @@ def test_every_model_of_the_issue_has_its_five_figures() -> None:
     assert "**llama3_1b**" in both and "**qwen3_0_6b**" in both
 
 
-def test_prefill_reports_are_no_generations_and_keep_their_tables() -> None:
-    kept = [json.loads(path.read_text()) for path in table.RESULTS.rglob("*.json")]
-    prefill = [each for each in kept if not is_generation(each)]
+def test_a_row_of_other_versions_says_so() -> None:
+    newer = {"gpu": None, "torch": "3.x", "tensorrt": "2.x", "flavour": "rtx"}
+    text = generation_tables(
+        [report("eager"), report("plugin", status="unavailable", unavailable="no", environment=newer)]
+    )
 
-    assert prefill
-    assert generation_tables(prefill) == ""
-    assert "prefill of 2048 tokens" in table.tables()
+    assert cells(text, "attention plugin")[-1] == "unavailable: no (TensorRT 2.x, torch 3.x, without a GPU)"
+    assert "TensorRT 1.x, torch 2.x" in text.splitlines()[0]
+
+
+def test_prefill_reports_are_no_generations_and_keep_their_tables() -> None:
+    kept, unreadable = read([str(RESULTS)], "", lambda found: found)
+    prefill = [found for found in kept if not is_generation(found.report)]
+
+    assert prefill and not unreadable
+    assert generation_tables(found.report for found in prefill) == ""
+    tables = "".join(prefill_tables(sections(list(map(row, prefill))), "a card"))
+    models = {found.report["config"]["model"]["name"] for found in prefill}
+    assert all(f"**{model}" in tables for model in models) and tables.count("| ok |") == len(prefill)

@@ -1,4 +1,4 @@
-"""The kernel map: its forms build, and the tables in docs/generation.md are those of its raw rows."""
+"""The kernel map: its forms build, and the tables in docs/results.md are those of its raw rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_form_of_a_prompts_attention_builds(form: str, monkeypatch: pytest
 
 @pytest.mark.parametrize(("raw", "above"), [("kernels.jsonl", 10), ("steps.jsonl", 10), ("steps_together.jsonl", 6)])
 def test_the_tables_of_the_documentation_are_those_of_the_raw_rows(raw: str, above: int) -> None:
-    page = (ROOT / "docs" / "generation.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     made = kernels.tables(PROFILES / raw)
     assert made.count("|\n") > above
     for line in made.splitlines():

@@ -10,13 +10,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_result_tables_are_those_of_the_reports() -> None:
-    made = subprocess.run(
-        [sys.executable, "-m", "benchmarks.table"], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
-    assert made.strip() in (ROOT / "README.md").read_text()
-
-
 def test_the_two_commands_are_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert "pip install -e '.[rtx]' && python -m pipeline" in readme

@@ -93,7 +93,7 @@ def test_a_call_in_a_process_of_its_own_ends_as_it_may_and_leaves_nothing_behind
     assert crashed.signal_name == "SIGSEGV" and not crashed.timed_out
     assert "Fatal Python error: Segmentation fault" in log.read_text()  # faulthandler says where
     assert isolation.call(end, ("raise",), log, 60).exit_code == 1 and "ValueError: raise" in log.read_text()
-    deaf = isolation.call(end, ("deaf",), log, 0.5)
+    deaf = isolation.call(end, ("deaf",), log, 3)  # time enough to turn deaf
     assert deaf.timed_out and deaf.signal_name == "SIGKILL" and deaf.seconds < 10
     assert isolation.call(end, ("children",), log, 60).exit_code == 0
     sleepers = [p for p in psutil.Process().children(recursive=True) if "time.sleep(300)" in " ".join(p.cmdline())]

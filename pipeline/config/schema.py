@@ -64,7 +64,7 @@ class ModelConfig:
 
 @dataclass
 class StrategyConfig:
-    """How the mask of each attention call is handled; see the README's table."""
+    """How the mask of each attention call is handled; see docs/strategies.md."""
 
     name: str
     unproven: str | None = None

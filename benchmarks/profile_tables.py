@@ -1,0 +1,158 @@
+"""Tables of the raw rows in ``benchmarks/profiles``: what the drop-in is worth, where the time of an engine goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.stacks import caption, environment_of, rows_of
+from pipeline.compare.numbers import number
+from pipeline.compare.ratios import ratio
+from pipeline.compare.rows import Figure
+from pipeline.record import markdown
+
+MODELS = ("llama3_1b", "qwen2_5_0_5b", "qwen3_0_6b")
+WAYS = {
+    "before": "the script as it is",
+    "rewrite": "`rewrite` before an unchanged compile",
+    "native_attention": "`rewrite`, and `native_attention`",
+    "register": "the script as it is, after `register()`",
+}
+LOGITS = {"all": "logits of every token", "last": "logits of the last token"}
+
+
+def drop_in(path: Path) -> str:
+    """What each way of the front door is worth to a script that compiles a dynamic prompt."""
+    rows = rows_of(path)
+    text = []
+    for model, logits in dict.fromkeys((row["model"], row.get("logits", "all")) for row in rows):
+        ways = {row["way"]: row for row in rows if (row["model"], row.get("logits", "all")) == (model, logits)}
+        before = ways.get("before")
+        lines = [_way(way, ways[way], before) for way in WAYS if way in ways]
+        header = ["", "device ms (95 %)", "times as fast (95 %)", "relative error against fp32"]
+        if any("first_ms" in row for row in ways.values()):  # while TensorRT-RTX compiles the kernels of the length
+            header.append("first passes, ms")
+            for line, way in zip(lines, (way for way in WAYS if way in ways), strict=True):
+                line.append(f"{ways[way]['first_ms']:.1f}" if "first_ms" in ways[way] else "–")
+        own = number(next(iter(ways.values()))["own_relative_error"], 2)
+        length = next(iter(ways.values()))["length"]
+        text.append(
+            f"**{model}**, random weights, fp16, a prompt of {length} tokens through an engine for 2 to {length}, "
+            f"{LOGITS[logits]}; PyTorch's own error in fp16 is {own}; {caption(environment_of(ways.values()))}\n\n"
+            + _table(header, lines)
+        )
+    return "\n".join(text)
+
+
+def _way(way: str, row: Mapping[str, Any], before: Mapping[str, Any] | None) -> list[str]:
+    if "device_ms" not in row:
+        return [WAYS[way], "–", "–", markdown.cell(row["failure"])]
+    figure = _figure(row)
+    faster = str(ratio([figure], [_figure(before)]).inverse) if before and "device_ms" in before else "–"
+    times = f"{number(figure.median, 4)} ({number(figure.low, 4)}–{number(figure.high, 4)})"
+    return [WAYS[way], times, "1" if way == "before" else faster, number(row["relative_error"], 2)]
+
+
+def _figure(row: Mapping[str, Any]) -> Figure:
+    return Figure(row["device_ms"]["median"], *row["device_ms"]["ci95"])
+
+
+Kernel = dict[str, Any]
+STEP_ROLES: tuple[tuple[str, Callable[[str, int], bool]], ...] = (
+    # By what TensorRT-RTX 1.4 fuses and so calls its kernels; the second argument counts those of one name, the
+    # longest first: gate and up are more than query, key and value.
+    ("gate and up projections, with the norm", lambda name, nth: name == "AddSqrtDivMulCastReshMulSum" and nth == 0),
+    ("query, key and value projections, with the norm", lambda name, nth: name == "AddSqrtDivMulCastReshMulSum"),
+    ("down projection, with the activation", lambda name, _: name == "ReshSlicSlicSiluMulReshMulSum"),
+    ("the product with the vocabulary", lambda name, _: name.startswith("cudnn_")),
+    ("scores", lambda name, _: name == "ReshReshMulCastSum"),
+    ("softmax, with the mask", lambda name, _: name.endswith("MaxrSubExpSum")),
+    ("weighted values", lambda name, _: name == "CastReshReshMulCastSum"),
+    ("output projection, with the division", lambda name, _: name == "ReshDivMulCastReshReshMulSum"),
+    ("rotation of query and key, updates of both caches", lambda name, _: "Scat" in name),
+    ("mean squares of the norms, with the residual; the embedding", lambda name, _: "CastMulMean" in name),
+    ("everything else", lambda name, _: True),
+)
+PROMPT_ROLES: tuple[tuple[str, Callable[[str, int], bool]], ...] = (
+    ("matrix products", lambda name, _: name.startswith("cudnn_")),
+    ("attention, native and causal", lambda name, _: name.startswith("_gemm_mha")),
+    ("gate's activation times up", lambda name, _: name == "SiluMul"),
+    ("everything else", lambda name, _: True),
+)
+
+
+def by_role(kernels: Iterable[Kernel], roles: tuple[tuple[str, Callable[[str, int], bool]], ...]) -> dict[str, Kernel]:
+    """Microseconds and launches of each role; a kernel is of the first that takes it."""
+    sums: dict[str, Kernel] = {role: {"us": 0.0, "launches": 0} for role, _ in roles}
+    seen: dict[str, int] = {}
+    for kernel in kernels:
+        name = kernel["name"].removeprefix("__myl_").rpartition("_0x")[0] or kernel["name"]
+        if kernel["name"].startswith(("cudnn_", "_gemm")):
+            name = kernel["name"]
+        nth = seen.get(name, 0)
+        seen[name] = nth + 1
+        role = next(role for role, takes in roles if takes(name, nth))
+        sums[role]["us"] += kernel["us"]
+        sums[role]["launches"] += kernel["launches"]
+    return sums
+
+
+def steps(folder: Path) -> str:
+    """Where the time of a decode step goes, us (launches)."""
+    found = _profiles(folder, "decode")
+    roles = {model: by_role(profile["kernels"], STEP_ROLES) for model, profile in found.items()}
+    lines = [
+        [role, *(f"{roles[model][role]['us']:.1f} ({roles[model][role]['launches']})" for model in found)]
+        for role, _ in STEP_ROLES
+    ]
+    lines.append(["sum of all kernels", *(f"{p['kernels_us']:.0f} ({p['launches']})" for p in found.values())])
+    lines.append(["as a CUDA graph", *(f"{p['step_us']:.0f}" for p in found.values())])
+    earlier = {
+        "head_alone": "an earlier step: the product with the vocabulary has one row (`*-decode-head_alone.json`)",
+        "powers": "the one before that: squares are written as powers (`*-decode-powers.json`)",
+    }
+    for name, what in earlier.items():
+        lines.append([what, *(_step_us(folder / f"{model}-decode-{name}.json") for model in found)])
+    return _table(("one token, us (launches)", *found), lines)
+
+
+def prompts(folder: Path) -> str:
+    """Where the time of a prompt that fills the cache goes, us."""
+    found = _profiles(folder, "prompt")
+    roles = {model: by_role(profile["kernels"], PROMPT_ROLES) for model, profile in found.items()}
+    lines = [[role, *(f"{roles[model][role]['us']:.0f}" for model in found)] for role, _ in PROMPT_ROLES]
+    lines.append(["sum of all kernels", *(f"{p['kernels_us']:.0f}" for p in found.values())])
+    lines.append(["as a CUDA graph, back to back", *(f"{p['step_us']:.0f}" for p in found.values())])
+    every = [_step_us(folder / f"{model}-prompt-every_row.json") for model in found]
+    lines.append(["the same with every row of the last layer (`*-prompt-every_row.json`)", *every])
+    return _table(("a prompt, us", *found), lines)
+
+
+def prompt_attention(path: Path) -> str:
+    """Microseconds a layer of causal attention over a whole prompt, by form and model."""
+    rows = [row for row in rows_of(path) if "us" in row]
+    times = {(row["form"], row["model"]): row["us"] for row in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    lines = [
+        [f"`{form}`", *(f"{times[form, m]:.1f}" if (form, m) in times else "–" for m in models)]
+        for form in dict.fromkeys(row["form"] for row in rows)
+    ]
+    return _table(("attention of a prompt, us a layer", *models), lines)
+
+
+def _profiles(folder: Path, part: str) -> dict[str, Any]:
+    paths = {model: folder / f"{model}-{part}.json" for model in MODELS}
+    return {model: json.loads(path.read_text(encoding="utf-8")) for model, path in paths.items() if path.exists()}
+
+
+def _step_us(path: Path) -> str:
+    return f"{json.loads(path.read_text(encoding='utf-8'))['step_us']:.0f}" if path.exists() else "–"
+
+
+def _table(header: Iterable[str], lines: Iterable[Iterable[str]]) -> str:
+    """Of cells that are Markdown already."""
+    head = list(header)
+    rows = [head, ["---"] * len(head), *map(list, lines)]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
