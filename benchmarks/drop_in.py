@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ def rows(name: str, logits: str, ways: list[str], to: Path) -> None:
             until = time.perf_counter() + WARM_UP
             while time.perf_counter() < until:
                 measure(engine, tokens, 10)
-            row["device_ms"] = dict(summarise(measure(engine, tokens)))
+            row["device_ms"] = asdict(summarise(measure(engine, tokens)))
             del engine
         except Exception as failure:  # the other ways are still worth their time
             row["failure"] = f"{type(failure).__name__}: {str(failure)[:300]}"

@@ -77,6 +77,7 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None, environment
     generate, memory = report["benchmark"]["generate"], report["benchmark"]["memory"]
     low, high = generate["device_ms"]["ci95"]
     engine, prompt = report["engine"] or {}, report["benchmark"].get("prefill")
+    decode = (report["decode"] or {}).get("engine") or {}
     fraction = generate["roofline_fraction"]
     stages = {**report["stages_s"], **(report.get("store") or {}).get("stages_s", {})}  # of a stored engine: when built
     build_s = stages.get("build")
@@ -92,7 +93,7 @@ def _row(model: str, report: dict[str, Any], eager_ms: float | None, environment
         "–" if eager_ms is None else f"{eager_ms / own_ms:.1f}",
         ratio_then,
         "–" if memory is None else f"{memory['peak_bytes'] / 1e9:.1f}",
-        f"{_bytes(engine) / 1e6:.0f}" if engine.get("bytes") else "–",
+        f"{(engine['bytes'] + decode.get('bytes', 0)) / 1e6:.0f}" if engine.get("bytes") else "–",
         "–" if build_s is None else f"{build_s:.0f}",
         ", ".join(doubts) + _elsewhere(report, environment),
     ]
@@ -104,11 +105,6 @@ def _elsewhere(report: dict[str, Any], environment: Mapping[str, Any]) -> str:
     if all(own.get(key) in (None, environment.get(key)) for key in ("flavour", "tensorrt", "torch")):
         return ""
     return f" ({versions(own)}{'' if own.get('gpu') else ', without a GPU'})"
-
-
-def _bytes(engine: dict[str, Any]) -> int:
-    """Of the engine, and of the one for the tokens after the prompt, where there are two."""
-    return int(engine["bytes"]) + int((engine.get("decode") or {}).get("bytes", 0))
 
 
 def _ms(report: dict[str, Any]) -> float | None:
@@ -143,4 +139,4 @@ def label(report: dict[str, Any]) -> str:
 def _reason(report: dict[str, Any]) -> str:
     if report["failure"]:
         return "{kind}: {message}".format(**report["failure"])
-    return f"{report['status']}: {report['unavailable']}" if "unavailable" in report else str(report["status"])
+    return f"{report['status']}: {report['unavailable']}" if report["unavailable"] else str(report["status"])

@@ -20,6 +20,7 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -220,7 +221,7 @@ def main() -> int:
         worker.start()
     with (arguments.out / "kernels.jsonl").open("a") as file:
         if not arguments.build_only:
-            file.write(json.dumps({"environment": environment(load_stack().versions())}) + "\n")
+            file.write(json.dumps({"environment": asdict(environment(load_stack().versions()))}) + "\n")
         for _ in chosen:
             row = rows.get()
             file.write(json.dumps(row) + "\n")

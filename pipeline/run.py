@@ -1,36 +1,36 @@
-"""One run, from its configuration to its report: the whole way, read top to bottom."""
+"""One run: load → trace → prove, rewrite → network → build → verify → measure → record, read top to bottom.
+
+Each stage takes values and returns one; what came back is recorded here, and nowhere else.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from passes.errors import UserError
 from pipeline.config.schema import Config
-from pipeline.host import interrupts
-from pipeline.host.files import check_output
+from pipeline.frame import Outcome, framed
 from pipeline.host.memory import collector_paused, trim
 from pipeline.host.turn import Turn, alone
 from pipeline.record.console import StageDisplay
-from pipeline.record.record import Record, StopHere
+from pipeline.record.record import Record
+from pipeline.record.sections import Status
 
 if TYPE_CHECKING:
     import torch
 
+    from passes.tensorrt.versions import Stack
+    from pipeline.engine.programs import Program
+    from pipeline.engine.sections import Engines
     from pipeline.model.load import LoadedModel
-    from pipeline.trace.cache_shape import CacheShape
+    from pipeline.record.environment import Environment
     from pipeline.tracking.runs import Tracked
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """``report`` is what report.json in ``folder`` says."""
-
-    report: dict[str, Any]
-    folder: Path
+    from pipeline.verify.candidate import Machine, Wanted
+    from pipeline.verify.sections import Verification
 
 
 def run(
@@ -45,177 +45,222 @@ def run(
     ``track`` stands in for :func:`pipeline.tracking.runs.start`, and the store is then not asked whether it is there.
     ``turn`` is taken before anything is timed.
     """
-    from pipeline.tracking import recovery, runs
-    from pipeline.tracking.names import folder_name
-
     if config.generates and config.model.logits != "last":  # of a prompt, generation needs no other
         config = replace(config, model=replace(config.model, logits="last"))
-    record = Record(config, display or StageDisplay())
-    check_output(config.output)
-    recovers = track is None
-    if track is None:
-        runs.check_store(config.tracking.uri)
-        track = runs.start
-    loaded = cache = interruption = None
-    status = "ok"
-    try:
-        with record.stage("load"), collector_paused():
-            if config.backend.name == "plugin":
-                status = _unavailable(record)
-            else:
-                loaded, device, cache = _load(record)
-    except Exception as error:
-        interrupts.check()  # a library may have made another error of it
-        if isinstance(error, UserError):
-            raise
-        record.fail(error)
-    gc.collect()
-    trim()
-    gc.freeze()  # a million objects of the libraries that the collector need not walk again and again
-    with interrupts.held():  # an interruption ends the work, not the opening or the closing of the run
-        folder = record.open_folder(folder_name(config))
-        try:
-            tracked = track(config, folder, environment=record.report["environment"])
-        except BaseException:
-            record.discard_folder()
-            raise
-        record.report["mlflow"] = tracked.identity
-        with tracked:
-            try:
-                with interrupts.allowed():
-                    record.checkpoint()
-                    for note in config.notes:
-                        record.note(note)
-                    if recovers:
-                        recovery.recover(config, record.display.note)
-                    if loaded is not None:
-                        if config.backend.name == "tensorrt":
-                            status = _tensorrt(record, loaded, device, cache, turn)
-                        else:
-                            status = _rival(record, loaded, device, turn)
-            except StopHere:
-                pass
-            except Exception as error:
-                record.fail(error)
-            except BaseException as error:
-                record.fail(error)
-                interruption = error
-            record.close(status)
-            sent = tracked.finish(record.report, folder)
-            record.release(sent)
-        record.display.summary(record.report, folder, f"run {tracked.run_id}  ({tracked.where})")
-        if not sent:
-            record.display.note("the next start with this output and this store sends the rest to MLflow")
-    if interruption is not None:
-        raise interruption
-    return Outcome(record.report, folder)
+    if config.backend.name == "plugin":
+        return framed(config, display, track, _unavailable, lambda record, folder, loaded: "unavailable")
+    work = _tensorrt if config.backend.name == "tensorrt" else _rival
+    return framed(config, display, track, _load, partial(work, turn=turn))
 
 
-def _unavailable(record: Record) -> str:
-    """Record why the attention plugin cannot run here; returns the report's status."""
-    from passes.tensorrt.versions import load_stack
-    from pipeline.record.environment import environment
-    from pipeline.rivals.plugin import why_not
+@dataclass(frozen=True)
+class Loaded:
+    """The model, where it runs, and what it has to do there."""
 
-    stack = load_stack()
-    record.report["environment"] = environment(stack.versions())
-    reason = record.report["unavailable"] = why_not(record.config.backend, stack)
-    record.note(f"unavailable: {reason}")
-    return "unavailable"
+    model: LoadedModel
+    device: torch.device
+    environment: Environment
+    wanted: Wanted
 
 
-def _load(record: Record) -> tuple[LoadedModel, torch.device, CacheShape | None]:
-    """Weights, tokenizer, device, environment and the engines' KV cache; whatever the user got wrong must come to light
-    here."""
+def _load(record: Record) -> Loaded:
+    """Whatever the user got wrong must come to light here."""
     import torch
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
     from pipeline.model import load
-    from pipeline.model.text import token_batch
+    from pipeline.model.limits import check_fit
     from pipeline.record.environment import environment
+    from pipeline.store.entries import Store
+    from pipeline.verify.candidate import Wanted
+
+    config, builds = record.config, record.config.backend.name == "tensorrt"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    here = environment(load_stack().versions() if builds else None)
+    record.put(environment=here)
+    model = load.load(config.model, config.precision, device, config.seed, record.update)
+    record.note(*model.notes)
+    check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    cache = None
+    if builds:
+        cache = programs.cache_of(model.model, config.cache, config.shape, config.benchmark.generate)
+    if config.looks_into_store:
+        Store.of(config.store)  # refuses a folder that cannot be written
+    record.put(model=model.describe())
+    record.detail = f"{model.parameters / 1e6:.0f} M parameters from {model.source}"
+    wanted = Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
+    return Loaded(model, device, here, wanted)
+
+
+def _unavailable(record: Record) -> None:
+    """Record why the attention plugin cannot run here."""
+    from passes.tensorrt.versions import load_stack
+    from pipeline.record.environment import environment
+    from pipeline.rivals.plugin import why_not
+
+    stack = load_stack()
+    record.put(environment=environment(stack.versions()))
+    record.put(unavailable=(reason := why_not(record.config.backend, stack)))
+    record.note(f"unavailable: {reason}")
+
+
+def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
+    """trace → … → build, or the same engines out of the store; then verify → measure."""
+    from passes.tensorrt.versions import load_stack
     from pipeline.store import reuse
     from pipeline.store.entries import Store
-
-    config = record.config
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    versions = load_stack().versions() if config.backend.name == "tensorrt" else None
-    record.report["environment"] = environment(versions)
-    loaded = load.load(config.model, config.precision, device, config.seed, record.update)
-    for note in loaded.notes:
-        record.note(note)
-    described = loaded.model.config.get_text_config()
-    limit = getattr(described, "max_position_embeddings", None)
-    if limit is not None and config.shape.max > limit:
-        raise UserError(f"shape.max={config.shape.max}: above max_position_embeddings={limit} of {loaded.source}")
-    generate = config.benchmark.generate
-    if limit is not None and generate is not None and generate.input_length + generate.output_length > limit:
-        raise UserError(
-            f"benchmark.generate.output_length={generate.output_length}: with the prompt "
-            f"{generate.input_length + generate.output_length} tokens, above max_position_embeddings={limit} of "
-            f"{loaded.source}"
-        )
-    token_batch(loaded.tokenizer, described.vocab_size, 1, 1, config.seed)  # refuses a tokenizer of another model
-    cache = programs.cache_of(config, loaded) if config.backend.name == "tensorrt" else None
-    if reuse.applies(config):
-        Store.of(config.store)  # refuses a folder that cannot be written
-    record.report["model"] = loaded.describe()
-    record.detail = f"{loaded.parameters / 1e6:.0f} M parameters from {loaded.source}"
-    return loaded, device, cache
-
-
-def _tensorrt(record: Record, loaded: LoadedModel, device: torch.device, cache: CacheShape | None, turn: Turn) -> str:
-    """export → … → build, or the same engines out of the store; then verify → benchmark; returns the status."""
-    from passes.tensorrt.versions import load_stack
-    from pipeline import building, judging
-    from pipeline.engine.programs import assumed
-    from pipeline.store import reuse
+    from pipeline.store.key import ingredients
     from pipeline.verify import candidate
 
-    config, report, stack = record.config, record.report, load_stack()
-    with reuse.engine_of(record, loaded, device, stack) as place:
-        built = None if place.restored else building.build(record, stack, loaded, cache, place.timing_cache)
-        assert record.folder is not None
-        conditions = assumed(report)
-        if device.type == "cuda":
-            with record.stage("verify"):
-                what = candidate.engines(config, loaded, record.folder, cache, place.runtime_cache)
-                judging.verify(record, loaded, what, conditions)
-        elif built is None:
-            place.take_over_verification()
+    config, stack, on_gpu = record.config, load_stack(), loaded.device.type == "cuda"
+    store = Store.of(config.store) if config.looks_into_store else None
+    judged_as = reuse.judged_as(config.verify, config.seed)
+    decided_by = {} if store is None else ingredients(config, loaded.model, stack, loaded.device)
+    taken_over = judged_as if config.reaches("verify") and not on_gpu else None
+    with reuse.engine_of(folder, store, decided_by, taken_over, record.note, record.display.note) as place:
+        record.put(store=place.lookup())
+        made_from: dict[str, Program] = {}
+        if (kept := place.kept) is not None:
+            engines = kept.engines
+            record.put(attention=engines.attention, engine=engines.engine, decode=engines.decode)
+            record.note(*engines.notes)
+            record.display.done("store", place.seconds, f"hit {place.key[:12]}, built {kept.built}")
+        else:
+            engines, made_from = _build(record, folder, loaded, stack, place.timing_cache)
+
+        if kept is not None and not on_gpu:
+            record.stop_before("verify")
+            verification = replace(kept.verification, stored=True)
+            record.put(verify=verification, store=place.lookup(verified=True))
         else:
             with record.stage("verify"):
-                # Without a GPU no engine can run; what can be checked are the graphs that they were built from.
-                judging.verify(record, loaded, candidate.graphs(config, loaded, built, cache), conditions)
-        place.keep()
-    if device.type != "cuda":
+                if on_gpu:
+                    graph, kernels = config.backend.cuda_graph, place.runtime_cache
+                    what = candidate.engines(folder, loaded.model, loaded.wanted, graph, kernels)
+                else:  # no engine can run; what can be checked are the graphs that they were built from
+                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
+                verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
+        place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
+    if not on_gpu:
         return "not_executed"
     what.finished()
-    judging.benchmark(record, loaded, what, turn)
+    _measure(record, loaded.model, what, turn)
     what.finished()
     return "ok"
 
 
-def _rival(record: Record, loaded: LoadedModel, device: torch.device, turn: Turn) -> str:
-    """verify → benchmark of eager PyTorch or torch.compile; without a GPU nothing is timed."""
-    from pipeline import judging
-    from pipeline.rivals.generation import rival_generator
-    from pipeline.rivals.prompt import TorchRunner
-    from pipeline.trace.call_form import CallForm
-    from pipeline.verify.candidate import Machine
+def _build(
+    record: Record, folder: Path, loaded: Loaded, stack: Stack, timing_cache: Path | None
+) -> tuple[Engines, dict[str, Program]]:
+    """export → strategy → lower → interpret → build, for each of the run's programs; returns what the engines in
+    ``folder`` are, and the programs that they were made from."""
+    from passes.graph.driver import rewrite
+    from pipeline.engine import network, programs
+    from pipeline.engine.build import build_engine
+    from pipeline.engine.file import write_engine
+    from pipeline.engine.sections import attention_of, engines_of
+
+    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
+    with record.stage("export"), collector_paused():
+        parts = programs.parts(loaded.model.model, config.model, config.shape, cache)
+        traced = {name: trace() for name, trace in parts.items()}
+        for name, each in traced.items():
+            record.put_graph(name, "graph_before.txt", each.program.graph)
+        record.detail = " + ".join(f"{len(each.program.graph.nodes)} nodes" for each in traced.values())
+
+    with record.stage("strategy"):
+        rewritten, attention = {}, {}
+        for name, each in traced.items():
+            rewritten[name] = rewrite(each.program, asked.name, asked.unproven, asked.assume)
+            attention[name] = attention_of(rewritten[name])
+            record.put_graph(name, "graph_after.txt", rewritten[name].program.graph)
+            record.put_attention(name, attention[name])
+        record.detail = " + ".join(str(each.summary) for each in attention.values())
+    notes = tuple(dict.fromkeys(note for each in rewritten.values() for note in programs.dropped(each, asked)))
+    record.note(*notes)
+
+    with record.stage("lower"), collector_paused():
+        lowered = {
+            name: network.lower(stack, each.program, traced[name].inputs, config.backend, config.precision)
+            for name, each in rewritten.items()
+        }
+
+    with record.stage("interpret"):
+        networks, untouched = {}, asked.name == "upstream"
+        for name, low in lowered.items():
+            in_place = cache is not None and cache.mode == "in_engine"
+            fused_rows = config.backend.fused_rows is not False and not untouched
+            networks[name] = network.interpret(stack, low, untouched, in_place, fused_rows)
+            record.put_engine(name, networks[name].contents)
+
+    with record.stage("build"):
+        built = {}
+        for name in list(networks):
+            made = build_engine(stack, networks.pop(name), record.display.steps, timing_cache, f"{name}.trt")
+            built[name] = made.engine
+            record.put_engine(name, made.engine)
+            conditions, inputs = rewritten[name].assumed, traced[name].inputs
+            here, guarded = asdict(loaded.environment), bool(asked.guard)
+            write_engine(folder, made.data, made.engine, inputs, here, conditions, guarded, cache)
+            del made  # hundreds of megabytes, and on disk
+        record.detail = f"{sum(engine.bytes or 0 for engine in built.values()) / 1e6:.0f} MB"
+    del lowered
+    gc.collect()
+    trim()
+    made_from = {name: programs.Program(each.program, traced[name].inputs) for name, each in rewritten.items()}
+    return engines_of(attention, built, notes), made_from
+
+
+def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
+    """verify → measure of eager PyTorch or torch.compile; without a GPU nothing is timed."""
+    from pipeline.verify import candidate
 
     config = record.config
-    name, generates = config.backend.name, config.benchmark.generate is not None
+    name = config.backend.name
     record.note(f"backend={name} runs the model as it is: strategy has no part in this run")
-    if not generates and config.cache.name != "none":
+    if config.benchmark.generate is None and config.cache.name != "none":
         record.note(f"cache={config.cache.name} has no part in this run: nothing is generated")
-    if device.type != "cuda":
+    if loaded.device.type != "cuda":
         record.note("no GPU: nothing was run")
         return "not_executed"
-    runner = TorchRunner(CallForm(loaded.model, config.model.logits), config.model.inputs, config.backend)
-    generator = rival_generator(loaded.model, config.backend, config.cache) if generates else None
-    what = Machine(name, runner, runner, generator)
     with record.stage("verify"):
-        judging.verify(record, loaded, what)
-    judging.benchmark(record, loaded, what, turn)
+        what = candidate.rival(config.backend, loaded.model, loaded.wanted, config.model, config.cache)
+        _verify(record, loaded.model, what)
+    _measure(record, loaded.model, what, turn)
     return "ok"
+
+
+def _verify(
+    record: Record, model: LoadedModel, what: Machine, flavour: str | None = None, assumed: Collection[str] = ()
+) -> Verification:
+    """Record what is found step by step; the first that fails ends the run."""
+    from pipeline.verify import stage
+
+    config = record.config
+    record.note(*stage.notes(what.executed, config.precision, flavour))
+    for found in stage.verify(
+        what, model, config.model, config.verify, precision=config.precision, seed=config.seed, flavour=flavour,
+        generate=config.benchmark.generate, assumed=assumed, progress=record.display.steps,
+    ):  # fmt: skip
+        record.put(verify=found)
+        stage.gate(found)
+    record.detail = str(found)
+    return found
+
+
+def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> None:
+    """Time what was verified; nothing else ever reaches this."""
+    from pipeline.measure import stage
+
+    config = record.config
+    if not config.benchmark.shapes and what.generator is None:
+        return
+    assert what.runner is not None
+    with turn() as waiting, record.stage("benchmark"):
+        for found in stage.measure(
+            what.runner, what.generator, model, config.benchmark, logits=config.model.logits,
+            precision=config.precision, seed=config.seed, cached=config.cache.name != "none", waiting=waiting,
+        ):  # fmt: skip
+            record.put_benchmark(found)
+        record.draw(found)

@@ -1,4 +1,5 @@
-"""Folders of reports for the comparison: real ones, kept as they were when their figures were written here."""
+"""Reports for tests: real ones of schema 1, kept as they were when their figures were written here, and whether one is
+what docs/report.schema.json says."""
 
 from __future__ import annotations
 
@@ -7,8 +8,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jsonschema import Draft202012Validator
+
 ROOT = Path(__file__).resolve().parent.parent
+SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "report.schema.json").read_text())
 REAL = Path(__file__).parent / "kept_reports" / "h200_rtx_1_4"
+
+
+def conforms(folder: Path) -> dict[str, Any]:
+    """The report in ``folder``, which is as docs/report.schema.json says."""
+    report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    Draft202012Validator(SCHEMA).validate(report)
+    return report
 
 
 def real(name: str) -> dict[str, Any]:

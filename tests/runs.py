@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from reports import conforms
 from rich.console import Console
 
 from pipeline.__main__ import compose_config
@@ -22,7 +22,9 @@ SMALL = ["shape.max=64", "benchmark=none"]
 
 def do(store: str, output: Path, model: Path, *overrides: str, display: StageDisplay | None = None) -> Outcome:
     settings = ["model=local", f"model.path={model}", f"tracking.uri={store}", f"output={output}", *APART, *overrides]
-    return run(compose_config(settings), display or StageDisplay(Console(file=io.StringIO())))
+    outcome = run(compose_config(settings), display or StageDisplay(Console(file=io.StringIO())))
+    conforms(outcome.folder)
+    return outcome
 
 
 def mlflow_run(store: str, outcome: Outcome) -> Any:
@@ -50,4 +52,4 @@ def failure(outcome: Outcome) -> tuple[str, str]:
 def outcome_in(output: Path) -> Outcome:
     """What the only run under ``output`` left."""
     (folder,) = output.glob("*/*")
-    return Outcome(json.loads((folder / "report.json").read_text()), folder)
+    return Outcome(conforms(folder), folder)

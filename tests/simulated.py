@@ -4,11 +4,22 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.host.gpu import GpuState
+from pipeline.host.plain_json import to_json
+from pipeline.measure.until_settled import BenchmarkResult
 
 MS = 1_000_000  # ns
 QUIET = GpuState(at_s=0.0, throttle_reasons=(), foreign_processes=0)
+
+
+class Measured:
+    """A measurement as it stands in report.json and samples.json."""
+
+    def __init__(self, result: BenchmarkResult) -> None:
+        self.report: dict[str, Any] = to_json(result.benchmark)
+        self.samples = result.samples
 
 
 @dataclass

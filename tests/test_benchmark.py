@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from simulated import MS, QUIET, SimulatedClock
+from simulated import MS, QUIET, Measured, SimulatedClock
 
 from passes.errors import RunError
 from pipeline.config.schema import BenchmarkConfig, BenchmarkShape
@@ -24,7 +24,7 @@ from pipeline.host import gpu
 from pipeline.host.gpu import GpuState
 from pipeline.measure import ceilings
 from pipeline.measure.ceilings import Ceilings
-from pipeline.measure.prompt import BenchmarkResult, CudaClock, measure
+from pipeline.measure.prompt import CudaClock, measure
 from pipeline.measure.roofline import DecoderCost, decoder_cost, prefill_bytes, prefill_floor_s, prefill_flops
 from pipeline.measure.statistics import bootstrap_medians, drifts, median_interval, quantile, summarise
 from pipeline.model.text import token_batch
@@ -85,9 +85,9 @@ def config(*lengths: int, min_iterations: int = 20, min_seconds: float = 0.0, wa
     )
 
 
-def measured(runner: SimulatedRunner, settings: BenchmarkConfig | None = None, **more: object) -> BenchmarkResult:
+def measured(runner: SimulatedRunner, settings: BenchmarkConfig | None = None, **more: object) -> Measured:
     arguments = {"clock": runner.clock, "read_state": lambda: replace(QUIET, at_s=runner.clock.host_ns / 1e9)} | more
-    return measure(runner, settings or config(), prompts, **arguments)  # type: ignore[arg-type]
+    return Measured(measure(runner, settings or config(), prompts, **arguments))  # type: ignore[arg-type]
 
 
 def prompts(batch: int, length: int) -> torch.Tensor:
@@ -238,9 +238,9 @@ def test_prompts_are_timed_on_the_tokens_that_were_handed_over() -> None:
 
 
 def test_one_shape_has_no_list_of_further_shapes_and_none_has_no_prefill() -> None:
-    assert "prefill_shapes" not in measured(simulated()).report
+    assert measured(simulated()).report["prefill_shapes"] == []
     none = measured(simulated(), BenchmarkConfig("none"))
-    assert "prefill" not in none.report and none.samples == {}
+    assert none.report["prefill"] is None and none.samples == {}
 
 
 def test_what_the_gpu_reports_reaches_the_entry() -> None:
@@ -425,11 +425,11 @@ def test_a_summary_does_not_depend_on_the_order_of_samples(samples: list[float],
 @given(times)
 def test_median_mad_and_interval_are_where_they_must_be(samples: list[float]) -> None:
     summary = summarise(samples)
-    low, high = summary["ci95"]
-    assert summary["n"] == len(samples)
-    assert min(samples) <= low <= summary["median"] <= high <= max(samples)
-    assert 0.0 <= summary["mad"] <= max(samples) - min(samples)
-    assert np.sum(np.abs(np.array(samples) - summary["median"]) <= summary["mad"] * (1 + 1e-9)) * 2 >= len(samples)
+    low, high = summary.ci95
+    assert summary.n == len(samples)
+    assert min(samples) <= low <= summary.median <= high <= max(samples)
+    assert 0.0 <= summary.mad <= max(samples) - min(samples)
+    assert np.sum(np.abs(np.array(samples) - summary.median) <= summary.mad * (1 + 1e-9)) * 2 >= len(samples)
 
 
 @settings(max_examples=50, deadline=None)
@@ -437,8 +437,8 @@ def test_median_mad_and_interval_are_where_they_must_be(samples: list[float]) ->
 def test_a_summary_scales_with_its_unit(samples: list[float], factor: float) -> None:
     scaled, summary = summarise([factor * x for x in samples]), summarise(samples)
     for key in ("median", "mad", "ci95"):
-        assert scaled[key] == pytest.approx(
-            np.multiply(factor, summary[key]), rel=1e-9, abs=1e-9 * factor * max(samples)
+        assert getattr(scaled, key) == pytest.approx(
+            np.multiply(factor, getattr(summary, key)), rel=1e-9, abs=1e-9 * factor * max(samples)
         )
 
 
@@ -529,9 +529,8 @@ def test_the_real_clock_times_a_known_device_sleep() -> None:
 
     for _ in range(3):
         busy_s(4_000_000)  # lets the clocks rise
-    result = measure(
-        SleepingRunner(), config(4000, 8000, min_iterations=50, min_seconds=0.2, warmup_seconds=2.0), prompts
-    )
+    asked = config(4000, 8000, min_iterations=50, min_seconds=0.2, warmup_seconds=2.0)
+    result = Measured(measure(SleepingRunner(), asked, prompts))
     short, long = result.report["prefill"], result.report["prefill_shapes"][0]
     assert short["device_ms"]["median"] == pytest.approx(busy_s(4_000_000) * 1e3, rel=0.05)
     assert long["device_ms"]["median"] == pytest.approx(2 * short["device_ms"]["median"], rel=0.05)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from simulated import MS, QUIET, SimulatedClock
+from simulated import MS, QUIET, Measured, SimulatedClock
 from torch import Tensor
 
 from passes.errors import RunError
@@ -17,7 +17,6 @@ from pipeline.config.schema import BenchmarkConfig, GenerateShape
 from pipeline.measure.ceilings import Ceilings
 from pipeline.measure.generation import STEPPED_GENERATIONS, measure_generation
 from pipeline.measure.roofline import DecoderCost, decode_floor_s, prefill_floor_s, step_floors_s
-from pipeline.measure.until_settled import BenchmarkResult
 from pipeline.record.plots import latency_plot
 
 PROMPT, NEW = 16, 5
@@ -70,12 +69,12 @@ def config(**changes: object) -> BenchmarkConfig:
     return BenchmarkConfig("generate", generate=GenerateShape(1, PROMPT, NEW), **settings)  # type: ignore[arg-type]
 
 
-def measured(generator: SimulatedGenerator, settings: BenchmarkConfig | None = None, **more: object) -> BenchmarkResult:
+def measured(generator: SimulatedGenerator, settings: BenchmarkConfig | None = None, **more: object) -> Measured:
     settings = settings or config()
     assert settings.generate is not None
     tokens = torch.zeros(settings.generate.batch, PROMPT, dtype=torch.int64)
     arguments = {"cached": True, "clock": generator.clock, "read_state": lambda: QUIET} | more
-    return measure_generation(generator, settings, tokens, **arguments)  # type: ignore[arg-type]
+    return Measured(measure_generation(generator, settings, tokens, **arguments))  # type: ignore[arg-type]
 
 
 def test_the_first_token_and_the_others_are_timed_apart_from_the_whole() -> None:

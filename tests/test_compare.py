@@ -18,11 +18,11 @@ from pipeline.compare.labels import Section, sections
 from pipeline.compare.ratios import ratio
 from pipeline.compare.rows import Figure, Row, axes, row
 from pipeline.compare.sources import Found, read_file
-from pipeline.record.report import is_sealed, write_report
+from pipeline.record.report import is_sealed, upgraded, write_report
 
 
 def rows_of(*reports: dict) -> list[Row]:
-    return [row(Found(report, f"report {i}")) for i, report in enumerate(reports)]
+    return [row(Found(upgraded(report), f"report {i}")) for i, report in enumerate(reports)]
 
 
 def only_section(*reports: dict) -> Section:

@@ -62,11 +62,11 @@ def test_an_engine_holds_the_attention_that_the_strategy_promises(
     made = network(tiny.traced("llama", "fp16"), strategy, unproven)
     steps: list[tuple[str, int, int]] = []
     built = build_engine(load_stack(), made, lambda *step: steps.append(step) or True)
-    section = built.section
+    section = built.engine
     keys = ("iattention", "iattention_causal", "iattention_masked", "iattention_fused", "softmax")
-    assert tuple(section[key] for key in keys) == (native, causal, masked, fused, softmax)
+    assert tuple(getattr(section, key) for key in keys) == (native, causal, masked, fused, softmax)
     assert len(layers(made, "ATTENTION_INPUT")) == native and len(layers(made, "SOFTMAX")) == softmax
-    assert section["layers"] == made.interpreter.ctx.net.num_layers and section["torch_fallback_ops"] == []
+    assert section.layers == made.interpreter.ctx.net.num_layers and section.torch_fallback_ops == ()
     assert [layer.heads for layer in made.native_layers] == [(4, 2)] * (native if strategy != "upstream" else 0)
     assert_consistent(built)
     assert steps and all(0 < step <= total for _, step, total in steps)
@@ -74,17 +74,15 @@ def test_an_engine_holds_the_attention_that_the_strategy_promises(
 
 def assert_consistent(built: Built) -> None:
     data = bytes(built.data)
-    assert (built.section["bytes"], built.section["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
-    assert built.section["bytes"] > 10_000 and built.section["target"]
+    assert (built.engine.bytes, built.engine.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert built.engine.bytes > 10_000 and built.engine.target
 
 
 def test_fp32_says_that_there_is_no_fused_kernel() -> None:
     made = network(tiny.traced("llama"), "lowering", "keep", "fp32")
-    assert (made.contents["iattention"], made.contents["iattention_causal"]) == (2, 2)
-    assert (
-        made.contents["iattention_fused"] == 0
-        and "2 of 2 attention layers have no fused kernel" in made.contents["notes"][0]
-    )
+    assert (made.contents.iattention, made.contents.iattention_causal) == (2, 2)
+    assert made.contents.iattention_fused == 0
+    assert "2 of 2 attention layers have no fused kernel" in made.contents.notes[0]
     assert_consistent(build_engine(load_stack(), made, on))
 
 
@@ -92,7 +90,7 @@ def test_padding_reaches_the_native_layer_as_a_mask() -> None:
     made = network(
         tiny.traced("llama", inputs=("input_ids", "attention_mask"), batch=2), "detect_causal", "mask", "fp32"
     )
-    assert (made.contents["iattention_causal"], made.contents["iattention_masked"]) == (0, 2)
+    assert (made.contents.iattention_causal, made.contents.iattention_masked) == (0, 2)
     net = made.interpreter.ctx.net
     assert [net.get_input(i).name for i in range(net.num_inputs)] == ["input_ids", "attention_mask"]
 

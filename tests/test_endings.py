@@ -378,7 +378,7 @@ def test_memory_that_torch_does_not_get_on_the_cpu_is_no_internal_error(model: P
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 60, dtype=torch.uint8)
     record.fail(caught.value)
-    assert record.report["failure"]["kind"] == "out_of_memory"
+    assert record.report.failure is not None and record.report.failure.kind == "out_of_memory"
 
 
 # The handler by itself

@@ -268,7 +268,7 @@ def test_an_engine_that_assumes_no_padding_takes_the_mask_that_it_no_longer_read
 ) -> None:
     engine = build("detect_causal", "mask", inputs=PADDED, lengths=lengths, assume=("no_padding",), **SHARP)
     assert engine.conditions == ("no_padding",)
-    assert judged(engine, "fp16", (513,), **SHARP)["passed"]
+    assert all(case.passed for case in judged(engine, "fp16", (513,), **SHARP))
     padded, _ = case_inputs(Case("", 513, "left", 0), list(PADDED), tiny.tokens(1, 513).cuda())
     with pytest.raises(RunError, match="attention_mask is 0 at row 0, token 0"):
         engine(padded)
@@ -285,7 +285,7 @@ def test_the_default_model_answers_as_pytorch_does() -> None:
     program = driver.rewrite(traced.program, "detect_causal", "mask").program
     lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), "fp16")
     built = build_engine(stack, compile.interpret(stack, lowered, False), lambda *_: True)
-    assert built.section["iattention_causal"] == 30
+    assert built.engine.iattention_causal == 30
     engine = Engine(stack, built.data, traced.inputs)
 
     assert loaded.tokenizer is not None

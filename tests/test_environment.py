@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.host.plain_json import to_json
 from pipeline.record.environment import environment, git_commit, module_version, supported_by_vendor
 
 KEYS = [
@@ -41,33 +42,33 @@ def checkout(tmp_path: Path) -> Path:
 
 def test_the_section_has_the_reports_keys_and_the_installed_versions() -> None:
     section = environment()
-    assert list(section) == KEYS
-    assert section["torch"] == metadata.version("torch")
-    assert section["transformers"] == metadata.version("transformers")
-    assert section["python"] == platform.python_version()
-    if section["flavour"] is not None:
-        assert section["flavour"] in ("tensorrt", "tensorrt_rtx")
-        assert section["torch_tensorrt"] and section["tensorrt"]
+    assert list(to_json(section)) == KEYS
+    assert section.torch == metadata.version("torch")
+    assert section.transformers == metadata.version("transformers")
+    assert section.python == platform.python_version()
+    if section.flavour is not None:
+        assert section.flavour in ("tensorrt", "tensorrt_rtx")
+        assert section.torch_tensorrt and section.tensorrt
 
 
 def test_what_the_caller_knows_of_tensorrt_wins() -> None:
     known = {"torch_tensorrt": "9.8.7", "tensorrt": "6.5", "flavour": "tensorrt"}
-    assert known.items() <= environment(known).items()
+    assert known.items() <= to_json(environment(known)).items()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
 def test_without_a_gpu_its_entries_are_null() -> None:
     section = environment()
-    assert [section[key] for key in ("gpu", "compute_capability", "supported_by_vendor")] == [None] * 3
+    assert (section.gpu, section.compute_capability, section.supported_by_vendor) == (None,) * 3
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU that PyTorch can use")
 def test_a_gpu_is_named_with_its_driver() -> None:
     section = environment()
-    assert section["gpu"] == torch.cuda.get_device_name()
-    assert section["compute_capability"] == "{}.{}".format(*torch.cuda.get_device_capability())
-    assert section["driver"]
+    assert section.gpu == torch.cuda.get_device_name()
+    assert section.compute_capability == "{}.{}".format(*torch.cuda.get_device_capability())
+    assert section.driver
 
 
 A_CARD = """

@@ -33,9 +33,11 @@ from pipeline.engine import programs
 from pipeline.engine.build import build_engine
 from pipeline.model import load
 from pipeline.model.experts import plain_experts
+from pipeline.model.load import LoadedModel
 from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome
 from pipeline.trace import cached_forms
+from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.call_form import CallForm, InputSpec, exported
 
 CPU = torch.device("cpu")
@@ -75,13 +77,17 @@ def eager(name: str) -> Any:
     return made.float().eval().requires_grad_(False)
 
 
+def cache_of(config: Config, made: LoadedModel) -> CacheShape | None:
+    return programs.cache_of(made.model, config.cache, config.shape, config.benchmark.generate)
+
+
 def networks(
     name: str, cache: str = "none", inputs: tuple[str, ...] = ("input_ids",), parts: tuple[str, ...] = ("engine",)
 ) -> dict[str, compile.Network]:
     """The networks of tiny model ``name`` in fp16, by the names of :func:`pipeline.engine.programs.parts`."""
     config, stack, made = settings(name, cache, inputs), load_stack(), loaded(name, "fp16")
     found = {}
-    for part, trace in programs.parts(config, made, programs.cache_of(config, made)).items():
+    for part, trace in programs.parts(made.model, config.model, config.shape, cache_of(config, made)).items():
         if part in parts:
             traced = trace()
             program = rewrite(traced.program, "detect_causal", "mask").program
@@ -133,7 +139,7 @@ def test_a_family_goes_from_its_config_to_an_engine_that_is_verified(
     if "cache=in_engine" in overrides:
         # DeepSeek's cache holds latents, of which keys are made anew: no attention over the cache as it lies.
         action = "decomposed" if name == "deepseek_v3" else "cached"
-        assert report["attention"]["decode"]["summary"]["by_action"] == {action: 1}
+        assert report["decode"]["attention"]["summary"]["by_action"] == {action: 1}
 
 
 # Mixtures of experts
@@ -256,7 +262,7 @@ def test_values_of_another_head_size_take_the_native_layer(scores: int, values: 
 
 def test_a_size_that_comes_from_data_is_refused_before_the_build_in_one_line() -> None:
     config, made = settings("falcon", "in_engine"), loaded("falcon", "fp16")
-    cache = programs.cache_of(config, made)
+    cache = cache_of(config, made)
     assert cache is not None
     with pytest.raises(RunError, match=r"FalconForCausalLM reads a number out of a tensor .*; try cache=none") as error:
         cached_forms.trace_decode(cached_forms.DecodeForm(made.model), cache, CPU)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +15,23 @@ import torch
 from conftest import CONF, save_tiny_llama
 from omegaconf import OmegaConf
 from runs import GPU, do, failure, mlflow_run
+from simulated import Measured
 from torch import Tensor
 
 from passes.errors import RunError, UserError
-from pipeline import judging
 from pipeline.__main__ import compose_config
-from pipeline.config.schema import BackendConfig
+from pipeline.config.schema import BackendConfig, Config
+from pipeline.generate.protocol import Generator
 from pipeline.measure.attention_kernels import UNKNOWN, attention_kernels
 from pipeline.measure.generation import measure_generation
-from pipeline.model.load import load
-from pipeline.record.console import StageDisplay
-from pipeline.record.record import Record
+from pipeline.model.load import LoadedModel, load
+from pipeline.model.text import tokens_for
 from pipeline.rivals import plugin
 from pipeline.rivals.generation import rival_generator
+from pipeline.trace.call_form import CallForm
+from pipeline.verify import stage
+from pipeline.verify.candidate import Machine
+from pipeline.verify.sections import Verification
 
 EXPERIMENT = OmegaConf.load(CONF / "experiment" / "issue_4129.yaml")
 SWEPT = {key: value.split(",") for key, value in EXPERIMENT.hydra.sweeper.params.items()}
@@ -100,46 +105,61 @@ def test_a_plugin_library_that_is_not_there_is_refused() -> None:
 
 
 @pytest.fixture
-def record(tiny: Path) -> Record:
+def config(tiny: Path) -> Config:
     settings = ["backend=eager", "cache=static", "precision=bf16", "benchmark.generate.output_length=4", *SHORT]
-    made = Record(compose_config(["model=local", f"model.path={tiny}", *settings]), StageDisplay())
-    made.report["verify"] = {"passed": True}
-    return made
+    return compose_config(["model=local", f"model.path={tiny}", *settings])
 
 
-def made_for(record: Record):
-    config = record.config
+def made_for(config: Config) -> tuple[LoadedModel, Generator]:
     loaded = load(config.model, config.precision, torch.device("cpu"), 0, lambda _: None)
     return loaded, rival_generator(loaded.model, config.backend, config.cache)
 
 
-def test_the_generation_that_will_be_timed_is_judged_token_by_token(record: Record) -> None:
-    loaded, generator = made_for(record)
-    judging.verify_generation(record, loaded, generator)
+def steps(config: Config, loaded: LoadedModel, generator: Generator) -> Iterator[Verification]:
+    """The verification of PyTorch itself, and of what ``generator`` generates."""
+    form = CallForm(loaded.model, config.model.logits)
+    what = Machine("eager", lambda inputs: form(**inputs), config.shape, generator=generator)
+    return stage.verify(
+        what, loaded, config.model, config.verify, precision=config.precision, seed=0, flavour=None,
+        generate=config.benchmark.generate, assumed=(), progress=lambda *step: None,
+    )  # fmt: skip
 
-    section = record.report["verify"]["generation"]
-    assert section["passed"] and record.report["verify"]["passed"]
-    assert [(case["name"], case["tokens"]) for case in section["cases"]] == [("generation_12_4", 4)]
+
+def prompts(config: Config, loaded: LoadedModel) -> Tensor:
+    shape = config.benchmark.generate
+    assert shape is not None
+    return tokens_for(loaded, shape.batch, shape.input_length, config.seed)
+
+
+def test_the_generation_that_will_be_timed_is_judged_token_by_token(config: Config) -> None:
+    loaded, generator = made_for(config)
+    before, found = steps(config, loaded, generator)
+
+    assert all(case.passed for case in before.cases) and not before.passed, "not before the tokens are judged too"
+    stage.gate(before)
+    assert found.generation is not None and found.generation.passed and found.passed
+    assert [(case.name, case.tokens) for case in found.generation.cases] == [("generation_12_4", 4)]
     bound = generator.generation
-    generator.prepare(judging.prompts(record, loaded), 4)
+    generator.prepare(prompts(config, loaded), 4)
     assert generator.generation == bound, "nothing is compiled again between judging and timing"
 
 
 def test_a_generation_with_a_wrong_token_ends_the_run_and_its_verification_failed(
-    record: Record, monkeypatch: pytest.MonkeyPatch
+    config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    loaded, generator = made_for(record)
+    loaded, generator = made_for(config)
     honest = generator.tokens
 
     def wrong() -> Tensor:
         return (honest() + torch.tensor([[0, 0, 1, 0]])) % 128
 
     monkeypatch.setattr(generator, "tokens", wrong)
+    _, found = steps(config, loaded, generator)
     with pytest.raises(RunError) as caught:
-        judging.verify_generation(record, loaded, generator)
+        stage.gate(found)
     assert caught.value.kind == "accuracy"
-    assert record.report["verify"]["passed"] is False
-    assert record.report["verify"]["generation"]["cases"][0]["first_difference"] == 2
+    assert found.passed is False
+    assert found.generation is not None and found.generation.cases[0].first_difference == 2
 
 
 @pytest.mark.skipif(GPU, reason="is about machines without a GPU")
@@ -193,14 +213,13 @@ class HostClock:
     def synchronize(self) -> None: ...
 
 
-def test_a_real_generator_is_timed_counted_and_its_kernels_named(record: Record) -> None:
-    loaded, generator = made_for(record)
-    config = replace(record.config.benchmark, min_seconds=0.0, warmup_seconds=0.1)
-    prompt = judging.prompts(record, loaded)
-    report = measure_generation(generator, config, prompt, True, clock=HostClock()).report
+def test_a_real_generator_is_timed_counted_and_its_kernels_named(config: Config) -> None:
+    loaded, generator = made_for(config)
+    asked = replace(config.benchmark, min_seconds=0.0, warmup_seconds=0.1)
+    report = Measured(measure_generation(generator, asked, prompts(config, loaded), True, clock=HostClock())).report
 
     whole, decode = report["generate"], report["decode"]
-    assert whole["device_ms"]["n"] == config.min_generations and decode["device_ms"]["n"] == 3 * config.min_generations
+    assert whole["device_ms"]["n"] == asked.min_generations and decode["device_ms"]["n"] == 3 * asked.min_generations
     assert 0 < whole["ttft_ms"]["median"] < whole["device_ms"]["median"] <= 1.01 * whole["host_ms"]["median"]
     assert all("scaled_dot_product" in name for names in report["kernels"].values() for name in names)
     assert generator.tokens().shape == (1, 2), "the last thing was the profile of a prefill and one step"

@@ -16,8 +16,11 @@ from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
 from pipeline.engine.runner import open_engine
 from pipeline.engine.session import Session
+from pipeline.host.plain_json import from_json, to_json
+from pipeline.record.sections import Report
 from pipeline.run import Outcome
 from pipeline.trace import cached_forms
+from pipeline.tracking.names import metrics
 from pipeline.verify.candidate import open_generator
 
 GENERATE = [
@@ -44,9 +47,14 @@ def test_two_engines_are_built_and_what_they_generate_is_judged(
 
     assert (report["status"], report["failure"]) == (DONE, None)
     assert set(report["attention"]["summary"]["by_action"]) == {"native_causal"}
-    assert set(report["attention"]["decode"]["summary"]["by_action"]) == {"cached"}
-    assert report["engine"]["decode"]["file"] == "decode.trt"
+    assert set(report["decode"]["attention"]["summary"]["by_action"]) == {"cached"}
+    assert report["decode"]["engine"]["file"] == "decode.trt"
     assert report["verify"]["generation"]["passed"] and report["verify"]["generation"]["cases"][0]["tokens"] == 20
+    written = json.loads((outcome.folder / "report.json").read_text())
+    assert written == report | {"sha256": written["sha256"]} == to_json(from_json(Report, written))
+    numbers = metrics(report)
+    assert numbers["decode.engine.bytes"] == report["decode"]["engine"]["bytes"] > 0
+    assert not any(".calls." in name for name in numbers), "attention calls stay in their table"
     lengths = {case["length"] for case in report["verify"]["cases"]}
     assert {2, 7, 64, 65, 128} <= lengths  # both ends of the profile, and of what only the cache reaches
     kept = {path.name for path in outcome.folder.iterdir()}
@@ -202,4 +210,4 @@ def test_decomposed_attention_generates_too(store: str, tmp_path: Path, tiny_lla
     report = report_of(store, tmp_path, tiny_llama_dir, "cache=in_engine", "strategy=decompose")
 
     assert (report["status"], report["failure"]) == (DONE, None)
-    assert set(report["attention"]["decode"]["summary"]["by_action"]) == {"decomposed"}
+    assert set(report["decode"]["attention"]["summary"]["by_action"]) == {"decomposed"}

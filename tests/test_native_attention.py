@@ -23,6 +23,7 @@ from passes.tensorrt.attention import asked
 from passes.tensorrt.versions import load_stack, quiet
 from pipeline.engine.build import build_engine
 from pipeline.engine.network import Network
+from pipeline.engine.sections import Engine
 from pipeline.engine.session import Session
 from pipeline.verify.logits import FACTOR
 
@@ -57,7 +58,7 @@ def network(family: Family, graph: GraphModule, settings: Any) -> Network:
         interpreter = TRTInterpreter(graph, specs, compilation_settings=settings)
         assert interpreter.validate_conversion() == set()
         interpreter._construct_trt_network_def()
-    return Network(interpreter, (), {})
+    return Network(interpreter, (), Engine(0, 0, 0, 0, None, 0))  # what is in it is asked of its layers
 
 
 def _spec(name: str, least: Tensor, now: Tensor, most: Tensor, dynamic: bool) -> Any:
@@ -95,7 +96,7 @@ def test_every_call_becomes_a_native_layer_with_its_mask_and_the_engine_is_built
 
     masked = [layer.num_inputs > 3 and layer.get_input(3) is not None for layer in layers(made)]
     assert masked == [case.mask not in ("none", "causal") for case in cases(family)]
-    assert build_engine(load_stack(), made, lambda *_: True).section["bytes"] > 10_000
+    assert build_engine(load_stack(), made, lambda *_: True).engine.bytes > 10_000
 
 
 def as_kernels(graph: GraphModule, target: Any) -> int:

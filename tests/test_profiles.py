@@ -48,25 +48,24 @@ def test_every_exact_length_is_a_profile_of_each_open_input() -> None:
     for profile, length in zip(added, (16, 33), strict=True):
         for name in ("input_ids", "attention_mask"):
             assert [tuple(shape) for shape in profile.get_shape(name)] == [(2, length)] * 3
-        assert profiles.lengths(net, profile) == [length] * 3
+        assert profiles.lengths(net, profile) == (length,) * 3
 
 
 def test_the_engine_holds_kernels_of_every_profile() -> None:
     made = network(tiny.traced("llama", "fp16", exact=(16, 33)))
     built = [
-        build_engine(load_stack(), dataclasses.replace(made, exact=exact), lambda *_: True).section
+        build_engine(load_stack(), dataclasses.replace(made, exact=exact), lambda *_: True).engine
         for exact in ((), (16,), made.exact)
     ]
 
-    assert [section["profiles"] for section in built] == [
-        [[1, 64, 64]], [[1, 64, 64], [16] * 3], [[1, 64, 64], [16] * 3, [33] * 3],
-    ]  # fmt: skip
-    assert built[0]["bytes"] < built[1]["bytes"] < built[2]["bytes"]
+    whole, short, long = (1, 64, 64), (16,) * 3, (33,) * 3
+    assert [engine.profiles for engine in built] == [(whole,), (whole, short), (whole, short, long)]
+    assert built[0].bytes < built[1].bytes < built[2].bytes
 
 
 def test_a_static_engine_has_no_profiles() -> None:
     made = network(tiny.traced("llama", "fp16", lengths=(12, 12)))
-    assert build_engine(load_stack(), made, lambda *_: True).section["profiles"] == []
+    assert build_engine(load_stack(), made, lambda *_: True).engine.profiles == ()
 
 
 @pytest.mark.parametrize(("mode", "batch"), [("static", 1), ("in_engine", 1), ("in_engine", 2)])
@@ -78,8 +77,8 @@ def test_the_prompts_of_a_cache_have_them_too_and_the_step_has_none(mode: str, b
     prefill = network(cached_forms.trace_prefill(form, cache, shape, tiny.CPU), in_place=mode == "in_engine")
     step = cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, tiny.CPU)
 
-    section = build_engine(load_stack(), prefill, lambda *_: True).section
-    assert section["profiles"] == [[2, 48, 48], [32] * 3, [48] * 3]
+    engine = build_engine(load_stack(), prefill, lambda *_: True).engine
+    assert engine.profiles == ((2, 48, 48), (32,) * 3, (48,) * 3)
     assert {spec.exact for spec in step.inputs} == {()}
 
 
@@ -261,7 +260,7 @@ def test_the_prompt_of_a_case_has_an_exact_length_where_one_is_near() -> None:
             programs[0].run(stream)
 
     generator = CachedGenerator(Prompts(programs[0]._graph, ()), programs[1:], cache, 128, tiny.CPU)
-    forward = candidate._cached("engine", config, generator, tuple(shape.exact)).forward
+    forward = candidate._cached("engine", generator, shape, False, tuple(shape.exact)).forward
     for length in (31, 32, 33, 47, 48, 49, cache.longest):
         tokens = tiny.tokens(1, length)
         with torch.no_grad():

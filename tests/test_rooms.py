@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from graphlib import TopologicalSorter
 
 import pytest
@@ -10,7 +11,7 @@ from imports import PICTURE, ROOT, imports, modules, room, with_picture
 PASSES = ["errors", "proof", "graph", "tensorrt", "front_door", "passes"]
 PIPELINE = [
     "host", "config", "model", "trace", "engine", "generate", "rivals", "measure", "verify", "record", "store",
-    "tracking", "building", "judging", "run", "compare", "sweep", "__main__", "start",
+    "tracking", "frame", "run", "compare", "sweep", "__main__", "start",
 ]  # fmt: skip
 """From the ground up: a room imports from those before it."""
 
@@ -43,10 +44,29 @@ def test_the_lists_of_rooms_are_the_rooms() -> None:
 
 def test_pipeline_has_at_most_six_modules_at_its_top_and_no_module_is_over_300_lines() -> None:
     top = sorted(path.stem for path in (ROOT / "pipeline").glob("*.py"))
-    assert top == ["__init__", "__main__", "building", "judging", "run", "start"]
+    assert top == ["__init__", "__main__", "frame", "run", "start"]
     every = modules("passes") | modules("pipeline")
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in every.items()}
     assert {name: count for name, count in lines.items() if count > 300} == {}
+
+
+STAGES = ("trace", "engine", "generate", "rivals", "measure", "verify", "store.reuse")
+RECORDERS = {"Record", "StageDisplay", "Config"}
+
+
+def test_no_stage_takes_the_record_the_display_or_the_whole_configuration() -> None:
+    """They take values, and return one; ``pipeline/run.py`` alone records."""
+    every = modules("pipeline").items()
+    taken = {
+        f"{module}: {function.name}({argument.arg})"
+        for module, path in every
+        if module.removeprefix("pipeline.").startswith(STAGES)
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(function, ast.FunctionDef)
+        for argument in [*function.args.args, *function.args.kwonlyargs]
+        if argument.annotation and RECORDERS & {n.id for n in ast.walk(argument.annotation) if isinstance(n, ast.Name)}
+    }
+    assert taken == set()
 
 
 def test_every_module_says_what_it_is_about_in_one_line() -> None:

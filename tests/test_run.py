@@ -30,7 +30,7 @@ from pipeline.tracking import runs
 from pipeline.tracking.engines import load_engine
 from pipeline.tracking.names import parameters
 
-# shared/DESIGN.md's report.json, schema 1: what readers may count on.
+# shared/DESIGN.md's report.json: what readers may count on.
 CONTRACT = {
     "": "schema status failure config environment model attention engine verify benchmark stages_s",
     "environment": "gpu compute_capability supported_by_vendor driver torch torch_tensorrt tensorrt flavour "
@@ -75,7 +75,7 @@ def finished(store: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_report_json_keeps_the_contract(finished: Outcome) -> None:
     report = json.loads((finished.folder / "report.json").read_text())
 
-    assert report["schema"] == 1 and report["status"] == DONE and report["failure"] is None
+    assert report["schema"] == 2 and report["status"] == DONE and report["failure"] is None
     for path, keys in CONTRACT.items():
         assert set(keys.split()) <= set(at(report, path)), path
     assert set(report["stages_s"]) == set(STAGES) - (set() if GPU else {"benchmark"})
@@ -289,7 +289,7 @@ def test_an_engine_that_tensorrt_refuses_to_build_fails_with_its_message(
 
     assert failure(outcome) == ("build", "build")
     assert "workspace" in outcome.report["failure"]["message"]
-    assert outcome.report["engine"]["iattention_causal"] == 2 and "file" not in outcome.report["engine"]
+    assert outcome.report["engine"]["iattention_causal"] == 2 and outcome.report["engine"]["file"] is None
     assert mlflow_run(store, outcome).info.status == "FAILED"
 
 

@@ -32,7 +32,6 @@ from pipeline.engine.runner import open_engine
 from pipeline.model.gguf import sha256_of
 from pipeline.model.load import LoadedModel, load
 from pipeline.record.console import StageDisplay
-from pipeline.record.record import Record
 from pipeline.run import Outcome
 from pipeline.store import reuse
 from pipeline.store.entries import Damaged, Store
@@ -195,10 +194,10 @@ def test_no_room_that_makes_or_judges_an_engine_is_left_out_of_its_key() -> None
     for arrow in imports("pipeline"):
         rooms.setdefault(room(arrow.source), set()).add(room(arrow.target))
     seen: set[str] = set()
-    waiting = {"building", "verify"}
+    waiting = {"engine", "verify"}
     while waiting:
         seen.add(name := waiting.pop())
-        waiting |= rooms.get(name, set()) - seen - {"record"}  # building writes down what it built
+        waiting |= rooms.get(name, set()) - seen
     assert seen & BESIDE_THE_ENGINE == {"host"} and {"model", "trace", "engine", "generate"} <= seen
 
 
@@ -331,7 +330,8 @@ def test_the_second_run_builds_nothing_and_says_so(twice: Twice) -> None:
 
     assert (miss["status"], hit["status"]) == (DONE, DONE)
     assert set(miss["stages_s"]) >= BUILD_STAGES and not set(hit["stages_s"]) & BUILD_STAGES
-    assert miss["store"] == {"key": hit["store"]["key"], "hit": False, "stages": dict.fromkeys(BUILD_STAGES, "miss")}
+    nothing = {"hit": False, "stages": dict.fromkeys(BUILD_STAGES, "miss"), "built": None, "stages_s": {}}
+    assert miss["store"] == {"key": hit["store"]["key"], **nothing}
     assert hit["store"]["hit"] and set(hit["store"]["stages"].values()) == {"hit"}
     assert set(hit["store"]["stages"]) == BUILD_STAGES | (set() if GPU else {"verify"})
     assert hit["store"]["stages_s"] == {stage: miss["stages_s"][stage] for stage in hit["store"]["stages"]}
@@ -373,11 +373,11 @@ def config_of(outcome: Outcome, **changes: Any) -> Config:
 def place_of(config: Config, folder: Path) -> Any:
     """The context manager around the place of that run's engine."""
     device = torch.device("cuda" if GPU else "cpu")
-    record = Record(config, Shown())
     folder.mkdir()
-    record.folder = folder
     loaded = load(config.model, config.precision, device, config.seed, lambda _: None)
-    return reuse.engine_of(record, loaded, device, load_stack())
+    decided_by = ingredients(config, loaded, load_stack(), device)
+    wanted = reuse.judged_as(config.verify, config.seed) if config.reaches("verify") else None
+    return reuse.engine_of(folder, Store.of(config.store), decided_by, wanted, print, print)
 
 
 @pytest.mark.skipif(GPU, reason="with a GPU the engine is judged again")
@@ -389,7 +389,7 @@ def test_a_verification_that_was_made_on_other_inputs_is_not_taken_over(twice: T
         [({}, True), ({"verify": longer}, False), ({"seed": 1}, False), ({"verify": longer, "until": "build"}, True)]
     ):
         with place_of(dataclasses.replace(config, **changes), tmp_path / str(number)) as place:
-            assert place.restored == restored, changes
+            assert (place.kept is not None) == restored, changes
 
 
 def test_a_stored_engine_that_fails_its_verification_is_removed(twice: Twice, tmp_path: Path) -> None:
@@ -399,7 +399,7 @@ def test_a_stored_engine_that_fails_its_verification_is_removed(twice: Twice, tm
     config.store.folder = str(engines)
 
     with pytest.raises(RunError), place_of(config, tmp_path / "run") as place:
-        assert place.restored
+        assert place.kept is not None
         raise RunError("accuracy", "1 of 1 cases failed")
 
     assert [path.name for path in engines.iterdir() if path.is_dir()] == []
@@ -423,7 +423,7 @@ def test_a_damaged_engine_is_removed_built_again_and_kept(
     assert "engine.trt was changed" in note
     kept = Store(engines, 1e9).content(report["store"]["key"])
     assert kept is not None and kept["files"]["engine.trt"] == sha256_of(stored) == report["engine"]["sha256"]
-    assert "store: " not in "".join(kept["notes"])
+    assert "store: " not in "".join(kept["engines"]["notes"])
 
 
 def test_a_run_that_ends_before_the_engine_leaves_the_store_alone(store: str, model: Path, tmp_path: Path) -> None:

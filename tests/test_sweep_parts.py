@@ -252,9 +252,9 @@ def test_how_a_process_ended_becomes_the_kind_of_failure() -> None:
         "interrupted": Ended(130, False, False, 1.0, KeyboardInterrupt()),
         "crash": Ended(-11, False, False, 1.0),
     }
-    assert {kind: _why(ended, config)["kind"] for kind, ended in ends.items()} == {kind: kind for kind in ends}
-    assert "sweep.timeout_minutes=0.5" in _why(ends["timeout"], config)["message"]
-    assert "SIGSEGV" in _why(ends["crash"], config)["message"]
+    assert {kind: _why(ended, config, "build").kind for kind, ended in ends.items()} == {kind: kind for kind in ends}
+    assert "sweep.timeout_minutes=0.5" in _why(ends["timeout"], config, "build").message
+    assert "SIGSEGV" in _why(ends["crash"], config, "build").message
 
 
 # Dry run and registry

@@ -25,8 +25,11 @@ from pipeline.config.idle import idle, refuse_idle, why_idle
 from pipeline.config.lengths import positions, settle
 from pipeline.config.overrides import for_hydra, quoted, read, split, typed, unquoted
 from pipeline.config.schema import Config
+from pipeline.engine.sections import Engine
+from pipeline.host.plain_json import to_json
 from pipeline.record.console import StageDisplay
 from pipeline.record.markdown import cell
+from pipeline.record.sections import Failure, new_report
 from pipeline.sweep.display import line
 from pipeline.sweep.jobs import plan
 from pipeline.sweep.keys import settings_key
@@ -359,17 +362,20 @@ def test_a_sweeps_line_shows_a_label_with_braces() -> None:
     assert NASTY in line(NASTY, real("llama3_1b-lowering"), Path("out"), 1.0, False)
 
 
+def failing(message: str) -> dict[str, Any]:
+    """The report of a run that failed with ``message`` once its network was known."""
+    engine = Engine(9, 1, 1, 0, 1, 0, notes=(message,))
+    made = replace(new_report(compose_config([])), failure=Failure("build", "crash", message), engine=engine)
+    return to_json(made)
+
+
 @pytest.mark.parametrize(
     "show",
     [
         lambda display: display.note(NASTY),
         lambda display: display.failed("build", 1.0, NASTY),
         lambda display: display.done("build", 1.0, NASTY),
-        lambda display: display.summary(
-            failed(real("llama3_1b-lowering") | {"store": None}, "build", "crash", NASTY),
-            Path(NASTY.replace("/", "")),
-            NASTY,
-        ),
+        lambda display: display.summary(failing(NASTY), Path(NASTY.replace("/", "")), NASTY),
     ],
     ids=["note", "failed", "done", "summary"],
 )

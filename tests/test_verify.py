@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from math import isnan
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
@@ -23,6 +22,7 @@ from passes.graph.ops import DECOMPOSED, NATIVE
 from pipeline.verify import arithmetic
 from pipeline.verify.cases import Case
 from pipeline.verify.logits import gate, judge
+from pipeline.verify.sections import JudgedCase
 
 ROWS, LENGTH, HIDDEN, VOCABULARY = 2, 40, 64, 1000  # the last block of the vocabulary is a short one
 EPS = torch.finfo(torch.bfloat16).eps / 2
@@ -45,12 +45,12 @@ def rounded(seed: int, length: int = LENGTH) -> Tensor:
 
 def judged(
     candidate: Tensor, truth: Tensor | None = None, own: Tensor | None = None, padding: Tensor | None = None
-) -> dict[str, Any]:
-    """The verify section of one case, logits given."""
+) -> JudgedCase:
+    """One case, logits given."""
     length = candidate.shape[1]
     truth = logits_of(0.0, 0, length) if truth is None else truth
     own = rounded(1, length) if own is None else own
-    return judge(
+    (case,) = judge(
         [Case("case", length, "none", 0)],
         lambda case: ({}, padding),
         lambda _: truth,
@@ -59,16 +59,16 @@ def judged(
         EPS,
         lambda done, total: None,
     )
+    return case
 
 
 @pytest.mark.parametrize("seed", range(2, 22))
 def test_rounding_of_another_seed_passes_at_every_position(seed: int) -> None:
-    section = judged(rounded(seed))
+    case = judged(rounded(seed))
 
-    (case,) = section["cases"]
-    assert section["passed"] and case["positions_judged"] == ROWS * LENGTH and case["positions_failed"] == 0
-    assert case["worst_position"]["found"] <= case["worst_position"]["allowed"]
-    gate(section)
+    assert case.passed and case.positions_judged == ROWS * LENGTH and case.positions_failed == 0
+    assert case.worst_position.found <= case.worst_position.allowed
+    gate([case])
 
 
 def one_position(x: Tensor) -> None:
@@ -128,15 +128,14 @@ def test_what_is_wrong_in_places_fails_and_the_worst_place_is_named(
 ) -> None:
     logits = rounded(2)
     fault(logits)
-    section = judged(logits)
+    case = judged(logits)
 
-    (case,) = section["cases"]
-    assert not section["passed"] and not case["passed"]
+    assert not case.passed
     if where is not None:
-        assert case["positions_failed"] == 1
-        assert (case["worst_position"]["row"], case["worst_position"]["position"]) == where
+        assert case.positions_failed == 1
+        assert (case.worst_position.row, case.worst_position.position) == where
     with pytest.raises(RunError) as caught:
-        gate(section)
+        gate([case])
     assert caught.value.kind == "accuracy"
     if where is not None:
         assert f"1 of {ROWS * LENGTH} positions, the worst at row {where[0]}, position {where[1]}: " in str(
@@ -149,44 +148,43 @@ def test_a_few_wrong_positions_of_many_fail_although_the_one_number_over_all_of_
     logits = rounded(2, length)
     logits[0, 512] = logits[0, 511]
     own = logits_of(0.05, 1, length)
-    (case,) = judged(logits, own=own)["cases"]
+    case = judged(logits, own=own)
 
-    assert case["relative_error"] <= case["tolerance"] and case["kl"] <= case["allowed_kl"]
-    assert not case["passed"] and case["positions_failed"] == 1
+    assert case.relative_error <= case.tolerance and case.kl <= case.allowed_kl
+    assert not case.passed and case.positions_failed == 1
 
 
 def test_a_block_of_the_vocabulary_that_is_slightly_wrong_everywhere_fails_by_itself() -> None:
     logits = rounded(2)
     logits[..., 256:384] += 0.1  # of 2.2, the logits' own size
-    section = judged(logits)
+    case = judged(logits)
 
-    (case,) = section["cases"]
-    assert case["relative_error"] <= case["tolerance"] and case["positions_failed"] == 0
-    assert not case["passed"]
-    assert (case["worst_block"]["first"], case["worst_block"]["last"]) == (256, 383)
+    assert case.relative_error <= case.tolerance and case.positions_failed == 0
+    assert not case.passed
+    assert (case.worst_block.first, case.worst_block.last) == (256, 383)
     with pytest.raises(RunError, match="tokens 256 to 383 of the vocabulary: relative error"):
-        gate(section)
+        gate([case])
 
 
 def test_a_candidate_that_is_coarser_everywhere_may_be_so_at_each_position_and_no_further() -> None:
     truth, length = logits_of(0.0, 0, 512), 512
     coarse = truth + 2.5 * (logits_of(0.01, 2, length) - truth)
-    (case,) = judged(coarse, own=rounded(1, length))["cases"]
-    assert case["passed"] and 2 < case["relative_error"] / case["tolerance"] * 3 < 3
+    case = judged(coarse, own=rounded(1, length))
+    assert case.passed and 2 < case.relative_error / case.tolerance * 3 < 3
 
     coarse[0, 100] = truth[0, 99]
-    (case,) = judged(coarse, own=rounded(1, length))["cases"]
-    assert not case["passed"] and case["positions_failed"] == 1
-    assert (case["worst_position"]["row"], case["worst_position"]["position"]) == (0, 100)
+    case = judged(coarse, own=rounded(1, length))
+    assert not case.passed and case.positions_failed == 1
+    assert (case.worst_position.row, case.worst_position.position) == (0, 100)
 
 
 def test_a_position_may_be_as_wrong_as_pytorch_is_there_and_no_other_for_that() -> None:
     own, logits = rounded(1), rounded(2)
     own[1, 30] = logits_of(0.0, 0)[1, 30] * 1.5  # PyTorch itself loses it
     logits[1, 30] = logits_of(0.0, 0)[1, 30] * 0.6
-    assert judged(logits, own=own)["cases"][0]["positions_failed"] == 0
+    assert judged(logits, own=own).positions_failed == 0
     logits[1, 31] = logits_of(0.0, 0)[1, 31] * 0.6
-    assert judged(logits, own=own)["cases"][0]["worst_position"]["position"] == 31
+    assert judged(logits, own=own).worst_position.position == 31
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
@@ -211,8 +209,8 @@ def test_padding_is_not_judged() -> None:
     padding[0, :10] = True
     truth, logits = logits_of(0.0, 0), rounded(2)
     truth[0, 4], logits[0, 6] = float("nan"), 0.0
-    section = judged(logits, truth=truth, padding=padding)
-    assert section["passed"] and section["cases"][0]["positions_judged"] == ROWS * LENGTH - 10
+    case = judged(logits, truth=truth, padding=padding)
+    assert case.passed and case.positions_judged == ROWS * LENGTH - 10
 
 
 # The arithmetics

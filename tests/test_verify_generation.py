@@ -9,7 +9,7 @@ from torch import Tensor
 
 from passes.errors import RunError
 from pipeline.rivals.generation import EagerGenerator
-from pipeline.verify.tokens import gate, judge_generation, last_positions, section
+from pipeline.verify.tokens import gate, judge_generation, last_positions
 
 LENGTH, NEW = 9, 8
 EPS = torch.finfo(torch.bfloat16).eps / 2
@@ -55,7 +55,7 @@ def test_one_wrong_token_fails_wherever_it_stands(at: int) -> None:
 
     assert not case.passed and case.first_difference == at
     with pytest.raises(RunError, match=rf"first new token {at}, logits .* apart where") as caught:
-        gate(section([case]))
+        gate([case])
     assert caught.value.kind == "accuracy"
 
 

@@ -12,7 +12,8 @@ from passes.errors import UserError
 from passes.graph import ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import OPTIONAL, PASSES, Work
-from passes.graph.rewritten import PassRecord, Rewritten, assumed_of, record
+from passes.graph.records import PassRecord
+from passes.graph.rewritten import Rewritten, assumed_of, record
 from passes.graph.strategies import strategy
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out, ops.BLANKED: ops.without_unseeing}

@@ -8,45 +8,10 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from passes.graph.records import CallRecord, PassRecord
 from passes.graph.strategies import Decision
 from passes.proof.calls import AttentionCall
 from passes.proof.masks import Proof, Status
-
-
-@dataclass(frozen=True)
-class CallRecord:
-    """One row of the report's table of attention calls."""
-
-    index: int
-    name: str
-    op: str
-    mask: str
-    proof: str
-    depends_on: list[str]
-    conditions: list[str]
-    counterexample: dict[str, Any] | None
-    action: str
-    reason: str
-    unproved: bool
-    looks: int
-    """On how many inputs the mask's graph was run to check the proof."""
-    disagreement: str
-    """Where it was not what was proved; the mask is then kept."""
-    native_gqa: bool
-    scale: str
-    """Where the softmax scale went."""
-    profile: dict[str, tuple[int, int]]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class PassRecord:
-    """What one pass did."""
-
-    name: str
-    changed: int
-    """Calls or operations that it changed."""
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -87,8 +52,8 @@ def record(call: AttentionCall, proof: Proof, decision: Decision, native_gqa: bo
         op=call.op,
         mask=str(proof.mask),
         proof="unproved" if decision.unproved else proof.status.value,
-        depends_on=list(proof.depends_on),
-        conditions=list(proof.conditions),
+        depends_on=proof.depends_on,
+        conditions=proof.conditions,
         counterexample=None if proof.counterexample is None else proof.counterexample.describe(),
         action=decision.lowering.action.value,
         reason=decision.reason,

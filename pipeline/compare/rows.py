@@ -132,7 +132,7 @@ class Row:
 
 
 def row(found: Found) -> Row:
-    """The row of a report; raises :class:`UserError` for a report that lacks what schema 1 has."""
+    """The row of a report; raises :class:`UserError` for a report that lacks what every schema has."""
     report = found.report
     try:
         timings = dict(_timings(report, found.samples)) if report["status"] == "ok" and verified(report) else {}
@@ -215,7 +215,7 @@ def _accuracy(verify: Mapping[str, Any] | None) -> Accuracy | None:
     if not verify or not verify["cases"]:
         return None
     worst = worst_case(dict(verify))
-    own = (worst.get("pytorch") or {}).get("relative_error")
+    own = (worst["yardsticks"].get("pytorch") or {}).get("relative_error")
     return Accuracy(
         executed=str(verify.get("executed", "?")),
         case=str(worst["name"]),

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from passes.errors import UserError
-from pipeline.record.report import SCHEMA, is_sealed
+from pipeline.record.report import READABLE, is_sealed, upgraded
 from pipeline.record.unfinished import STATE
 from pipeline.tracking.store import as_user_error, check_store, is_server, open_client, quiet, redacted, search_runs
 
@@ -40,6 +40,7 @@ class Found:
     """A report and where it was."""
 
     report: dict[str, Any]
+    """In the form of schema 2."""
     name: str
     """The file, or the run: what a message calls it."""
     samples: Mapping[str, Any] = field(default_factory=dict)
@@ -103,15 +104,19 @@ def read_file(path: Path, ui: str = UI) -> Found:
 
 
 def parse(path: Path, name: str) -> dict[str, Any]:
-    """The report in ``path``, which messages call ``name``."""
+    """The report in ``path``, which messages call ``name``, :func:`pipeline.record.report.upgraded`."""
     report = _object(path, name)
-    if report.get("schema") != SCHEMA:
-        raise UserError(f"{name}: schema={report.get('schema')}: only reports of schema {SCHEMA} can be compared")
+    if report.get("schema") not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UserError(f"{name}: schema={report.get('schema')}: only reports of schema {known} can be compared")
     if report.get("status") not in STATUSES:
         raise UserError(f"{name}: status={report.get('status')}: allowed are {', '.join(STATUSES)}")
     if not is_sealed(report):
         raise UserError(f"{name}: was changed after the run (its sha256 is another); take the report from MLflow")
-    return report
+    try:
+        return upgraded(report)
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{name}: is no report of a run ({error})") from None
 
 
 def _object(path: Path, name: str) -> dict[str, Any]:

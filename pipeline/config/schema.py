@@ -247,6 +247,11 @@ class Config:
         """Whether this run goes as far as ``stage``."""
         return STAGES.index(stage) <= STAGES.index(self.last_stage)
 
+    @property
+    def looks_into_store(self) -> bool:
+        """Whether this run looks into the engine store: it does where it goes as far as an engine."""
+        return self.store.enabled and self.backend.name == "tensorrt" and self.reaches("build")
+
     def to_dict(self) -> dict[str, Any]:
         """Every setting."""
         return {key: value for key, value in asdict(self).items() if key != "notes"}

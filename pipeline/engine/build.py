@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from passes.errors import RunError
 from passes.tensorrt.versions import Stack, tensorrt_errors
 from pipeline.engine import kernel_cache, profiles
 from pipeline.engine.network import Network
+from pipeline.engine.sections import Engine
 
 Progress = Callable[[str, int, int], bool]
 """(phase, step, steps) -> whether to go on."""
@@ -24,16 +25,19 @@ Progress = Callable[[str, int, int], bool]
 
 @dataclass(frozen=True)
 class Built:
-    """An engine: its bytes, and the report's ``engine`` section."""
+    """An engine: its bytes, and what is in it."""
 
     data: Any
     """A buffer of the engine's bytes."""
-    section: dict[str, Any] = field(default_factory=dict)
+    engine: Engine
 
 
-def build_engine(stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None) -> Built:
+def build_engine(
+    stack: Stack, network: Network, progress: Progress, timing_cache: Path | None = None, file: str = "engine.trt"
+) -> Built:
     """Serialise the network into an engine; raises :class:`RunError` of kind ``build`` with TensorRT's first error.
 
+    ``file``: its name, once it is written.
     ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.engine.kernel_cache`.
     """
     interpreter, net = network.interpreter, network.interpreter.ctx.net
@@ -47,15 +51,15 @@ def build_engine(stack: Stack, network: Network, progress: Progress, timing_cach
         first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
         kind = "out_of_memory" if "OutOfMemory" in first else "build"
         raise RunError(kind, first)
-    section = {
-        "file": "engine.trt",
-        "bytes": data.nbytes,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "target": _target(stack, config),
-        "profiles": [profiles.lengths(net, profile) for profile in every],
-        **network.contents,
-    }
-    return Built(data, section)
+    engine = replace(
+        network.contents,
+        file=file,
+        bytes=data.nbytes,
+        sha256=hashlib.sha256(data).hexdigest(),
+        target=_target(stack, config),
+        profiles=tuple(profiles.lengths(net, profile) for profile in every),
+    )
+    return Built(data, engine)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 
 from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
+from pipeline.engine.sections import Engine
 from pipeline.host.files import draft, write_text
 from pipeline.trace.call_form import InputSpec
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def write_engine(
     folder: Path,
     data: Any,
-    section: dict[str, Any],
+    engine: Engine,
     inputs: tuple[InputSpec, ...],
     environment: dict[str, Any],
     assumed: Collection[str] = (),
@@ -33,14 +34,15 @@ def write_engine(
     """The engine's file, ``engine.trt`` or ``decode.trt``, and beside it its manifest (``.json``): hash, inputs with
     their ranges, KV cache, target and versions, the conditions under which masks were dropped, and whether
     :func:`pipeline.engine.runner.open_engine` has them checked."""
-    with draft(folder / section["file"]) as part:
+    assert engine.file is not None
+    with draft(folder / engine.file) as part:
         part.write_bytes(data)
     manifest = {
         "schema": 1,
-        "file": section["file"],
-        "bytes": section["bytes"],
-        "sha256": section["sha256"],
-        "target": section["target"],
+        "file": engine.file,
+        "bytes": engine.bytes,
+        "sha256": engine.sha256,
+        "target": engine.target,
         "inputs": [asdict(spec) | {"shape": spec.sizes or ["batch", "length"]} for spec in inputs],
         "cache": None if cache is None else asdict(cache) | {"dtype": str(cache.dtype).removeprefix("torch.")},
         "outputs": [{"name": "output0", "shape": ["batch", "1 or length", "vocabulary"]}],
@@ -48,7 +50,7 @@ def write_engine(
         "guard": guarded,
         "environment": environment,
     }
-    write_text((folder / section["file"]).with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
+    write_text((folder / engine.file).with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
 
 
 def read_engine(path: Path) -> tuple[dict[str, Any], bytes]:

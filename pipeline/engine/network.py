@@ -23,6 +23,7 @@ from passes.tensorrt import cache, network_form, rows
 from passes.tensorrt import missing as missing_converters
 from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
 from pipeline.config.schema import BackendConfig
+from pipeline.engine.sections import Engine
 from pipeline.trace.call_form import InputSpec
 
 
@@ -39,7 +40,7 @@ class Network:
 
     interpreter: Any
     native_layers: tuple[converters.NativeLayer, ...]
-    contents: dict[str, Any]
+    contents: Engine
     exact: tuple[int, ...] = ()
     """Lengths (tokens) with an optimization profile of their own."""
 
@@ -178,7 +179,7 @@ def _interpreter_type(
     return Interpreter
 
 
-def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], calls: list[Node]) -> dict[str, Any]:
+def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], calls: list[Node]) -> Engine:
     """Counts read from the network, layer by layer."""
     kinds = stack.trt.LayerType
     layers = [network.get_layer(i) for i in range(network.num_layers)]
@@ -192,16 +193,15 @@ def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], ca
     unfused = [layer for layer in made if not layer.fused]
     if unfused:
         notes.append(f"{len(unfused)} of {len(made)} attention layers have no fused kernel in this type or head size")
-    return {
-        "layers": len(layers),
-        "iattention": len(attention),
-        "iattention_causal": causal,
-        "iattention_masked": masked,
-        "iattention_fused": sum(layer.fused for layer in made) if made else None,
-        "softmax": sum(layer.type == kinds.SOFTMAX for layer in layers),
-        "torch_fallback_ops": [],
-        "notes": notes,
-    }
+    return Engine(
+        layers=len(layers),
+        iattention=len(attention),
+        iattention_causal=causal,
+        iattention_masked=masked,
+        iattention_fused=sum(layer.fused for layer in made) if made else None,
+        softmax=sum(layer.type == kinds.SOFTMAX for layer in layers),
+        notes=tuple(notes),
+    )
 
 
 def _asked_causal(node: Node) -> Any:

@@ -29,10 +29,11 @@ def add(builder: Any, net: Any, config: Any, exact: Iterable[int]) -> list[Any]:
     return made
 
 
-def lengths(net: Any, profile: Any) -> list[int]:
+def lengths(net: Any, profile: Any) -> tuple[int, int, int]:
     """Shortest, optimal and longest sequence (tokens) of ``profile``, an ``IOptimizationProfile``."""
     name, sizes = _dynamic(net)[0]
-    return [tuple(shape)[sizes.index(-1)] for shape in profile.get_shape(name)]
+    least, best, most = (tuple(shape)[sizes.index(-1)] for shape in profile.get_shape(name))
+    return least, best, most
 
 
 def _dynamic(net: Any) -> list[tuple[str, tuple[int, ...]]]:

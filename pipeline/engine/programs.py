@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 
 from passes.graph.driver import Rewritten
-from pipeline.config.schema import Config, StrategyConfig
-from pipeline.model.load import LoadedModel
+from pipeline.config.schema import CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.trace import cached_forms, call_form
 from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -24,32 +26,30 @@ class Program:
     inputs: tuple[InputSpec, ...]
 
 
-def cache_of(config: Config, loaded: LoadedModel) -> CacheShape | None:
-    """The KV cache that this run's engines share; None without one."""
-    if config.cache.name == "none":
+def cache_of(
+    model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, generate: GenerateShape | None
+) -> CacheShape | None:
+    """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one."""
+    if cache.name == "none":
         return None
-    generate = config.benchmark.generate
-    longest = generate.input_length + generate.output_length if generate else config.shape.max + GRANULE
-    return cache_shape(loaded.model, config.cache, config.shape, max(longest, config.shape.max + 1))
+    longest = generate.input_length + generate.output_length if generate else shape.max + GRANULE
+    return cache_shape(model, cache, shape, max(longest, shape.max + 1))
 
 
-def parts(config: Config, loaded: LoadedModel, cache: CacheShape | None) -> dict[str, Callable[[], Traced]]:
+def parts(
+    model: PreTrainedModel, form: ModelConfig, shape: ShapeConfig, cache: CacheShape | None
+) -> dict[str, Callable[[], Traced]]:
     """What is built, by the name of its engine file: one program, or with a cache the prompts' (``engine``) and the
     next token's (``decode``); each with the function that traces it."""
-    model, device = loaded.model, loaded.model.device
+    device = model.device
     if cache is None:
-        form = call_form.CallForm(model, config.model.logits)
-        return {"engine": lambda: call_form.trace(form, config.model, config.shape, device)}
+        whole = call_form.CallForm(model, form.logits)
+        return {"engine": lambda: call_form.trace(whole, form, shape, device)}
     prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
     return {
-        "engine": lambda: cached_forms.trace_prefill(prefill, cache, config.shape, device),
+        "engine": lambda: cached_forms.trace_prefill(prefill, cache, shape, device),
         "decode": lambda: cached_forms.trace_decode(decode, cache, device),
     }
-
-
-def assumed(report: dict[str, Any]) -> list[str]:
-    """The conditions on whose word masks were dropped from the engine of this ``report``."""
-    return list(report["attention"]["summary"]["assumed"])
 
 
 def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:

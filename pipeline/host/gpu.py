@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -61,9 +61,6 @@ class GpuState:
     thermally_limited_s: float | None = None
     missing: dict[str, str] = field(default_factory=dict)
     """Quantity -> why it could not be read; "nvml" stands for all of them."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def card() -> Card:

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pipeline.host.gpu import out_of_memory
+from pipeline.measure.sections import Ceilings
 
 if TYPE_CHECKING:
     import torch
 
 MATMUL_SIZE = 8192
 """Rows, columns and depth of the product that stands for the card's matrix rate: it fills every card of today."""
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the card itself reaches: the roof over every measurement."""
-
-    copy_gb_per_s: float
-    """Device-to-device copy, bytes read plus bytes written, in 1e9 bytes per second."""
-    matmul_tflops: dict[str, float]
-    """Precision -> 1e12 operations per second of a square product on random data."""
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def measure(precision: str) -> Ceilings:

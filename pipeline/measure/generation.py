@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,14 +20,23 @@ from pipeline.config.schema import BenchmarkConfig
 from pipeline.host import gpu
 from pipeline.host.memory import collector_paused
 from pipeline.measure.attention_kernels import attention_kernels
-from pipeline.measure.ceilings import Ceilings
 from pipeline.measure.clock import Clock, CudaClock
 from pipeline.measure.roofline import DecoderCost, step_floors_s
+from pipeline.measure.sections import (
+    Benchmark,
+    CacheLength,
+    Ceilings,
+    DecodeStep,
+    Generate,
+    GpuStates,
+    Kernels,
+    Summary,
+    Warmup,
+)
 from pipeline.measure.statistics import drifts, summarise
 from pipeline.measure.until_settled import (
     LAUNCH_BOUND,
     BenchmarkResult,
-    Warmup,
     blocks,
     conditions,
     memory_section,
@@ -72,9 +81,7 @@ def measure_generation(
 ) -> BenchmarkResult:
     """Measure generations of ``config.generate.output_length`` tokens after the prompts ``tokens`` [batch, length].
 
-    The report has ``generate`` (whole generations, ``ttft_ms``, ``tpot_ms``), ``decode`` (one step), ``ceilings``,
-    ``memory``, and the attention ``kernels`` that ran.  ``cached`` says whether a step reads a cache or runs the whole
-    prefix again, which decides its floor.
+    ``cached`` says whether a step reads a cache or runs the whole prefix again, which decides its floor.
     Raises :class:`RunError`: ``out_of_memory``, ``unsteady`` as :func:`pipeline.measure.prompt.measure` does, and
     ``tokens`` when not as many came out as were asked for.
     """
@@ -105,10 +112,9 @@ def measure_generation(
                 _stepped_loop(generator, config, clock, times)
             after = read_state()
             chosen = tuple(generator.tokens().shape)
-            kernels = {
-                "prefill": attention_kernels(generator.prefill),
-                "decode": attention_kernels(generator.decode),
-            }
+            kernels = Kernels(
+                prefill=tuple(attention_kernels(generator.prefill)), decode=tuple(attention_kernels(generator.decode))
+            )
     except torch.OutOfMemoryError as error:
         raise gpu.out_of_memory(error, free) from error
     if chosen != wanted:
@@ -117,13 +123,12 @@ def measure_generation(
     if cost is not None and ceilings is not None:
         rates = (ceilings.copy_gb_per_s, ceilings.matmul_tflops[precision])
         floors_s = step_floors_s(cost, shape.batch, shape.input_length, shape.output_length, cached, *rates)
-    report, samples = _entries(config, times, floors_s, warmup, before, after)
-    for entry in report.values():
-        entry["cuda_graph"] = generator.cuda_graph
-    report["kernels"] = kernels
-    report["ceilings"] = None if ceilings is None else ceilings.to_dict()
-    report["memory"] = memory_section(memory_before)
-    return BenchmarkResult(report, samples)
+    states = GpuStates(before, after)
+    whole, step, samples = _entries(config, times, floors_s, warmup, states, generator.cuda_graph)
+    made = Benchmark(
+        generate=whole, decode=step, kernels=kernels, ceilings=ceilings, memory=memory_section(memory_before)
+    )
+    return BenchmarkResult(made, samples)
 
 
 def _generate(generator: Generator, output_length: int) -> None:
@@ -182,9 +187,9 @@ def _entries(
     times: _Times,
     floors_s: list[float] | None,
     warmup: Warmup,
-    before: gpu.GpuState,
-    after: gpu.GpuState,
-) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
+    states: GpuStates,
+    cuda_graph: bool,
+) -> tuple[Generate, DecodeStep, dict[str, dict[str, list[float]]]]:
     """The report's ``generate`` and ``decode``, and the samples that they summarise."""
     assert config.generate is not None
     shape = config.generate
@@ -202,36 +207,37 @@ def _entries(
     }
     drifting = [name for name in ("device_ms", "host_ms") if drifts(whole[name])]
     floor_ms = None if floors_s is None else [1e3 * floor for floor in floors_s]
-    generate = {
-        **asdict(shape),
-        **_summaries(whole),
-        **_against(None if floor_ms is None else sum(floor_ms), whole["device_ms"]),
-        "tokens_per_s": shape.batch * shape.output_length / (float(np.median(times.host_ms)) / 1e3),
-        "drift": bool(drifting),
-        "tainted": conditions(before, after, warmup, config.warmup_seconds, drifting),
-        "warmup": asdict(warmup),
-        "gpu": {"before": before.to_dict(), "after": after.to_dict()},
-    }
-    decode = {
-        "batch": shape.batch,
-        "cache_length": {"first": shape.input_length + 1, "last": shape.input_length + shape.output_length - 1},
-        **_summaries(one),
-        **_against(None if floor_ms is None else float(np.mean(floor_ms[1:])), one["device_ms"]),
-        "tokens_per_s": shape.batch / (float(np.median(one["device_ms"])) / 1e3),
-    }
-    samples = {
-        "generate": whole | {"step_ms": np.median(steps[:, 1:], axis=0).tolist()},
-        "decode": one,
-    }
-    return {"generate": generate, "decode": decode}, samples
+    summaries = {name: summarise(values) for name, values in whole.items()}
+    generate = Generate(
+        batch=shape.batch,
+        input_length=shape.input_length,
+        output_length=shape.output_length,
+        **summaries,
+        launch_bound=_launch_bound(summaries),
+        floor_ms=None if floor_ms is None else sum(floor_ms),
+        roofline_fraction=None if floor_ms is None else sum(floor_ms) / summaries["device_ms"].median,
+        tokens_per_s=shape.batch * shape.output_length / (summaries["host_ms"].median / 1e3),
+        cuda_graph=cuda_graph,
+        drift=bool(drifting),
+        tainted=tuple(conditions(states.before, states.after, warmup, config.warmup_seconds, drifting)),
+        warmup=warmup,
+        gpu=states,
+    )
+    of_steps = {name: summarise(values) for name, values in one.items()}
+    step_ms, floor = of_steps["device_ms"].median, None if floor_ms is None else float(np.mean(floor_ms[1:]))
+    decode = DecodeStep(
+        batch=shape.batch,
+        cache_length=CacheLength(shape.input_length + 1, shape.input_length + shape.output_length - 1),
+        **of_steps,
+        launch_bound=_launch_bound(of_steps),
+        floor_ms=floor,
+        roofline_fraction=None if floor is None else floor / step_ms,
+        tokens_per_s=shape.batch / (step_ms / 1e3),
+        cuda_graph=cuda_graph,
+    )
+    samples = {"generate": whole | {"step_ms": np.median(steps[:, 1:], axis=0).tolist()}, "decode": one}
+    return generate, decode, samples
 
 
-def _summaries(times: dict[str, list[float]]) -> dict[str, Any]:
-    summaries: dict[str, Any] = {name: summarise(values) for name, values in times.items()}
-    bound = summaries["enqueue_ms"]["median"] > LAUNCH_BOUND * summaries["device_ms"]["median"]
-    return {**summaries, "launch_bound": bound}
-
-
-def _against(floor_ms: float | None, device_ms: list[float]) -> dict[str, float | None]:
-    fraction = None if floor_ms is None else floor_ms / float(np.median(device_ms))
-    return {"floor_ms": floor_ms, "roofline_fraction": fraction}
+def _launch_bound(summaries: dict[str, Summary]) -> bool:
+    return summaries["enqueue_ms"].median > LAUNCH_BOUND * summaries["device_ms"].median

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.config.schema import BenchmarkConfig
 from pipeline.host import gpu
 from pipeline.host.memory import collector_paused
-from pipeline.measure.ceilings import Ceilings
 from pipeline.measure.clock import Clock, CudaClock
 from pipeline.measure.roofline import DecoderCost, prefill_floor_s
+from pipeline.measure.sections import Benchmark, Ceilings, GpuStates, Prefill
 from pipeline.measure.statistics import drifts, summarise
 from pipeline.measure.until_settled import (
     LAUNCH_BOUND,
@@ -80,25 +79,25 @@ def measure(
     """
     clock = clock or CudaClock(runner.stream)
     memory_before = gpu.memory()
-    entries: list[dict[str, Any]] = []
+    entries: list[Prefill] = []
     samples: dict[str, dict[str, list[float]]] = {}
     for shape in config.shapes:
-        entry, times = _measure_shape(runner, config, tokens(shape.batch, shape.input_length), clock, read_state)
         floor_s = None
         if cost is not None and ceilings is not None:
             floor_s = prefill_floor_s(
                 cost, shape.batch, shape.input_length, ceilings.copy_gb_per_s, ceilings.matmul_tflops[precision]
             )
-        entry["floor_ms"] = None if floor_s is None else floor_s * 1e3
-        entry["roofline_fraction"] = None if floor_s is None else floor_s * 1e3 / entry["device_ms"]["median"]
+        prompts, floor_ms = tokens(shape.batch, shape.input_length), None if floor_s is None else floor_s * 1e3
+        entry, times = _measure_shape(runner, config, prompts, clock, read_state, floor_ms)
         samples[f"prefill_{shape.batch}x{shape.input_length}" if entries else "prefill"] = times
         entries.append(entry)
-    report: dict[str, Any] = {"prefill": entries[0]} if entries else {}
-    if len(entries) > 1:
-        report["prefill_shapes"] = entries[1:]
-    report["ceilings"] = None if ceilings is None else ceilings.to_dict()
-    report["memory"] = memory_section(memory_before)
-    return BenchmarkResult(report, samples)
+    made = Benchmark(
+        prefill=entries[0] if entries else None,
+        prefill_shapes=tuple(entries[1:]),
+        ceilings=ceilings,
+        memory=memory_section(memory_before),
+    )
+    return BenchmarkResult(made, samples)
 
 
 def _measure_shape(
@@ -107,7 +106,8 @@ def _measure_shape(
     tokens: Tensor,
     clock: Clock,
     read_state: Callable[[], gpu.GpuState],
-) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    floor_ms: float | None,
+) -> tuple[Prefill, dict[str, list[float]]]:
     import torch
 
     batch, length = tokens.shape
@@ -119,26 +119,29 @@ def _measure_shape(
             warmup = warm_up(runner.enqueue, clock, WARMUP_WINDOW, config.warmup_seconds)
             before = read_state()
             with steady(runner):
-                device_ms = _device_loop(runner, config, clock)
-                host_ms, enqueue_ms = _host_loop(runner, config, clock)
+                device = _device_loop(runner, config, clock)
+                host, enqueue = _host_loop(runner, config, clock)
             after = read_state()
     except torch.OutOfMemoryError as error:
         raise gpu.out_of_memory(error, free) from error
-    times = {"device_ms": device_ms, "host_ms": host_ms, "enqueue_ms": enqueue_ms}
+    times = {"device_ms": device, "host_ms": host, "enqueue_ms": enqueue}
     summaries = {name: summarise(values) for name, values in times.items()}
     drifting = [name for name in ("device_ms", "host_ms") if drifts(times[name])]
-    entry = {
-        "batch": batch,
-        "input_length": length,
+    device_ms = summaries["device_ms"].median
+    entry = Prefill(
+        batch=batch,
+        input_length=length,
         **summaries,
-        "tokens_per_s": batch * length / (summaries["host_ms"]["median"] / 1e3),
-        "launch_bound": summaries["enqueue_ms"]["median"] > LAUNCH_BOUND * summaries["device_ms"]["median"],
-        "cuda_graph": runner.cuda_graph,
-        "drift": bool(drifting),
-        "tainted": conditions(before, after, warmup, config.warmup_seconds, drifting),
-        "warmup": asdict(warmup),
-        "gpu": {"before": before.to_dict(), "after": after.to_dict()},
-    }
+        launch_bound=summaries["enqueue_ms"].median > LAUNCH_BOUND * device_ms,
+        floor_ms=floor_ms,
+        roofline_fraction=None if floor_ms is None else floor_ms / device_ms,
+        tokens_per_s=batch * length / (summaries["host_ms"].median / 1e3),
+        cuda_graph=runner.cuda_graph,
+        drift=bool(drifting),
+        tainted=tuple(conditions(before, after, warmup, config.warmup_seconds, drifting)),
+        warmup=warmup,
+        gpu=GpuStates(before, after),
+    )
     return entry, times
 
 

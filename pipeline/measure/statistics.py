@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.measure.sections import Summary
+
 RESAMPLES = 10_000
 DRIFT_TOLERANCE = 0.01
 """A shift below 1 % of the median is no finding, however narrow the intervals are."""
-
-
-class Summary(TypedDict):
-    """All in the unit of the samples, except ``n``."""
-
-    median: float
-    mad: float
-    """Median absolute deviation from the median, unscaled."""
-    p05: float | None
-    p95: float | None
-    n: int
-    ci95: list[float]
-    """Bootstrap 95 % interval [low, high] of the median."""
 
 
 def summarise(samples: Sequence[float], seed: int = 0) -> Summary:
@@ -36,7 +24,7 @@ def summarise(samples: Sequence[float], seed: int = 0) -> Summary:
         p05=quantile(samples, 0.05),
         p95=quantile(samples, 0.95),
         n=len(ordered),
-        ci95=list(median_interval(samples, seed)),
+        ci95=median_interval(samples, seed),
     )
 
 

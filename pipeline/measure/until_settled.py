@@ -6,14 +6,15 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 
 from passes.errors import RunError
 from pipeline.host import gpu
 from pipeline.measure.clock import Clock
+from pipeline.measure.sections import Benchmark, Memory, Warmup
 
 WARMUP_TOLERANCE = 0.01
 WARMUP_LEAST_S = 0.2
@@ -32,25 +33,18 @@ class Bound(Protocol):
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    report: dict[str, Any]
-    """The report's ``benchmark`` section."""
+    benchmark: Benchmark
     samples: dict[str, dict[str, list[float]]]
     """Entry ("prefill", "prefill_1x512", "generate") -> clock ("device_ms", ...) -> raw samples in order of time."""
 
     def joined(self, later: BenchmarkResult) -> BenchmarkResult:
-        """Both, of one run: memory is from before the first to the peak of both."""
-        report = {**self.report, **later.report}
-        first, last = self.report["memory"], later.report["memory"]
+        """Both, of one run, prompts and then a generation: memory is from before the first to the peak of both."""
+        first, last = self.benchmark.memory, later.benchmark.memory
         if first is not None and last is not None:
-            report["memory"] = {**last, "before_bytes": first["before_bytes"]}
-        return BenchmarkResult(report, {**self.samples, **later.samples})
-
-
-@dataclass(frozen=True)
-class Warmup:
-    iterations: int
-    seconds: float
-    settled: bool
+            last = replace(last, before_bytes=first.before_bytes)
+        own, more = self.benchmark, later.benchmark
+        both = replace(own, generate=more.generate, decode=more.decode, kernels=more.kernels, memory=last)
+        return BenchmarkResult(both, {**self.samples, **later.samples})
 
 
 def warm_up(work: Callable[[], object], clock: Clock, window: int, longest_s: float, least: int = 1) -> Warmup:
@@ -133,8 +127,8 @@ def conditions(
     return tainted
 
 
-def memory_section(before: tuple[int, int] | None) -> dict[str, int] | None:
-    """Device memory in bytes, see :func:`pipeline.host.gpu.memory`.
+def memory_section(before: tuple[int, int] | None) -> Memory | None:
+    """Device memory since ``before``, see :func:`pipeline.host.gpu.memory`.
 
     Neither TensorRT nor PyTorch's allocator gives back memory between passes, so what is held after the
     last one is the peak.
@@ -142,4 +136,4 @@ def memory_section(before: tuple[int, int] | None) -> dict[str, int] | None:
     after = gpu.memory()
     if before is None or after is None:
         return None
-    return {"before_bytes": before[0], "peak_bytes": after[0], "total_bytes": after[1]}
+    return Memory(before_bytes=before[0], peak_bytes=after[0], total_bytes=after[1])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,7 @@ from passes.errors import UserError
 from pipeline.config.schema import ModelConfig
 from pipeline.model import checkpoint
 from pipeline.model.gguf import quiet
+from pipeline.model.sections import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,10 +43,8 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
     """What the reader of the report must know of how it was loaded."""
 
-    def describe(self) -> dict[str, Any]:
-        """The ``model`` section of report.json."""
-        keys = ("name", "source", "revision", "sha256", "parameters", "weights")
-        return {key: getattr(self, key) for key in keys}
+    def describe(self) -> Model:
+        return Model(self.name, self.source, self.revision, self.sha256, self.parameters, self.weights)
 
 
 def load(

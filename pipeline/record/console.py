@@ -80,14 +80,14 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
         actions = ", ".join(f"{count} {kind}" for kind, count in summary["by_action"].items())
         yield "attention", f"{len(attention['calls'])} calls: {masks} → {actions}"
     if engine := report["engine"]:
-        size = f", {engine['bytes'] / 1e6:.0f} MB" if engine.get("bytes") else ""
+        size = f", {engine['bytes'] / 1e6:.0f} MB" if engine["bytes"] else ""
         yield (
             "network",
             f"{engine['layers']} layers: {engine['iattention']} native attention "
             f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), "
             f"{engine['softmax']} softmax{size}",
         )
-        if len(profiles := engine.get("profiles", ())) > 1:
+        if len(profiles := engine["profiles"] or ()) > 1:
             yield (
                 "profiles",
                 ", ".join(f"{least}..{most}" if least < most else str(most) for least, _, most in profiles),
@@ -95,37 +95,37 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
         for note in engine["notes"]:
             yield "", note
     if store := report["store"]:
-        seconds = sum(store.get("stages_s", {}).values())
+        seconds = sum(store["stages_s"].values())
         spared = f": no {', '.join(store['stages'])}; {seconds:.1f} s spared" if store["hit"] else ""
         yield "store", f"{'hit' if store['hit'] else 'miss'} {store['key'][:12]}{spared}"
     if verify := report["verify"]:
         worst = worst_case(verify)
         yield (
             "verified",
-            f"{verify['executed']}{' (when it was stored)' if verify.get('stored') else ''}: "
+            f"{verify['executed']}{' (when it was stored)' if verify['stored'] else ''}: "
             f"{'passed' if verify['passed'] else 'FAILED'}, {len(verify['cases'])} cases; "
             f"worst {worst['name']}: relative error {worst['relative_error']:.2g} (allowed {worst['tolerance']:.2g}), "
             f"top-1 {worst['top1_agreement']:.1%}",
         )
-        if position := worst.get("worst_position"):  # a report of before positions were judged has none
-            found = "no number" if position["found"] is None else f"{position['found']:.2g}"
-            yield (
-                "",
-                f"nearest to its limit: row {position['row']}, position {position['position']}, {position['measure']} "
-                f"{found} (allowed {position['allowed']:.2g})",
-            )
-        if arithmetic := verify.get("arithmetic"):
-            yield "judged in", arithmetic
-        if outside := verify.get("outside"):
+        position = worst["worst_position"]
+        found = "no number" if position["found"] is None else f"{position['found']:.2g}"
+        yield (
+            "",
+            f"nearest to its limit: row {position['row']}, position {position['position']}, {position['measure']} "
+            f"{found} (allowed {position['allowed']:.2g})",
+        )
+        yield "judged in", verify["arithmetic"]
+        if outside := verify["outside"]:
             worst = outside["worst"]
             yield (
                 "outside",
                 f"{', '.join(outside['assumed'])}: not judged, {len(outside['cases'])} cases; worst {worst['name']}: "
                 f"relative error {worst['relative_error']:.2g}, top-1 {worst['top1_agreement']:.1%}",
             )
-        if "answer" in verify:
-            yield "answer", f"“{verify['answer']['engine']}”"
-    for entry in _entries(report["benchmark"] or {}):
+        if answer := verify["answer"]:
+            yield "answer", f"“{answer['engine']}”"
+    benchmark = report["benchmark"] or {"prefill": None, "prefill_shapes": [], "generate": None}
+    for entry in filter(None, (benchmark["prefill"], *benchmark["prefill_shapes"])):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
         yield (
             "prefill",
@@ -133,7 +133,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             f"{entry['host_ms']['median']:.2f} ms on the host, {entry['tokens_per_s']:.0f} tokens/s{fraction}",
             _tainted(entry),
         )
-    if generate := (report["benchmark"] or {}).get("generate"):
+    if generate := benchmark["generate"]:
         fraction = f", {generate['roofline_fraction']:.0%} of the roofline" if generate["roofline_fraction"] else ""
         yield (
             "generation",
@@ -147,9 +147,3 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
 
 def _tainted(entry: dict[str, Any]) -> Part:
     return (f"  tainted: {'; '.join(entry['tainted'])}", "yellow") if entry["tainted"] else ""
-
-
-def _entries(benchmark: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if "prefill" in benchmark:
-        yield benchmark["prefill"]
-        yield from benchmark.get("prefill_shapes", [])

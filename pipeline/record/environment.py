@@ -12,9 +12,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from pipeline.host import gpu
 
@@ -28,27 +28,47 @@ TENSORRT_CAPABILITY = (7, 5)
 """The oldest that TensorRT supports.  Source: TensorRT support matrix (10.x and 11.x)."""
 
 
-def environment(tensorrt: Mapping[str, str | None] | None = None) -> dict[str, Any]:
-    """The report's ``environment`` section; what is not there or cannot be known is None.
+@dataclass(frozen=True)
+class Environment:
+    """What a run ran on; what is not there or cannot be known is null."""
+
+    gpu: str | None
+    compute_capability: str | None
+    supported_by_vendor: bool | None
+    """Whether the vendor of TensorRT lists this GPU."""
+    driver: str | None
+    torch: str | None
+    torch_tensorrt: str | None
+    tensorrt: str | None
+    flavour: str | None
+    """``tensorrt_rtx`` or ``tensorrt``."""
+    transformers: str | None
+    python: str
+    git: str | None
+    """Commit of the checkout that this code is, "-dirty" behind it when tracked files differ."""
+
+
+def environment(tensorrt: Mapping[str, str | None] | None = None) -> Environment:
+    """What is here.
 
     ``tensorrt`` is what the caller knows of {torch_tensorrt, tensorrt, flavour} from the modules it has
     loaded; it wins over what the package metadata says.
     """
     card = gpu.card()
     versions = {**_installed_tensorrt(), **(tensorrt or {})}
-    return {
-        "gpu": card.name,
-        "compute_capability": card.compute_capability,
-        "supported_by_vendor": supported_by_vendor(versions["flavour"], card.compute_capability),
-        "driver": card.driver,
-        "torch": _distribution_version("torch"),
-        "torch_tensorrt": versions["torch_tensorrt"],
-        "tensorrt": versions["tensorrt"],
-        "flavour": versions["flavour"],
-        "transformers": _distribution_version("transformers"),
-        "python": platform.python_version(),
-        "git": git_commit(Path(__file__).resolve()),
-    }
+    return Environment(
+        gpu=card.name,
+        compute_capability=card.compute_capability,
+        supported_by_vendor=supported_by_vendor(versions["flavour"], card.compute_capability),
+        driver=card.driver,
+        torch=_distribution_version("torch"),
+        torch_tensorrt=versions["torch_tensorrt"],
+        tensorrt=versions["tensorrt"],
+        flavour=versions["flavour"],
+        transformers=_distribution_version("transformers"),
+        python=platform.python_version(),
+        git=git_commit(Path(__file__).resolve()),
+    )
 
 
 def supported_by_vendor(flavour: str | None, compute_capability: str | None) -> bool | None:

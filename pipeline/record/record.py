@@ -7,17 +7,25 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from passes.errors import RunError, UserError
 from pipeline.config.schema import Config
 from pipeline.host import interrupts
 from pipeline.host.files import DISK, said_by_the_disk, write_text
+from pipeline.host.plain_json import to_json
 from pipeline.record.console import StageDisplay
-from pipeline.record.report import new_report, strict_json, write_json, write_report
+from pipeline.record.plots import latency_plot
+from pipeline.record.report import calls_table, strict_json, write_json, write_report
+from pipeline.record.sections import DecodeProgram, Failure, Status, new_report
 from pipeline.record.unfinished import Unfinished
+
+if TYPE_CHECKING:
+    from pipeline.engine.sections import Attention, Engine
+    from pipeline.measure.until_settled import BenchmarkResult
 
 
 class StopHere(Exception):
@@ -43,8 +51,7 @@ class Record:
 
         An interruption that a library dropped ends the stage here, at the latest.
         """
-        if not self.config.reaches(name):
-            raise StopHere
+        self.stop_before(name)
         self._at, started, self.detail = name, time.perf_counter(), ""
         try:
             with self.display.stage(name):
@@ -53,13 +60,61 @@ class Record:
                 yield
                 interrupts.check()
         finally:
-            self.report["stages_s"][name] = time.perf_counter() - started
-        self.display.done(name, self.report["stages_s"][name], self.detail)
+            seconds = time.perf_counter() - started
+            self.put(stages_s={**self.report.stages_s, name: seconds})
+        self.display.done(name, seconds, self.detail)
+
+    def stop_before(self, name: str) -> None:
+        """Raises :class:`StopHere` where stage ``name`` lies behind ``until``."""
+        if not self.config.reaches(name):
+            raise StopHere
+
+    def put(self, **sections: Any) -> None:
+        """Have ``sections`` in the report."""
+        self.report = replace(self.report, **sections)
+
+    def put_graph(self, name: str, file: str, graph: Any) -> None:
+        """Leave the graph of the program ``name`` as a file of the run."""
+        self.keep(_of(name, file), str(graph))
+
+    def put_attention(self, name: str, attention: Attention) -> None:
+        """Have what became of the calls of the program ``name`` in the report, and as a table."""
+        self.keep(_of(name, "attention_calls.md"), calls_table(attention.calls))
+        self._put_program(name, attention=attention)
+
+    def put_engine(self, name: str, engine: Engine) -> None:
+        """Have what is known of the engine ``name`` in the report."""
+        self._put_program(name, engine=engine)
+
+    def _put_program(self, name: str, **section: Any) -> None:
+        """Sections of ``engine`` are the report's own; those of ``decode`` stand together."""
+        if name == "engine":
+            self.put(**section)
+        else:
+            self.put(decode=replace(self.report.decode or DecodeProgram(), **section))
+
+    def put_benchmark(self, result: BenchmarkResult) -> None:
+        """Have what was timed in the report, and its samples beside it."""
+        assert self.folder is not None
+        self.put(benchmark=result.benchmark)
+        write_json(self.folder / "samples.json", result.samples)
+
+    def draw(self, result: BenchmarkResult) -> None:
+        """Leave a picture of the samples."""
+        assert self.folder is not None
+        latency_plot(result.samples, self.folder / "latency.png")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The report as report.json says it."""
+        made: dict[str, Any] = to_json(self.report)
+        return made
 
     def fail(self, error: BaseException) -> None:
         """The run ends with ``error``: the report says in which stage, of what kind and why."""
-        failure = self.report["failure"] = _failure(self._at, interrupts.asked() or error)
-        self.display.failed(self._at, self.report["stages_s"].get(self._at, 0.0), failure["message"])
+        failure = _failure(self._at, interrupts.asked() or error)
+        self.put(failure=failure)
+        self.display.failed(self._at, self.report.stages_s.get(self._at, 0.0), failure.message)
 
     def update(self, message: str) -> None:
         """Progress within the stage, where an interruption that a library dropped is noticed too."""
@@ -95,7 +150,7 @@ class Record:
     def checkpoint(self) -> None:
         """Have what was measured so far on disk, should the process be killed."""
         if self._unfinished is not None:
-            self._unfinished.write(self.report, self._at)
+            self._unfinished.write(self.content, self._at)
 
     def discard_folder(self) -> None:
         """Remove the folder, and those above it that hold nothing else: the run never began."""
@@ -112,29 +167,24 @@ class Record:
         assert self.folder is not None
         write_text(self.folder / name, text)
 
-    def keep_json(self, name: str, content: Any) -> None:
-        assert self.folder is not None
-        write_json(self.folder / name, content)
-
-    def note(self, message: str) -> None:
+    def note(self, *messages: str) -> None:
         """Something the reader of the report must know."""
-        self.report["notes"].append(message)
-        self.display.note(message)
+        self.put(notes=(*self.report.notes, *messages))
+        for message in messages:
+            self.display.note(message)
 
-    def close(self, status: str) -> None:
+    def close(self, status: Status) -> None:
         """Write report.json; a run that failed stays failed.  Where the disk does not take it, the run has failed
         too, and the report is printed: nothing that was measured is lost."""
-        self.report["status"] = "failed" if self.report["failure"] else status
+        self.put(status="failed" if self.report.failure else status)
         assert self.folder is not None
         try:
-            write_report(self.folder / "report.json", self.report)
+            write_report(self.folder / "report.json", self.content)
         except OSError as error:
-            self.report["status"] = "failed"
+            self.put(status="failed", failure=self.report.failure or _failure("record", error))
             self.note(f"report.json: {said_by_the_disk(error)}; it is printed here instead")
-            if self.report["failure"] is None:
-                self.report["failure"] = _failure("record", error)
             with suppress(OSError):  # standard output may lie on the same disk
-                print(strict_json(self.report), flush=True, file=sys.stdout)
+                print(strict_json(self.content), flush=True, file=sys.stdout)
 
     def release(self, sent: bool) -> None:
         """The run is over; not ``sent``: the next start has to send it."""
@@ -143,19 +193,24 @@ class Record:
             self._unfinished.release(done=sent and (self.folder / "report.json").is_file())
 
 
-def _failure(stage: str, error: BaseException) -> dict[str, str]:
+def _of(name: str, file: str) -> str:
+    """``file`` of the program ``name``."""
+    return file if name == "engine" else f"{name}_{file}"
+
+
+def _failure(stage: str, error: BaseException) -> Failure:
     if not isinstance(error, Exception):
         by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
-        return {"stage": stage, "kind": "interrupted", "message": f"interrupted by {by}"}
+        return Failure(stage, "interrupted", f"interrupted by {by}")
     message = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, RunError):
-        return {"stage": stage, "kind": error.kind, "message": message}
+        return Failure(stage, error.kind, message)
     if isinstance(error, UserError):
-        return {"stage": stage, "kind": "refused", "message": message}
+        return Failure(stage, "refused", message)
     if isinstance(error, OSError) and error.errno in DISK:
-        return {"stage": stage, "kind": "disk", "message": said_by_the_disk(error)}
+        return Failure(stage, "disk", said_by_the_disk(error))
     # torch.OutOfMemoryError by its name: torch need not be loaded here.  On the CPU torch has no class for it.
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     out_of_memory |= isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in message
     kind = "out_of_memory" if out_of_memory else type(error).__name__
-    return {"stage": stage, "kind": kind, "message": message, "traceback": "".join(traceback.format_exception(error))}
+    return Failure(stage, kind, message, "".join(traceback.format_exception(error)))

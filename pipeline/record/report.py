@@ -1,4 +1,4 @@
-"""report.json (schema 1): what a run did and measured.  Every run leaves one, failed runs too."""
+"""report.json (schema 2, docs/report.schema.json): written sealed, and read, in that form, of schema 1 as well."""
 
 from __future__ import annotations
 
@@ -7,44 +7,62 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pipeline.config.schema import Config
 from pipeline.host.files import write_text
+from pipeline.host.plain_json import to_json
 from pipeline.record import markdown
 
-SCHEMA = 1
-SECTIONS = ("attention", "engine", "verify", "benchmark")
+if TYPE_CHECKING:
+    from pipeline.engine.sections import AttentionCall
 
-
-def new_report(config: Config) -> dict[str, Any]:
-    """An empty report of ``config``: nothing has been done yet, and status is ``failed`` until something was."""
-    return {
-        "schema": SCHEMA,
-        "status": "failed",
-        "failure": None,
-        "config": config.to_dict(),
-        "environment": {},
-        "model": {},
-        **dict.fromkeys(SECTIONS),
-        "store": None,
-        "stages_s": {},
-        "notes": [],
-    }
+SCHEMA = 2
+READABLE = (1, SCHEMA)
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write report.json, sealed: its ``sha256`` is that of everything else in it."""
-    write_json(path, report | {"sha256": _digest(finite(report))})
+    write_json(path, report | {"sha256": _digest(to_json(report))})
 
 
 def read_report(path: Path) -> dict[str, Any] | None:
-    """The report in ``path``; None where there is none of this schema, or none that can be read."""
+    """The report in ``path``, :func:`upgraded`; None where there is none of a known schema, or none that can be
+    read."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return report if isinstance(report, dict) and report.get("schema") == SCHEMA else None
+    return upgraded(report) if isinstance(report, dict) and report.get("schema") in READABLE else None
+
+
+def upgraded(report: dict[str, Any]) -> dict[str, Any]:
+    """``report`` in the form of schema 2, so that readers know one form only; what schema 1 did not say stays unsaid.
+
+    Schema 1 left out what was not there (it is null now), had the second program's sections inside the first one's,
+    and a case's yardsticks among its own numbers.
+    """
+    if report["schema"] == SCHEMA:
+        return report
+    decode = {name: (report.get(name) or {}).get("decode") for name in ("attention", "engine")}
+    new = {"unavailable": None, "mlflow": None, **report, "schema": SCHEMA}
+    new["decode"] = decode if any(decode.values()) else None
+    for name in decode:
+        if new.get(name):
+            new[name] = {key: value for key, value in new[name].items() if key != "decode"}
+    if new.get("verify"):
+        new["verify"] = _with_yardsticks(new["verify"])
+        if new["verify"].get("outside"):
+            new["verify"]["outside"] = _with_yardsticks(new["verify"]["outside"])
+    return new
+
+
+def _with_yardsticks(section: dict[str, Any]) -> dict[str, Any]:
+    cases = []
+    for case in section.get("cases") or ():
+        yardsticks = {key: value for key, value in case.items() if key.startswith("pytorch")}
+        rest = {key: value for key, value in case.items() if key not in yardsticks}
+        cases.append({**rest, "yardsticks": yardsticks})
+    return {**section, "cases": cases}
 
 
 def is_sealed(report: dict[str, Any]) -> bool:
@@ -82,22 +100,12 @@ def write_json(path: Path, content: Any) -> None:
 
 def strict_json(content: Any) -> str:
     """``content`` as strict JSON."""
-    return json.dumps(finite(content), indent=2, allow_nan=False, ensure_ascii=False)
+    return json.dumps(to_json(content), indent=2, allow_nan=False, ensure_ascii=False)
 
 
-def finite(value: Any) -> Any:
-    """``value`` as strict JSON takes it: tuples are lists, keys text, NaN and infinities null."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value
-
-
-def calls_table(calls: Iterable[dict[str, Any]]) -> str:
+def calls_table(calls: Iterable[AttentionCall]) -> str:
     """The attention calls as a Markdown table, one row a call."""
     columns = ("index", "name", "mask", "proof", "depends_on", "action", "native_gqa", "scale", "reason")
-    lines = ([", ".join(c[k]) if isinstance(c[k], list) else c[k] for k in columns] for c in calls)
-    return markdown.table(columns, lines)
+    lines = ([getattr(call, column) for column in columns] for call in calls)
+    shown = ([", ".join(each) if isinstance(each, tuple) else each for each in line] for line in lines)
+    return markdown.table(columns, shown)

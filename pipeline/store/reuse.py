@@ -3,79 +3,57 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from passes.errors import RunError
-from pipeline.config.schema import STAGES, Config
-from pipeline.record.record import Record, StopHere
-from pipeline.record.report import finite
+from pipeline.config.schema import STAGES, VerifyConfig
+from pipeline.engine.sections import Engines
+from pipeline.host.plain_json import from_json, to_json
+from pipeline.record.sections import StoreLookup
 from pipeline.store.entries import Damaged, Store
-from pipeline.store.key import engine_key, ingredients
-
-if TYPE_CHECKING:
-    import torch
-
-    from passes.tensorrt.versions import Stack
-    from pipeline.model.load import LoadedModel
+from pipeline.store.key import engine_key
+from pipeline.verify.sections import Verification
 
 BUILD_STAGES = STAGES[STAGES.index("export") : STAGES.index("build") + 1]
-SECTIONS = ("attention", "engine")  # of the report: what those stages found
+
+Say = Callable[[str], None]
 
 
-def applies(config: Config) -> bool:
-    """Whether a run of ``config`` looks into the store: it does where it goes as far as an engine."""
-    return config.store.enabled and config.backend.name == "tensorrt" and config.reaches("build")
+def judged_as(asked: VerifyConfig, seed: int) -> dict[str, Any]:
+    """What decides the inputs that a verification is made on, beside its code, which is in the key."""
+    return {"verify": asdict(asked), "seed": seed}
 
 
-@contextmanager
-def engine_of(record: Record, loaded: LoadedModel, device: torch.device, stack: Stack) -> Iterator[Place]:
-    """The place of this run's engine, no other process building it while the block runs.
+@dataclass(frozen=True)
+class Kept:
+    """What the store keeps beside the files of an engine: what its build and its verification found."""
 
-    An engine that was restored and then failed in the block (verification, deserialisation) leaves the store.
-    """
-    if not applies(record.config):
-        yield Place(record)
-        return
-    store = Store.of(record.config.store)
-    place = Place(record, store, ingredients(record.config, loaded, stack, device), executes=device.type == "cuda")
-    with store.locked(place.key, record.display.note):
-        place.restore()
-        try:
-            yield place
-        except RunError as error:
-            if place.restored and error.kind in ("accuracy", "deserialize"):
-                store.remove(place.key)
-                record.note(f"store: the engine {place.key[:12]} failed and was removed; the next run builds it anew")
-            raise
+    engines: Engines
+    verification: Verification
+    judged_as: dict[str, Any]
+    """On which inputs, see :func:`judged_as`."""
+    stages_s: dict[str, float]
+    """Seconds of each stage of that run."""
+    built: str = ""
+    """When."""
 
 
 class Place:
-    """Where the store keeps, or would keep, the engine of one run."""
+    """Where the store keeps, or would keep, the engine of one run; without a store there is none."""
 
-    def __init__(
-        self,
-        record: Record,
-        store: Store | None = None,
-        decided_by: dict[str, Any] | None = None,
-        executes: bool = False,
-    ) -> None:
-        self.restored = False
-        """Whether the run folder holds the stored engine, and the report what its build found."""
+    def __init__(self, folder: Path, store: Store | None = None, decided_by: dict[str, Any] | None = None) -> None:
+        self.kept: Kept | None = None
+        """Of the stored engine, whose files are in the run's ``folder``; None: it has to be built."""
         self.key = engine_key(decided_by) if decided_by else ""
-        self._record = record
-        self._store = store
-        self._decided_by = decided_by or {}
-        self._executes = executes
-        """Whether this machine runs engines: then a stored one is verified again, whatever was asked for before."""
-        self._verification: dict[str, Any] = {}
-        self._verify_s = 0.0
-        self._before = _files(record)
-        self._notes = 0
+        self.seconds = 0.0
+        """How long it took to bring it there."""
+        self._folder, self._store, self._decided_by = folder, store, decided_by or {}
+        self._before = _files(folder)
 
     @property
     def runtime_cache(self) -> Path | None:
@@ -90,71 +68,77 @@ class Place:
         measured_on = {key: self._decided_by[key] for key in ("versions", "target")}
         return self._store.root / f"timing-{engine_key(measured_on)[:16]}.cache"
 
-    def restore(self) -> None:
-        """Bring the stored engine into the run folder; a damaged entry is removed, with a note."""
+    def lookup(self, verified: bool = False) -> StoreLookup | None:
+        """What the look into the store came to; None without one.  ``verified``: the verification is the stored one's
+        too."""
+        stages = (*BUILD_STAGES, "verify") if verified else BUILD_STAGES
+        if self._store is None:
+            return None
+        if self.kept is None:
+            return StoreLookup(self.key, False, dict.fromkeys(stages, "miss"))
+        seconds = {stage: self.kept.stages_s[stage] for stage in stages}
+        return StoreLookup(self.key, True, dict.fromkeys(stages, "hit"), self.kept.built, seconds)
+
+    def restore(self, wanted: dict[str, Any] | None, say: Say) -> None:
+        """Bring the stored engine into the run's folder; a damaged entry is removed, which is said.
+
+        ``wanted``: what its verification must have been :func:`judged_as`, where that is taken over; None: it is not.
+        """
         assert self._store is not None
-        started, record, content = time.perf_counter(), self._record, None
-        assert record.folder is not None
+        started = time.perf_counter()
         try:
             content = self._store.content(self.key)
-            if content is not None and self._answers(content):
-                self._store.restore(self.key, content["files"], record.folder)
-                self.restored = True
+            if content is None or (wanted is not None and content["judged_as"] != wanted):
+                return
+            self._store.restore(self.key, content["files"], self._folder)
         except Damaged as damage:
             self._store.remove(self.key)
-            record.note(f"store: entry {self.key[:12]} is damaged ({damage}), was removed and is built again")
-        word = "hit" if self.restored else "miss"
-        record.report["store"] = {"key": self.key, "hit": self.restored, "stages": dict.fromkeys(BUILD_STAGES, word)}
-        if not self.restored:
-            self._notes = len(record.report["notes"])  # what is said from here on is about the engine
+            say(f"store: entry {self.key[:12]} is damaged ({damage}), was removed and is built again")
             return
-        assert content is not None
-        record.report["store"] |= {"built": content["built"], "stages_s": content["stages_s"]}
-        record.report.update(content["report"])
-        for note in content["notes"]:
-            record.note(note)
-        self._verification, self._verify_s = content["verify"], content["verify_s"]
-        record.display.done("store", time.perf_counter() - started, f"hit {self.key[:12]}, built {content['built']}")
+        self.kept = from_json(Kept, {each.name: content[each.name] for each in fields(Kept)})
+        self.seconds = time.perf_counter() - started
 
-    def take_over_verification(self) -> None:
-        """Without a GPU: what the rewritten graph of the stored engine was judged to be, marked as stored."""
-        if not self._record.config.reaches("verify"):
-            raise StopHere
-        self._record.report["verify"] = {**self._verification, "stored": True}
-        store = self._record.report["store"]
-        store["stages"]["verify"], store["stages_s"]["verify"] = "hit", self._verify_s
-
-    def keep(self) -> None:
-        """Store the engine of this run, which has passed its verification."""
-        if self._store is None or self.restored:
+    def keep(self, kept: Kept, say: Say) -> None:
+        """Store the engine of this run, which has passed its verification; says where that cannot be done."""
+        if self._store is None or self.kept is not None:
             return
-        report = self._record.report
-        content = {
-            "decided_by": self._decided_by,
-            "built": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "report": {section: report[section] for section in SECTIONS},
-            "notes": report["notes"][self._notes :],
-            "stages_s": {stage: report["stages_s"][stage] for stage in BUILD_STAGES},
-            "verify": report["verify"],
-            "verify_s": report["stages_s"]["verify"],
-            "judged_as": _judged_as(self._record.config),
-        }
+        kept = replace(kept, built=datetime.now().astimezone().isoformat(timespec="seconds"))
+        content = {"decided_by": self._decided_by, **to_json(kept)}
         try:
-            self._store.commit(self.key, sorted(_files(self._record) - self._before), finite(content))
+            self._store.commit(self.key, sorted(_files(self._folder) - self._before), content)
         except OSError as error:  # the run has its engine all the same
-            self._record.note(f"store: the engine was not kept ({error.strerror or error})")
-
-    def _answers(self, content: dict[str, Any]) -> bool:
-        """Where the engine cannot run, its stored verification has to be the one that this run asks for."""
-        config = self._record.config
-        return self._executes or not config.reaches("verify") or content["judged_as"] == _judged_as(config)
+            say(f"store: the engine was not kept ({error.strerror or error})")
 
 
-def _judged_as(config: Config) -> dict[str, Any]:
-    """What decides the inputs that a verification is made on, beside its code, which is in the key."""
-    return {"verify": asdict(config.verify), "seed": config.seed}
+@contextmanager
+def engine_of(
+    folder: Path,
+    store: Store | None,
+    decided_by: dict[str, Any],
+    wanted: dict[str, Any] | None,
+    note: Say,
+    waiting: Say,
+) -> Iterator[Place]:
+    """The place of the engine that a run in ``folder`` needs, no other process building it while the block runs.
+
+    ``decided_by``: :func:`pipeline.store.key.ingredients`; ``wanted``: see :meth:`Place.restore`; ``note`` is told what
+    the reader of the report must know, and ``waiting`` that another process has the engine in hand.  An engine that was
+    restored and then failed in the block (verification, deserialisation) leaves the store.
+    """
+    if store is None:
+        yield Place(folder)
+        return
+    place = Place(folder, store, decided_by)
+    with store.locked(place.key, waiting):
+        place.restore(wanted, note)
+        try:
+            yield place
+        except RunError as error:
+            if place.kept is not None and error.kind in ("accuracy", "deserialize"):
+                store.remove(place.key)
+                note(f"store: the engine {place.key[:12]} failed and was removed; the next run builds it anew")
+            raise
 
 
-def _files(record: Record) -> set[Path]:
-    assert record.folder is not None
-    return {path for path in record.folder.iterdir() if path.is_file()}
+def _files(folder: Path) -> set[Path]:
+    return {path for path in folder.iterdir() if path.is_file()}

@@ -17,10 +17,12 @@ from filelock import FileLock
 
 from passes.errors import UserError
 from pipeline.config.schema import Config
+from pipeline.host.plain_json import from_json
 from pipeline.record import unfinished
 from pipeline.record.console import StageDisplay
 from pipeline.record.environment import environment
 from pipeline.record.record import Record
+from pipeline.record.sections import Failure, Report
 from pipeline.sweep.isolation import Ended
 from pipeline.sweep.ledger import Entry, Ledger
 from pipeline.tracking.names import folder_name
@@ -119,8 +121,12 @@ def settle(config: Config, key: str, name: str, ended: Ended, log: Path) -> tupl
     if report is None or (ended.timed_out and report["status"] == "failed"):
         record = Record(config, StageDisplay())
         so_far = None if entry.folder is None else unfinished.read(ledger.output / entry.folder)
-        record.report |= report or (so_far or {}).get("report") or {"environment": environment()}
-        record.report["failure"] = {"stage": entry.stage, **_why(ended, config)}
+        known = report or (so_far or {}).get("report")
+        if known is not None:
+            record.report = from_json(Report, known)
+        else:
+            record.put(environment=environment())
+        record.put(failure=_why(ended, config, entry.stage))
         if entry.folder is None:
             folder = record.open_folder(folder_name(config))
             entry = replace(entry, folder=str(folder.relative_to(ledger.output)))
@@ -138,14 +144,14 @@ def settle(config: Config, key: str, name: str, ended: Ended, log: Path) -> tupl
     return entry, report
 
 
-def _why(ended: Ended, config: Config) -> dict[str, str]:
+def _why(ended: Ended, config: Config, stage: str) -> Failure:
     if ended.interruption is not None:
         by = "Ctrl-C" if isinstance(ended.interruption, KeyboardInterrupt) else "SIGTERM"
-        return {"kind": "interrupted", "message": f"interrupted by {by}"}
+        return Failure(stage, "interrupted", f"interrupted by {by}")
     if ended.timed_out:
         limit = f"sweep.timeout_minutes={config.sweep.timeout_minutes:g}"
-        return {"kind": "timeout", "message": f"took longer than {limit} and was ended"}
+        return Failure(stage, "timeout", f"took longer than {limit} and was ended")
     if ended.out_of_memory:
-        return {"kind": "out_of_memory", "message": "the kernel killed it: the host's memory had run out"}
+        return Failure(stage, "out_of_memory", "the kernel killed it: the host's memory had run out")
     how = f"killed by {ended.signal_name}" if ended.signal_name else f"ended with exit code {ended.exit_code}"
-    return {"kind": "crash", "message": f"{how} and left no report; what it printed is in {LOG_FILE}"}
+    return Failure(stage, "crash", f"{how} and left no report; what it printed is in {LOG_FILE}")

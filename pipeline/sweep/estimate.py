@@ -14,7 +14,7 @@ from rich.text import Text
 
 from passes.errors import UserError
 from pipeline.config.schema import Config, ModelConfig
-from pipeline.record.report import SCHEMA
+from pipeline.record.report import read_report
 from pipeline.sweep.jobs import Job, at
 from pipeline.sweep.keys import Commits, content_key, surroundings
 from pipeline.sweep.ledger import Ledger
@@ -98,8 +98,8 @@ def _earlier(output: Path) -> dict[str, list[float]]:
     """Kind of run -> seconds that those under ``output`` took which did not fail."""
     found: dict[str, list[float]] = {}
     for path in output.glob("*/*/report.json"):
-        report = json.loads(path.read_text())
-        if report.get("schema") == SCHEMA and report["status"] != "failed":
+        report = read_report(path)
+        if report is not None and report["status"] != "failed":
             found.setdefault(_kind(report["config"]), []).append(sum(report["stages_s"].values()))
     return found
 

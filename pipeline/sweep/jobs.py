@@ -14,7 +14,7 @@ from passes.errors import UserError
 from pipeline.config.idle import why_idle
 from pipeline.config.overrides import typed
 from pipeline.config.schema import Config
-from pipeline.record.report import write_json
+from pipeline.record import report
 from pipeline.sweep.keys import NOT_SETTINGS, settings_key
 from pipeline.tracking.names import run_name
 
@@ -74,7 +74,7 @@ def plan(composed: Iterable[tuple[Sequence[str], Config]]) -> list[Job]:
 
 def write_row(folder: Path, row: Row) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{row.key[:32]}.json", asdict(row))
+    report.write_json(folder / f"{row.key[:32]}.json", asdict(row))
 
 
 def read_rows(folder: Path) -> dict[str, Row]:
@@ -85,22 +85,23 @@ def read_rows(folder: Path) -> dict[str, Row]:
 
 
 def read_report(row: Row) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((Path(row.folder) / "report.json").read_text())
-    return report
+    found = report.read_report(Path(row.folder) / "report.json")
+    assert found is not None
+    return found
 
 
-def at(report: dict[str, Any], path: str) -> Any:
+def at(content: dict[str, Any], path: str) -> Any:
     """What stands in a report under a dotted name; None where nothing does."""
-    value: Any = report
+    value: Any = content
     for part in path.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
 
 
-def headline(report: dict[str, Any]) -> str | None:
+def headline(content: dict[str, Any]) -> str | None:
     """The number that jobs are compared by: device time of the whole generation where one was timed, else of the
     prefill; None where nothing was."""
     for path in ("benchmark.generate.device_ms.median", "benchmark.prefill.device_ms.median"):
-        if at(report, path) is not None:
+        if at(content, path) is not None:
             return path
     return None

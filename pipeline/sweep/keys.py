@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from pipeline.config.idle import idle
@@ -62,7 +62,7 @@ def content_key(config: Config, surroundings: str, commits: Commits) -> str:
 
 def surroundings() -> str:
     """What stands around every job of this machine: our own code, the libraries' versions, and the GPU."""
-    described = {key: value for key, value in environment().items() if key != "git"}
+    described = asdict(replace(environment(), git=None))  # another commit may be the same code
     return sha256_of_json([described, code_hash(beside=NOT_MEASURING)])
 
 

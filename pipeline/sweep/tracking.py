@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
 from pipeline.host.memory import collector_paused
+from pipeline.host.plain_json import to_json
 from pipeline.record.report import write_report
 from pipeline.tracking import runs
 from pipeline.tracking.runs import PARENT
@@ -114,7 +115,7 @@ def send(
                     client.delete_run(child.info.run_id)
         tags = {PARENT: parent.run_id, JOB: job}
         with runs.start(config, folder, environment=report["environment"], tags=tags, started=started) as run:
-            report = {**report, "mlflow": run.identity}
+            report = {**report, "mlflow": to_json(run.identity)}
             write_report(folder / "report.json", report)
             sha256 = hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
             if not run.finish(report, folder):

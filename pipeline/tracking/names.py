@@ -61,21 +61,26 @@ def parameters(config: Config) -> dict[str, str]:
 def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """Every number of a report under its dotted name; true and false are 1 and 0.
 
-    Cases of a list go by their name, ``attention.calls`` stays in its table, and ``benchmark`` counts only when
+    Cases of a list go by their name, the attention calls stay in their table, and ``benchmark`` counts only when
     the engine that was timed had been verified.
     """
     sections = {key: value for key, value in report.items() if key not in NO_METRICS}
-    if "attention" in sections:
-        sections["attention"] = {k: v for k, v in (sections["attention"] or {}).items() if k != "calls"}
+    decode = sections.get("decode") or {}
+    sections["attention"] = _without_calls(sections.get("attention"))
+    sections["decode"] = {**decode, "attention": _without_calls(decode.get("attention"))}
     if not verified(report):
         sections.pop("benchmark", None)
     return {key: float(value) for key, value in _leaves(sections) if isinstance(value, Real)}
 
 
+def _without_calls(attention: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (attention or {}).items() if key != "calls"}
+
+
 def final_tags(report: Mapping[str, Any]) -> dict[str, str]:
     """What runs are filtered by: status, failure, environment, the engine's hash and what tainted a measurement."""
     tags = {"status": report["status"], **environment_tags(report.get("environment") or {})}
-    if "unavailable" in report:
+    if report.get("unavailable"):
         tags["unavailable"] = report["unavailable"]
     failure = report.get("failure") or {}
     tags |= {f"failure.{key}": failure[key] for key in ("stage", "kind", "message") if key in failure}

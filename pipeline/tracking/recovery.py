@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config.schema import Config
-from pipeline.record.report import read_report, write_report
+from pipeline.record.report import read_report, upgraded, write_report
 from pipeline.record.unfinished import LOCK, claim, clear, read
 from pipeline.tracking import runs
 from pipeline.tracking.store import (
@@ -72,6 +72,7 @@ def _close(folder: Path, client: MlflowClient, uri: str, running: list[Run], say
         if report.get("mlflow") is None:
             report["mlflow"] = _identity(folder, uri, running)
         write_report(folder / REPORT, report)
+        report = upgraded(report)
     tracked = report.get("mlflow")
     if tracked is not None and tracked["uri"] != redacted(uri):
         return  # a start that names that store sends it

@@ -25,6 +25,7 @@ from urllib.request import url2pathname
 
 from passes.errors import UserError
 from pipeline.record import unfinished
+from pipeline.record.sections import MlflowRun
 from pipeline.tracking.names import environment_tags, final_tags, legal, metrics, parameters, run_name, sample_points
 from pipeline.tracking.store import (
     as_user_error,
@@ -64,7 +65,7 @@ class Tracked(Protocol):
     run_id: str
 
     @property
-    def identity(self) -> dict[str, str] | None:
+    def identity(self) -> MlflowRun | None:
         """What report.json says of the run; None where it is made later."""
 
     @property
@@ -129,9 +130,9 @@ class TrackedRun:
         self._open = True
 
     @property
-    def identity(self) -> dict[str, str]:
-        """What report.json says of the run: enough to find it again."""
-        return {"uri": redacted(self.uri), "experiment_id": self.experiment_id, "run_id": self.run_id}
+    def identity(self) -> MlflowRun:
+        """What report.json says of the run."""
+        return MlflowRun(redacted(self.uri), self.experiment_id, self.run_id)
 
     @property
     def where(self) -> str:
@@ -141,7 +142,7 @@ class TrackedRun:
         return f"mlflow ui --backend-store-uri {shlex.quote(redacted(self.uri))}"
 
     def finish(self, report: Mapping[str, Any], folder: Path) -> bool:
-        """Log the numbers of ``report`` (report.json, schema 1) and every file in ``folder``, and close the run.
+        """Log the numbers of ``report`` (report.json) and every file in ``folder``, and close the run.
 
         A store that is gone by now costs one warning and the answer False, not the run: everything is in ``folder``
         already.

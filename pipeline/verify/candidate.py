@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
-from pipeline.config.schema import Config
+from pipeline.config.schema import BackendConfig, CacheConfig, ModelConfig, ShapeConfig
 from pipeline.engine.file import check_target, read_engine
 from pipeline.engine.runner import Engine, open_engine
 from pipeline.engine.session import GraphSession, Session
@@ -20,7 +20,10 @@ from pipeline.generate.prompts import PromptRunner
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.generate.without_cache import OneLengthGenerator, PrefixGenerator, at_one_length
 from pipeline.model.load import LoadedModel
+from pipeline.rivals.generation import rival_generator
+from pipeline.rivals.prompt import TorchRunner
 from pipeline.trace.cache_shape import CacheShape
+from pipeline.trace.call_form import CallForm
 from pipeline.verify.arithmetic import Forward, in_arithmetic, on_cpu
 
 if TYPE_CHECKING:
@@ -37,6 +40,8 @@ class Machine:
     executed: str
     """The report's ``verify.executed``: ``engine``, ``graph``, or the rival's name."""
     forward: Forward
+    shape: ShapeConfig
+    """The lengths that ``forward`` takes."""
     runner: Runner | None = None
     """What the benchmark of prompts measures."""
     generator: Generator | None = None
@@ -48,35 +53,48 @@ class Machine:
     """To be called when it has been measured."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What a machine has to do, whatever it is made of."""
+
+    shape: ShapeConfig
+    cache: CacheShape | None
+    one_length: bool
+    """Shorter sequences run in an engine of a single length too, see
+    :attr:`pipeline.config.schema.Config.runs_at_one_length`."""
+    generates: bool
+    """A generation is to be timed."""
+
+
 def engines(
-    config: Config, loaded: LoadedModel, folder: Path, cache: CacheShape | None, kernels: Path | None
+    folder: Path, loaded: LoadedModel, wanted: Wanted, cuda_graph: bool | None, kernels: Path | None
 ) -> Machine:
-    """The engine files of ``folder`` on this GPU; ``kernels``: where the kernels that they compile are kept."""
-    vocabulary, device, exact = _vocabulary(loaded), loaded.model.device, tuple(config.shape.exact)
-    if cache is None:
-        engine = open_engine(folder / "engine.trt", bool(config.backend.cuda_graph), kernels)
-        prefix = None
-        if config.benchmark.generate is not None:
-            prefix = _without_cache(config, engine, vocabulary, device)
-        forward = _of_any_length(config, engine.unguarded)
-        return Machine("engine", forward, engine, prefix, exact=exact, finished=engine.keep_kernels)
-    generator = open_generator(folder, config.backend.cuda_graph is not False, kernels)
-    return _cached("engine", config, generator, exact, generator.keep_kernels)
+    """The engine files of ``folder`` on this GPU.  ``cuda_graph``: ``backend.cuda_graph``.  ``kernels``: where the
+    kernels that they compile are kept."""
+    exact = tuple(wanted.shape.exact)
+    if wanted.cache is None:
+        engine = open_engine(folder / "engine.trt", bool(cuda_graph), kernels)
+        prefix = _without_cache(engine, loaded, wanted, cuda_graph is not False) if wanted.generates else None
+        forward, taken = _of_any_length(engine.unguarded, wanted)
+        return Machine("engine", forward, taken, engine, prefix, exact=exact, finished=engine.keep_kernels)
+    generator = open_generator(folder, cuda_graph is not False, kernels)
+    return _cached("engine", generator, wanted.shape, wanted.generates, exact, generator.keep_kernels)
 
 
-def _of_any_length(config: Config, forward: Forward) -> Forward:
-    """``forward`` for every length that the run verifies."""
-    return at_one_length(forward, config.shape.max) if config.runs_at_one_length else forward
+def _of_any_length(forward: Forward, wanted: Wanted) -> tuple[Forward, ShapeConfig]:
+    """``forward`` for every length that the run verifies, and which those are."""
+    if not wanted.one_length:
+        return forward, wanted.shape
+    return at_one_length(forward, wanted.shape.max), replace(wanted.shape, min=1)
 
 
-def _without_cache(config: Config, engine: Engine, vocabulary: int, device: torch.device) -> Generator:
+def _without_cache(engine: Engine, loaded: LoadedModel, wanted: Wanted, cuda_graph: bool) -> Generator:
     """What generates by running the whole prefix again, in a context of its own."""
-    one_length = config.runs_at_one_length
-    session = engine.session.twin(specialise=one_length)
+    vocabulary, device = _vocabulary(loaded), loaded.model.device
+    session = engine.session.twin(specialise=wanted.one_length)
     dtype = session.dtype(session.outputs[0])
-    if one_length:
-        graph = config.backend.cuda_graph is not False
-        return OneLengthGenerator(session, config.shape.max, vocabulary, dtype, device, graph)
+    if wanted.one_length:
+        return OneLengthGenerator(session, wanted.shape.max, vocabulary, dtype, device, cuda_graph)
     return PrefixGenerator(session, vocabulary, dtype, device)
 
 
@@ -95,44 +113,55 @@ def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None =
     return CachedGenerator(prefill, turns, cache, decode.shape("output0")[-1], torch.device("cuda"), cuda_graph)
 
 
-def graphs(config: Config, loaded: LoadedModel, programs: dict[str, Program], cache: CacheShape | None) -> Machine:
-    """The programs that the engines were made from, in PyTorch on the CPU, in the arithmetic of the run's precision."""
+def graphs(programs: dict[str, Program], loaded: LoadedModel, wanted: Wanted, precision: str) -> Machine:
+    """The programs that the engines were made from, in PyTorch on the CPU, in the arithmetic of ``precision``."""
     modules = {name: each.program.module() for name, each in programs.items()}
-    arithmetic = on_cpu(config.precision)
+    arithmetic, cache = on_cpu(precision), wanted.cache
     if cache is None:
         module = modules["engine"]
         forward = in_arithmetic(lambda inputs: module(**inputs), arithmetic)
-        return Machine("graph", _of_any_length(config, forward))
+        return Machine("graph", *_of_any_length(forward, wanted))
     prefill, decode, twin = (
         GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs), arithmetic)
         for name in ("engine", "decode", "decode")
     )
     turns = [decode] if cache.mode == "in_engine" else [decode, twin]
-    return _cached("graph", config, CachedGenerator(prefill, turns, cache, _vocabulary(loaded), loaded.model.device))
+    generator = CachedGenerator(prefill, turns, cache, _vocabulary(loaded), loaded.model.device)
+    return _cached("graph", generator, wanted.shape, wanted.generates)
+
+
+def rival(
+    backend: BackendConfig, loaded: LoadedModel, wanted: Wanted, form: ModelConfig, cache: CacheConfig
+) -> Machine:
+    """Eager PyTorch or ``torch.compile`` on this GPU."""
+    runner = TorchRunner(CallForm(loaded.model, form.logits), form.inputs, backend)
+    generator = rival_generator(loaded.model, backend, cache) if wanted.generates else None
+    return Machine(backend.name, runner, wanted.shape, runner, generator)
 
 
 def _cached(
     executed: str,
-    config: Config,
     generator: CachedGenerator,
+    shape: ShapeConfig,
+    generates: bool,
     exact: tuple[int, ...] = (),
     finished: Callable[[], None] = lambda: None,
 ) -> Machine:
     """A cached generator as a function of whole sequences: the last tokens go through the cache one by one, behind a
     prompt of ``exact`` length where one ends there."""
-    least, most = config.shape.min, config.shape.max
+    least, most = shape.min, shape.max
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         tokens, real = inputs["input_ids"], inputs.get("attention_mask")
         decoded = max(min(DECODED, tokens.shape[1] - least), tokens.shape[1] - most)
-        if config.shape.kind == "static":
+        if shape.kind == "static":
             decoded = tokens.shape[1] - most
         decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
 
-    timed = generator if config.benchmark.generate is not None else None
     runner = PromptRunner(generator) if executed == "engine" else None
-    return Machine(executed, forward, runner, timed, generator.cache.longest, exact, finished)
+    timed = generator if generates else None
+    return Machine(executed, forward, shape, runner, timed, generator.cache.longest, exact, finished)
 
 
 def _vocabulary(loaded: LoadedModel) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,21 +10,10 @@ from torch import Tensor
 from pipeline.config.schema import ShapeConfig, VerifyConfig
 from pipeline.engine import guard
 from pipeline.trace.call_form import make_inputs
+from pipeline.verify.sections import Case
 
 ROWS = slice(0, None, 2)
 """Which rows of a batch are padded or packed: every second one, and the only one."""
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    length: int
-    padding: str
-    """``none``, ``left`` or ``right``: a third of the row.  ``ragged``: on the left, no two rows of one length."""
-    sample: int
-    positions: str = "counted"
-    """``counted``: of the real tokens, as Hugging Face's ``generate`` counts them.  ``packed``: the row holds two
-    documents, and positions restart at 0 with the second, in the middle."""
 
 
 def cases(

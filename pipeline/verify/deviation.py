@@ -10,26 +10,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from passes.errors import RunError
+from pipeline.verify.sections import Deviation
 
 CHUNK = 32  # positions compared at a time, few enough to stay in the cache: three times as fast as 256
 BLOCK = 128
 """Tokens of the vocabulary in a block: the columns of one tile of a matrix product, which a kernel gets right or
 wrong as a whole."""
-
-
-@dataclass(frozen=True)
-class Deviation:
-    """How far logits are from the reference, over all real positions."""
-
-    relative_error: float
-    """||x - reference|| / ||reference||, Frobenius."""
-    max_abs: float
-    cosine: float
-    kl: float
-    """Mean over positions of KL(reference || x), in nats."""
-    top1_agreement: float
-    unexplained_flips: int
-    """Positions whose most likely token differs although the reference's lead exceeds what rounding can turn."""
 
 
 @dataclass(frozen=True)

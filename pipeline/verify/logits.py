@@ -21,11 +21,11 @@ fails as any other error of that size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from math import inf, isnan
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,8 +33,17 @@ from torch import Tensor
 from passes.errors import RunError
 from pipeline.generate.greedy import chat_tokens, greedy
 from pipeline.verify.arithmetic import Forward
-from pipeline.verify.cases import Case
 from pipeline.verify.deviation import BLOCK, Difference, difference
+from pipeline.verify.sections import (
+    Answer,
+    Case,
+    JudgedCase,
+    Judgement,
+    Outlier,
+    Outside,
+    WorstBlock,
+    WorstPosition,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,8 +110,8 @@ def judge(
     candidate: Forward,
     precision_eps: float,
     progress: Callable[[int, int], object],
-) -> dict[str, Any]:
-    """Run every case three ways; returns the ``cases`` and ``passed`` of the report's ``verify`` section.
+) -> tuple[JudgedCase, ...]:
+    """Run every case three ways.
 
     ``yardsticks`` are PyTorch at the run's precision, by their name in the report; the last has the arithmetic of
     the candidate, and its error sets the tolerance.  ``inputs_of`` gives the inputs of a case and its padding mask
@@ -113,7 +122,7 @@ def judge(
     for number, case in enumerate(cases):
         rows.append(_judged_case(case, *inputs_of(case), reference, yardsticks, candidate, precision_eps))
         progress(number + 1, len(cases))
-    return {"cases": rows, "passed": all(row["passed"] for row in rows)}
+    return tuple(rows)
 
 
 def _judged_case(
@@ -124,7 +133,7 @@ def _judged_case(
     yardsticks: dict[str, Forward],
     candidate: Forward,
     precision_eps: float,
-) -> dict[str, Any]:
+) -> JudgedCase:
     with torch.no_grad():
         truth = reference(inputs)
         logits = (forward(inputs) for forward in (*yardsticks.values(), candidate))
@@ -134,8 +143,8 @@ def _judged_case(
         _check_finite(own, case.name, first)
     judged = judged_by(owns[-1], got, precision_eps, first)
     lead = limits(owns[-1], precision_eps).lead
-    by_themselves = {name: asdict(own.deviation(lead)) for name, own in zip(yardsticks, owns, strict=True)}
-    return {**asdict(case), **judged, **by_themselves}
+    by_themselves = {name: own.deviation(lead) for name, own in zip(yardsticks, owns, strict=True)}
+    return JudgedCase(**vars(case), **vars(judged), yardsticks=by_themselves)
 
 
 def _check_finite(own: Difference, name: str, first: int) -> None:
@@ -155,7 +164,7 @@ def differences(truth: Tensor, logits: Iterable[Tensor], padding: Tensor | None)
     return list(map(partial(difference, truth, padding=padding), logits))  # a loop's variable would keep the last ones
 
 
-def judged_by(own: Difference, got: Difference, precision_eps: float, first: int = 0) -> dict[str, Any]:
+def judged_by(own: Difference, got: Difference, precision_eps: float, first: int = 0) -> Judgement:
     """The candidate's difference ``got`` beside what the yardstick's, ``own``, allows; ``first``: the place in the
     sequence of the first position that was compared."""
     allowed = limits(own, precision_eps, coarseness(own, got, precision_eps))
@@ -171,16 +180,16 @@ def judged_by(own: Difference, got: Difference, precision_eps: float, first: int
         and not failed.any()
         and bool((of_blocks <= 1).all())
     )
-    return {
-        **asdict(whole),
-        "tolerance": allowed.relative_error,
-        "allowed_kl": allowed.kl,
-        "positions_judged": len(failed),
-        "positions_failed": int(failed.sum()),
-        "worst_position": _worst_position(got, allowed, shares, int(at_positions.argmax()), first),
-        "worst_block": _worst_block(got, allowed, int(of_blocks.argmax())),
-        "passed": passed,
-    }
+    return Judgement(
+        **vars(whole),
+        tolerance=allowed.relative_error,
+        allowed_kl=allowed.kl,
+        positions_judged=len(failed),
+        positions_failed=int(failed.sum()),
+        worst_position=_worst_position(got, allowed, shares, int(at_positions.argmax()), first),
+        worst_block=_worst_block(got, allowed, int(of_blocks.argmax())),
+        passed=passed,
+    )
 
 
 def _shares(found: Tensor, allowed: Tensor) -> Tensor:
@@ -190,66 +199,53 @@ def _shares(found: Tensor, allowed: Tensor) -> Tensor:
 
 def _worst_position(
     got: Difference, allowed: Limits, shares: dict[str, Tensor], worst: int, first: int
-) -> dict[str, Any]:
-    """Where the candidate comes nearest to what is allowed or farthest beyond, in which ``measure``."""
+) -> WorstPosition:
     measure = max(shares, key=lambda name: float(shares[name][worst]))
     row, place = got.positions[worst].tolist()
-    return {
-        "row": row,
-        "position": first + place,
-        "measure": measure,
-        "found": float(getattr(got, measure)[worst]),
-        "allowed": float(allowed.at[measure][worst]),
-    }
+    found, limit = float(getattr(got, measure)[worst]), float(allowed.at[measure][worst])
+    return WorstPosition(row, first + place, measure, found, limit)
 
 
-def _worst_block(got: Difference, allowed: Limits, worst: int) -> dict[str, Any]:
-    """The same of the blocks of the vocabulary; ``first`` and ``last``: its tokens."""
-    return {
-        "first": worst * BLOCK,
-        "last": (worst + 1) * BLOCK - 1,
-        "relative_error": float(got.relative_error_of_blocks[worst]),
-        "allowed": float(allowed.of_blocks[worst]),
-    }
+def _worst_block(got: Difference, allowed: Limits, worst: int) -> WorstBlock:
+    found, limit = float(got.relative_error_of_blocks[worst]), float(allowed.of_blocks[worst])
+    return WorstBlock(worst * BLOCK, (worst + 1) * BLOCK - 1, found, limit)
 
 
-def gate(section: dict[str, Any]) -> None:
+def gate(cases: Sequence[JudgedCase]) -> None:
     """Raises :class:`RunError` of kind ``accuracy`` naming the worst case, unless every case passed."""
-    if section["passed"]:
+    failed = [case for case in cases if not case.passed]
+    if not failed:
         return
-    failed = [row for row in section["cases"] if not row["passed"]]
     worst = _worst(failed)
-    position, block = worst["worst_position"], worst["worst_block"]
+    position, block = worst.worst_position, worst.worst_block
     where = ""
-    if worst["positions_failed"]:
+    if worst.positions_failed:
         where = (
-            f"; {worst['positions_failed']} of {worst['positions_judged']} positions, the worst at row "
-            f"{position['row']}, position {position['position']}: {position['measure']} {position['found']:.3g} where "
-            f"{position['allowed']:.3g} is allowed"
+            f"; {worst.positions_failed} of {worst.positions_judged} positions, the worst at row {position.row}, "
+            f"position {position.position}: {position.measure} {position.found:.3g} where {position.allowed:.3g} is "
+            "allowed"
         )
-    elif not block["relative_error"] <= block["allowed"]:
+    elif not block.relative_error <= block.allowed:
         where = (
-            f"; tokens {block['first']} to {block['last']} of the vocabulary: relative error "
-            f"{block['relative_error']:.3g} where {block['allowed']:.3g} is allowed"
+            f"; tokens {block.first} to {block.last} of the vocabulary: relative error {block.relative_error:.3g} "
+            f"where {block.allowed:.3g} is allowed"
         )
     raise RunError(
         "accuracy",
-        f"{len(failed)} of {len(section['cases'])} cases failed; worst {worst['name']}: relative error "
-        f"{worst['relative_error']:.3g} where {worst['tolerance']:.3g} is allowed, "
-        f"top-1 agreement {worst['top1_agreement']:.1%}{where}",
+        f"{len(failed)} of {len(cases)} cases failed; worst {worst.name}: relative error {worst.relative_error:.3g} "
+        f"where {worst.tolerance:.3g} is allowed, top-1 agreement {worst.top1_agreement:.1%}{where}",
     )
 
 
-def cost(cases: list[dict[str, Any]], assumed: Collection[str]) -> dict[str, Any]:
-    """The report's ``verify.outside``: judged ``cases`` that break what was ``assumed``, and the worst of them."""
+def outside(cases: tuple[JudgedCase, ...], assumed: Collection[str]) -> Outside:
+    """What judged ``cases`` that break what was ``assumed`` show, and the worst of them."""
     worst = _worst(cases)
-    fields = ("name", "relative_error", "max_abs", "cosine", "kl", "top1_agreement")
-    return {"assumed": list(assumed), "cases": cases, "worst": {name: worst[name] for name in fields}}
+    return Outside(tuple(assumed), cases, Outlier(**{each.name: getattr(worst, each.name) for each in fields(Outlier)}))
 
 
-def _worst(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The row with the largest relative error; NaN is the largest."""
-    return max(rows, key=lambda row: inf if isnan(row["relative_error"]) else row["relative_error"])
+def _worst(cases: Sequence[JudgedCase]) -> JudgedCase:
+    """The one with the largest relative error; NaN is the largest."""
+    return max(cases, key=lambda case: inf if isnan(case.relative_error) else case.relative_error)
 
 
 def answers(
@@ -261,7 +257,7 @@ def answers(
     longest: int,
     device: torch.device,
     max_new_tokens: int = 16,
-) -> dict[str, Any]:
+) -> Answer:
     """The greedy answers of both to ``question``; a record for people, the gate is :func:`judge`."""
     stop = frozenset({tokenizer.eos_token_id} - {None})
     tokens = chat_tokens(tokenizer, question).to(device)
@@ -269,9 +265,5 @@ def answers(
         got, wanted = (
             list(greedy(forward, names, tokens, max_new_tokens, stop, longest)) for forward in (candidate, yardstick)
         )
-    return {
-        "question": question,
-        "engine": tokenizer.decode(got, skip_special_tokens=True).strip(),
-        "pytorch": tokenizer.decode(wanted, skip_special_tokens=True).strip(),
-        "tokens_agree": got == wanted,
-    }
+    ours, theirs = (tokenizer.decode(each, skip_special_tokens=True).strip() for each in (got, wanted))
+    return Answer(question, ours, theirs, tokens_agree=got == wanted)

@@ -11,8 +11,7 @@ between these logits and those of PyTorch one type wider; ``FACTOR`` times that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from math import inf
 from typing import Any
 
@@ -23,25 +22,7 @@ from passes.errors import RunError
 from pipeline.trace.call_form import make_inputs
 from pipeline.verify.arithmetic import Forward
 from pipeline.verify.logits import FACTOR
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One batch of generations."""
-
-    name: str
-    tokens: int
-    """How many were judged, over all rows."""
-    first_difference: int | None
-    """The first new token, from 0, that is not PyTorch's choice in some row."""
-    flips: int
-    """Tokens that are not PyTorch's choice."""
-    worst_gap: float
-    """Of the flip that comes nearest to its limit or farthest beyond: PyTorch's logit of its choice minus that of the
-    candidate's.  0 without a flip."""
-    allowed_gap: float
-    """What rounding explains there; without a flip, the narrowest limit of all positions."""
-    passed: bool
+from pipeline.verify.sections import JudgedGeneration
 
 
 def judge_generation(
@@ -53,7 +34,7 @@ def judge_generation(
     vocabulary: int,
     precision_eps: float,
     name: str = "generation",
-) -> Judged:
+) -> JudgedGeneration:
     """Judge ``generated`` [batch, new] int64, which continues ``prompt`` [batch, length].
 
     ``forward`` is eager PyTorch at the run's precision and ``reference`` one type wider; both give logits
@@ -89,7 +70,7 @@ def judge_generation(
             flips.append((at, float(gap[row]), float(allowed[row])))
     passed = all(gap <= limit for _, gap, limit in flips)
     _, worst_gap, allowed_gap = max(flips, key=lambda flip: _share(*flip[1:]), default=(0, 0.0, narrowest))
-    return Judged(
+    return JudgedGeneration(
         name, batch * new, min((at for at, *_ in flips), default=None), len(flips), worst_gap, allowed_gap, passed
     )
 
@@ -105,22 +86,17 @@ def _last(logits: Tensor, new: int) -> Tensor:
     return logits[:, -new:]
 
 
-def section(cases: list[Judged]) -> dict[str, Any]:
-    """The report's ``verify.generation``."""
-    return {"cases": [asdict(case) for case in cases], "passed": all(case.passed for case in cases)}
-
-
-def gate(section: dict[str, Any]) -> None:
+def gate(cases: Sequence[JudgedGeneration]) -> None:
     """Raises :class:`RunError` of kind ``accuracy`` naming the worst case, unless every case passed."""
-    failed = [case for case in section["cases"] if not case["passed"]]
+    failed = [case for case in cases if not case.passed]
     if not failed:
         return
-    worst = max(failed, key=lambda case: _share(case["worst_gap"], case["allowed_gap"]))
+    worst = max(failed, key=lambda case: _share(case.worst_gap, case.allowed_gap))
     raise RunError(
         "accuracy",
-        f"{len(failed)} of {len(section['cases'])} generations failed; worst {worst['name']}: {worst['flips']} of "
-        f"{worst['tokens']} tokens are not PyTorch's, first new token {worst['first_difference']}, logits "
-        f"{worst['worst_gap']:.3g} apart where {worst['allowed_gap']:.3g} is allowed",
+        f"{len(failed)} of {len(cases)} generations failed; worst {worst.name}: {worst.flips} of "
+        f"{worst.tokens} tokens are not PyTorch's, first new token {worst.first_difference}, logits "
+        f"{worst.worst_gap:.3g} apart where {worst.allowed_gap:.3g} is allowed",
     )
 
 

@@ -1,0 +1,93 @@
+"""What the report says of a program's attention, and of the engine that it became."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from passes.graph.records import CallRecord, PassRecord
+from pipeline.host.plain_json import from_json
+
+if TYPE_CHECKING:
+    from passes.graph.rewritten import Rewritten
+
+
+@dataclass(frozen=True)
+class AttentionSummary:
+    """The calls, counted."""
+
+    by_mask: dict[str, int]
+    by_action: dict[str, int]
+    assumed: tuple[str, ...]
+    """The conditions on whose word a mask was dropped: outside of them the engine is wrong."""
+    proof_seconds: float
+    narrowed: int
+    """Operations that run over fewer rows, since the others' are not read."""
+
+    def __str__(self) -> str:
+        return ", ".join(f"{action}: {count}" for action, count in self.by_action.items())
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What became of each attention call of a program."""
+
+    calls: tuple[CallRecord, ...]
+    summary: AttentionSummary
+    passes: tuple[PassRecord, ...] = ()
+    """In the order in which they ran; reports of schema 1 have none."""
+
+
+def attention_of(rewritten: Rewritten) -> Attention:
+    """The section of a program that a strategy has rewritten."""
+    return from_json(Attention, rewritten.describe())
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What the network holds, and the engine that was built from it: null until then."""
+
+    layers: int
+    iattention: int
+    """Native attention layers."""
+    iattention_causal: int
+    iattention_masked: int
+    iattention_fused: int | None
+    """Those that have a fused kernel; null: Torch-TensorRT's own converter made them, which does not say."""
+    softmax: int
+    """Softmax layers, as attention has that is written out."""
+    torch_fallback_ops: tuple[str, ...] = ()
+    """Always none: what TensorRT cannot take ends the run."""
+    notes: tuple[str, ...] = ()
+    file: str | None = None
+    bytes: int | None = None
+    sha256: str | None = None
+    target: str | None = None
+    """The GPU that it was built for, or those that it was built for ahead of time."""
+    profiles: tuple[tuple[int, int, int], ...] | None = None
+    """Shortest, optimal and longest sequence (tokens) of each optimization profile."""
+
+
+@dataclass(frozen=True)
+class DecodeProgram:
+    """The second program of a run with a KV cache, for the tokens after the prompt."""
+
+    attention: Attention | None = None
+    engine: Engine | None = None
+
+
+@dataclass(frozen=True)
+class Engines:
+    """What a run's engines are: one, or with a KV cache the prompts' and that of the tokens after them."""
+
+    attention: Attention
+    engine: Engine
+    decode: DecodeProgram | None
+    notes: tuple[str, ...]
+    """What the reader must know of how they were made."""
+
+
+def engines_of(attention: dict[str, Attention], built: dict[str, Engine], notes: tuple[str, ...]) -> Engines:
+    """From each program's, by the names of their files: ``engine``, and perhaps ``decode``."""
+    decode = DecodeProgram(attention["decode"], built["decode"]) if "decode" in built else None
+    return Engines(attention["engine"], built["engine"], decode, notes)

@@ -1,0 +1,59 @@
+"""The ``benchmark`` stage: prompts first, then the generation, on the tokens that the verification judged."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.config.schema import BenchmarkConfig
+from pipeline.host import gpu
+from pipeline.measure import ceilings, prompt
+from pipeline.measure.generation import measure_generation
+from pipeline.measure.roofline import decoder_cost
+from pipeline.measure.until_settled import BenchmarkResult
+from pipeline.model.text import tokens_for
+
+if TYPE_CHECKING:
+    from pipeline.generate.protocol import Generator
+    from pipeline.measure.clock import Clock
+    from pipeline.measure.prompt import Runner
+    from pipeline.model.load import LoadedModel
+
+
+def measure(
+    runner: Runner,
+    generator: Generator | None,
+    loaded: LoadedModel,
+    asked: BenchmarkConfig,
+    *,
+    logits: str,
+    precision: str,
+    seed: int,
+    cached: bool,
+    waiting: Collection[int],
+    clock: Clock | None = None,
+) -> Iterator[BenchmarkResult]:
+    """Time what was verified, and yield what is known after each of the two.
+
+    ``logits``: ``last`` or ``all``, those that a prompt gives.  ``cached``: a step of ``generator`` reads a cache.
+    ``waiting``: ids of processes that are known to launch nothing.  ``clock``: for a device other than the GPU.
+    """
+    gc.collect()
+    torch.cuda.empty_cache()  # what the verification took
+    cost = decoder_cost(loaded.model, logits)
+    roof = ceilings.measure(precision) if clock is None else None
+    read_state, tokens = partial(gpu.read_state, waiting), partial(tokens_for, loaded, seed=seed)
+    result = prompt.measure(runner, asked, tokens, cost, roof, precision, clock, read_state)
+    kind = "real text" if loaded.tokenizer is not None else "random, seeded"
+    result = replace(result, benchmark=replace(result.benchmark, tokens=kind))
+    if asked.shapes:
+        yield result
+    if generator is not None and (shape := asked.generate) is not None:
+        prompts = tokens(shape.batch, shape.input_length)
+        later = measure_generation(generator, asked, prompts, cached, cost, roof, precision, clock, read_state)
+        yield result.joined(later)
