@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 from passes.errors import RunError
 from passes.graph.lowerings import REWRITES
 from passes.graph.strategies import Action
+from passes.private.of_torch import writes
 from passes.proof.calls import AttentionCall, find_calls, use_native_gqa
 from passes.proof.masks import MaskProof, Prover
 from passes.proof.sizes import asserted, ranges_of_inputs
@@ -25,17 +24,13 @@ def prover_in(graph_module: GraphModule) -> Prover:
     known what its own shape environment has recorded, which is what the engine's profile is made of."""
     graph = graph_module.graph
     inputs = frozenset(node.name for node in graph.find_nodes(op="placeholder"))
-    written = {node.args[0] for node in graph.nodes if _writes(node.target)}
+    written = {node.args[0] for node in graph.nodes if writes(node.target)}
     constants: dict[str, Tensor] = {}
     for node in graph.find_nodes(op="get_attr"):
         value = attrgetter(str(node.target))(graph_module)
         if isinstance(value, Tensor) and value.numel() <= LARGEST_CONSTANT and node not in written:
             constants[node.name] = value.detach()
     return Prover(ranges_of_inputs(graph), inputs, constants, asserted=asserted(graph))
-
-
-def _writes(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
 def rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, MaskProof]]:

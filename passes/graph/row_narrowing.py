@@ -21,6 +21,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from passes.private.of_torch import writes
+
 aten = torch.ops.aten
 
 POINTWISE = frozenset(
@@ -49,8 +51,7 @@ def narrow(graph: GraphModule) -> int:
 
     None in a graph that writes to its tensors: a row may be another further up.
     """
-    schemas = (getattr(node.target, "_schema", None) for node in graph.graph.nodes)
-    if any(schema is not None and schema.is_mutable for schema in schemas):
+    if any(writes(node.target) for node in graph.graph.nodes):
         return 0
     return sum(_move_up(graph, node) for node in list(graph.graph.nodes))
 

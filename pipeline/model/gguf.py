@@ -7,7 +7,6 @@ its files, and is made anew when one of them no longer matches.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import io
@@ -24,7 +23,7 @@ from contextlib import AbstractContextManager, contextmanager, redirect_stderr, 
 from pathlib import Path
 from typing import Any
 
-from passes.errors import UserError
+from passes.errors import UserError, message_line
 
 Progress = Callable[[str], None]
 
@@ -181,7 +180,7 @@ def _convert(
     progress(f"reading {gguf.name} (once; kept in {folder.parent.parent})")
     try:
         # The GGUF reader draws a bar that cannot be switched off.
-        with quiet(), _each_once(), redirect_stderr(io.StringIO()):
+        with quiet(), redirect_stderr(io.StringIO()):
             # dequantize: transformers would otherwise keep the blocks packed where it finds a kernel for them.
             model, info = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -193,7 +192,7 @@ def _convert(
             )
             reader = AutoTokenizer.from_pretrained(gguf.parent, **where) if tokenizer else None
     except Exception as error:  # the parsers raise whatever a strange file makes them trip over
-        raise UserError(f"{origin}: transformers cannot read {gguf} ({_first_line(error)})") from None
+        raise UserError(f"{origin}: transformers cannot read {gguf} ({message_line(error)})") from None
     if info["missing_keys"]:
         raise UserError(
             f"{origin}: {gguf} lacks weights that its config asks for, {sorted(info['missing_keys'])[0]} first"
@@ -207,27 +206,6 @@ def _convert(
         plain.save_pretrained(folder)
         if reader is not None:
             reader.save_pretrained(folder)
-
-
-@contextmanager
-def _each_once() -> Iterator[None]:
-    """transformers parses the whole file once for the weights and again for the tokenizer, and makes the map of the
-    tensors' names anew for each module: a quarter of the time that a file takes."""
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    before = {name: getattr(gguf, name) for name in names}
-    for name, function in before.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(gguf, name, function)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fetch_smollm2(folder: Path, progress: Progress) -> Path:

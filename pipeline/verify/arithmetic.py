@@ -20,10 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from passes.graph import cache_ops, ops
+from passes.private.of_torch import DispatchMode
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 """Inputs by name, each [batch, length] int64 -> logits [batch, 1 or length, vocabulary]."""
@@ -63,7 +62,7 @@ def tf32() -> AbstractContextManager[None]:
     return _switched_on("allow_tf32")
 
 
-class _WideProducts(TorchDispatchMode):
+class _WideProducts(DispatchMode):
     """Each of :data:`PRODUCTS` over 16-bit tensors is computed in fp32 and rounded; all else runs as it is."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,7 +80,8 @@ class _WideProducts(TorchDispatchMode):
         def rounded(x: Any) -> Any:
             return x.to(narrow) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
 
-        return tree_map(rounded, func(*tree_map(widened, args), **tree_map(widened, kwargs)))
+        made = func(*map(widened, args), **{name: widened(x) for name, x in kwargs.items()})
+        return tuple(map(rounded, made)) if isinstance(made, tuple) else rounded(made)
 
 
 def on_cpu(precision: str) -> Arithmetic:
