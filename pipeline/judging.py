@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from passes.precision import PRECISIONS
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.host import gpu
@@ -23,7 +24,7 @@ from pipeline.host.turn import Turn
 from pipeline.measure import ceilings, prompt
 from pipeline.measure.generation import measure_generation
 from pipeline.measure.roofline import DecoderCost, decoder_cost
-from pipeline.model.load import DTYPES, LoadedModel, load_reference
+from pipeline.model.load import LoadedModel, load_reference
 from pipeline.model.text import tokens_for
 from pipeline.record.plots import latency_plot
 from pipeline.record.record import Record
@@ -74,7 +75,7 @@ def verify(record: Record, loaded: LoadedModel, what: Machine, assumed: Collecti
         reference=lambda inputs: reference(**inputs),
         yardsticks=yardsticks,
         candidate=what.forward,
-        precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
+        precision_eps=PRECISIONS[config.precision].unit_roundoff,
         progress=judged,
     )
     lengths = replace(config.shape, min=1) if config.runs_at_one_length else config.shape
@@ -152,7 +153,7 @@ def verify_generation(
         forward=in_arithmetic(own, arithmetic),
         reference=wide,
         vocabulary=loaded.model.config.get_text_config().vocab_size,
-        precision_eps=torch.finfo(DTYPES[config.precision]).eps / 2,
+        precision_eps=PRECISIONS[config.precision].unit_roundoff,
     )
     verified, name = record.report["verify"], f"generation_{shape.input_length}_{shape.output_length}"
     before, verified["passed"] = verified["passed"], False  # until it is judged

@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from passes.errors import AS_IT_IS, RunError, first_line, message_line
 from passes.graph.driver import DECOMPOSITIONS
+from passes.precision import PRECISIONS
 from passes.proof.calls import FORMS
 from passes.tensorrt import attention as converters
 from passes.tensorrt import cache, network_form, rows
@@ -56,7 +57,7 @@ def lower(
 
     settings = dynamo.CompilationSettings(
         device=stack.torch_tensorrt.Device(gpu_id=0),  # the default asks CUDA
-        disable_tf32=precision == "fp32",  # fp32 means fp32
+        disable_tf32=PRECISIONS[precision].is_full,
         optimization_level=backend.optimization_level,
         workspace_size=int((backend.workspace_gib or 0) * 2**30),
         immutable_weights=True,
