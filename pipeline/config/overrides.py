@@ -119,7 +119,8 @@ def combinations(overrides: Iterable[Override]) -> list[list[str]]:
         elif override.is_discrete_sweep():
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
-            raise UserError(f"-m: {typed(str(override.input_line))}: is no list of values; only a search takes it")
+            kind = override.value_type.name if override.value_type is not None else "it"
+            raise UserError(f"-m: {typed(str(override.input_line))}: {kind} is no list of values; a search takes it")
     return [list(job) for job in product(*values.values())]
 
 
