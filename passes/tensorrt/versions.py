@@ -94,7 +94,7 @@ def load_stack() -> Stack:
 def quiet(level: int = logging.ERROR) -> Iterator[None]:
     """Hold back the libraries' Python warnings and log records up to ``level`` while the block runs."""
     previous = logging.root.manager.disable
-    logging.disable(level)
+    logging.disable(max(previous, level))  # what somebody else holds back stays so
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError, whole_message
 from pipeline.config.schema import ModelConfig
+from pipeline.host.files import sha256_of
 from pipeline.model import gguf
 from pipeline.private.of_transformers import has_sdpa
 
@@ -191,7 +192,7 @@ def _safetensors(folder: Path, origin: str) -> list[Path]:
 
 
 def _sha256(files: list[Path]) -> str:
-    sums = [(file.name, gguf.sha256_of(file)) for file in files]
+    sums = [(file.name, sha256_of(file)) for file in files]
     return sums[0][1] if len(sums) == 1 else hashlib.sha256("".join(f"{n} {s}\n" for n, s in sums).encode()).hexdigest()
 
 
@@ -212,7 +213,7 @@ def _local(model: ModelConfig, folder: Path, progress: Progress) -> Checkpoint:
         others = sorted(file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))
         what = f"holds {others[0]}, which is a pickle and is never loaded" if others else "holds no weights"
         raise UserError(f"{where(model)}: {what}; needs model.safetensors or one .gguf file, or model.weights=random")
-    sha256 = gguf.sha256_of(ggufs[0])
+    sha256 = sha256_of(ggufs[0])
 
     raw, tokenizer = _read_json(folder / "config.json", where(model)), _tokenizer_in(folder)
     kept = gguf.kept(

