@@ -103,12 +103,12 @@ class _Called(nn.Module):
     ) -> Tensor:
         given: dict[str, Any] = {"use_cache": False}
         if self.form.cache == "static":
-            given = {"use_cache": True, "past_key_values": self.cache}
+            given = {"use_cache": True, "cache": self.cache}
         if past is not None:
             cache = DynamicCache(config=self.model.config)
             for index, (key, value) in enumerate(past):
                 cache.update(key, value, index)
-            given = {"use_cache": True, "past_key_values": cache}
+            given = {"use_cache": True, "cache": cache}
         mask = attention_mask if mask_4d is None else mask_4d
         if mask is not None:
             given["attention_mask"] = mask
@@ -124,7 +124,7 @@ def _cached(model: PreTrainedModel, length: int) -> list[tuple[Tensor, Tensor]]:
     """
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.ones(BATCH, length, dtype=torch.int64), past_key_values=cache, use_cache=True)
+        model(torch.ones(BATCH, length, dtype=torch.int64), cache=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 

@@ -44,6 +44,7 @@ from benchmarks.kernel_forms import (
 )
 from benchmarks.stacks import caption, environment_of, rows_of
 from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
+from passes.errors import first_line
 from passes.tensorrt.versions import load_stack
 from pipeline.engine.session import captured
 from pipeline.record.environment import environment
@@ -86,7 +87,7 @@ def work(tasks: Any, rows: Any, turn: Any, build_only: bool) -> None:
                 with turn:
                     run_case(row, data)
         except Exception as error:
-            row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            row["failed"] = first_line(error)
         rows.put(row)
 
 

@@ -25,7 +25,17 @@ class RunError(RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """What ``error`` is, in one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+    return f"{type(error).__name__}: {message_line(error) if str(error).strip() else 'no reason given'}"
+
+
+def message_line(error: BaseException | str) -> str:
+    """The first line of an error's message, or of the message itself; of an error without one its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def whole_message(error: BaseException) -> str:
+    """All of an error's message as one line; its type's name where there is none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 AS_IT_IS = "backend=torch_compile and backend=eager run the model as it is"

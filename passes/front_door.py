@@ -87,7 +87,7 @@ def native_attention() -> AbstractContextManager[None]:
     of it, wherever :func:`passes.tensorrt.registry.takes` says that it is right; raises
     :class:`passes.errors.UserError` where Torch-TensorRT is not installed.
     """
-    return registry.converters()
+    return registry.registered(registry.NATIVE_ATTENTION)
 
 
 def register() -> None:
@@ -97,15 +97,14 @@ def register() -> None:
     For scripts that stay as they are: ``torch_tensorrt.compile``, ``torch_tensorrt.dynamo.compile`` and
     ``torch.compile(backend="torch_tensorrt")``.  A mask that is not proved stays where it is.
     """
-    registry.add_converters()
+    registry.NATIVE_ATTENTION.add()
     registry.add_lowering_pass(_prove)
 
 
 def unregister() -> None:
     """Torch-TensorRT is as it was before :func:`register`."""
-    load_stack()
+    registry.NATIVE_ATTENTION.remove()
     registry.remove_lowering_pass(_prove)
-    registry.remove_converters()
 
 
 def _prove(graph_module: GraphModule, settings: Any) -> GraphModule:

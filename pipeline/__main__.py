@@ -22,10 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-import hydra
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -35,11 +32,12 @@ from omegaconf.errors import OmegaConfBaseException
 from passes.errors import UserError
 from pipeline.config.compose import from_hydra
 from pipeline.config.idle import refuse_idle
-from pipeline.config.overrides import explained, for_hydra, quoted, read, typed
+from pipeline.config.overrides import combinations, explained, for_hydra, quoted, read, typed
 from pipeline.config.schema import Config
 from pipeline.host import gpu
 from pipeline.host.files import DISK, said_by_the_disk
 from pipeline.host.memory import collector_paused
+from pipeline.private import of_hydra
 
 EXTRAS = {
     "submitit_local": "slurm",
@@ -147,12 +145,8 @@ def _sweep(
     if sweeper._target_.endswith(".BasicSweeper"):
         params = [for_hydra(f"{key}={value}", True) for key, value in (sweeper.params or {}).items()]
         swept = [*read(params), *overrides]
-        try:
-            (batch,) = BasicSweeper.split_arguments(swept, None)
-        except HydraException as error:
-            raise UserError(f"-m: {error}") from None
         with collector_paused():
-            every = [(job, composed(job)) for job in batch]
+            every = [(job, composed(job)) for job in combinations(swept)]
         refuse_idle(_by_key(overrides), [config for _, config in every], sweep=True)
         jobs = plan(every)
     config = jobs[0].config if jobs else from_hydra(base)
@@ -192,8 +186,7 @@ def _check_plugins(base: DictConfig) -> None:
 
 
 def _hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
-    sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")(task)()
+    of_hydra.start(arguments, task, config_dir())
 
 
 def _print_error(error: UserError) -> None:
@@ -206,7 +199,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     def refuse(message: str) -> NoReturn:
         raise UserError(f"{message}; settings are written key=value, --help shows them")
 
-    parser = get_args_parser()
+    parser = of_hydra.parser()
     parser.error = refuse  # type: ignore[method-assign]  # argparse's way prints its usage over the message
     parsed = parser.parse_intermixed_args(arguments)  # -m may stand anywhere
     if parsed.config_path is not None:

@@ -251,11 +251,3 @@ def test_a_network_can_be_built_again() -> None:
     made = compile.interpret(load_stack(), claiming("upper_left"), False)
     for _ in range(2):
         assert_consistent(build_engine(load_stack(), made, on))
-
-
-def test_the_interpreters_private_methods_that_are_used_exist() -> None:
-    load_stack()
-    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
-
-    for name in ("_construct_trt_network_def", "_populate_trt_builder_config", "validate_conversion", "call_function"):
-        assert callable(getattr(TRTInterpreter, name))

@@ -26,6 +26,7 @@ from pipeline.engine.session import GraphSession
 from pipeline.generate.prompts import PromptRunner
 from pipeline.generate.sampling import Sampling
 from pipeline.generate.with_cache import CachedGenerator, aligned
+from pipeline.rivals.generation import EagerGenerator
 from pipeline.trace import cached_forms
 from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import Traced
@@ -66,6 +67,25 @@ def generator(name: str, mode: str, batch: int = 1, strategy: str = "detect_caus
     vocabulary = tiny.model(name, **changes).config.vocab_size
     turns = [decode] if mode == "in_engine" else [decode, GraphSession(decode._graph, decode._inputs)]
     return CachedGenerator(prefill, turns, cache, vocabulary, CPU)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_cache_is_handed_over_without_a_word_of_deprecation(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    """By every way in which a run does: to look at it, to trace the two forms, and as PyTorch's own generations do."""
+    model, shape, tokens = tiny.model(name), ShapeConfig("dynamic", 1, 2, 32, 48), torch.zeros(1, 3, dtype=torch.int64)
+    cache = cache_shape(model, CacheConfig("static"), shape, 60)
+    layers = cache.tensors(CPU)
+    caches = layers[: len(cache.layers)], layers[len(cache.layers) :]
+    with torch.no_grad():
+        cached_forms.PrefillForm(model, len(cache.layers))(tokens)
+        cached_forms.DecodeForm(model)(tokens[:, :1], torch.tensor([3]), *caches)
+        for kind in ("none", "static", "dynamic"):
+            rival = EagerGenerator(model, kind, None, cudnn=False)
+            rival.prepare(tokens, 2)
+            rival.prefill()
+            rival.decode()
+    said = [str(each.message) for each in recwarn if "deprecated" in str(each.message)]
+    assert said == []
 
 
 def hugging_face(name: str, tokens: Tensor, new_tokens: int, padding: Tensor | None = None) -> list[list[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from passes.graph import driver
+from passes.precision import PRECISIONS
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, ShapeConfig
 from pipeline.engine import network as compile
@@ -20,7 +21,7 @@ from pipeline.engine.build import build_engine
 from pipeline.engine.runner import Engine
 from pipeline.generate.greedy import answer, chat_tokens, greedy
 from pipeline.generate.without_cache import PrefixGenerator
-from pipeline.model.load import DTYPES, load, load_reference
+from pipeline.model.load import load, load_reference
 from pipeline.trace.call_form import CallForm, InputSpec, Traced, trace
 from pipeline.verify import arithmetic
 from pipeline.verify import logits as verify
@@ -87,7 +88,7 @@ def judged(
         reference=lambda inputs: reference(name, precision, tuple(sorted(changes.items())))(**inputs),
         yardsticks={name: arithmetic.in_arithmetic(own, each) for name, each in arithmetics.items()},
         candidate=engine,
-        precision_eps=torch.finfo(DTYPES[precision]).eps / 2,
+        precision_eps=PRECISIONS[precision].unit_roundoff,
         progress=lambda done, total: None,
     )
 

@@ -14,7 +14,7 @@ from attention_cases import FAMILIES, Calls, Family, cases, exported, inputs, le
 from tiny import Function
 from torch import Tensor
 from torch.export import export
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Interpreter
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import passes
@@ -45,7 +45,7 @@ def lowered(family: Family) -> tuple[GraphModule, Any]:
 
 def network(family: Family, graph: GraphModule, settings: Any) -> Network:
     """What Torch-TensorRT's interpreter makes of the graph, with our converter in its registry."""
-    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
+    from torch_tensorrt.dynamo.conversion import TRTInterpreter
 
     names = [node.name for node in graph.graph.nodes if node.op == "placeholder"]
     sizes = [lengths(family), lengths(family, longest=True)]
@@ -57,7 +57,7 @@ def network(family: Family, graph: GraphModule, settings: Any) -> Network:
     with quiet(), torch.no_grad(), passes.native_attention():
         interpreter = TRTInterpreter(graph, specs, compilation_settings=settings)
         assert interpreter.validate_conversion() == set()
-        interpreter._construct_trt_network_def()
+        Interpreter.run(interpreter)
     return Network(interpreter, (), Engine(0, 0, 0, 0, None, 0))  # what is in it is asked of its layers
 
 
@@ -158,7 +158,7 @@ def test_a_call_that_the_layer_does_not_take_is_left_to_the_others() -> None:
 
 def test_the_registry_is_as_it_was_when_the_block_ends() -> None:
     load_stack()
-    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_ATEN_CONVERTERS
+    from torch_tensorrt.dynamo.conversion import DYNAMO_ATEN_CONVERTERS
 
     before = {target: list(DYNAMO_ATEN_CONVERTERS.get(target, [])) for target in CALLS}
     with passes.native_attention():

@@ -29,7 +29,7 @@ from pipeline.__main__ import compose_config
 from pipeline.config.schema import Config
 from pipeline.engine import kernel_cache
 from pipeline.engine.runner import open_engine
-from pipeline.model.gguf import sha256_of
+from pipeline.host.files import sha256_of
 from pipeline.model.load import LoadedModel, load
 from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome

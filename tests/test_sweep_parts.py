@@ -21,6 +21,7 @@ from reports import real
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
+from pipeline.compare.__main__ import main as compare_reports
 from pipeline.sweep import isolation, registry, table
 from pipeline.sweep.estimate import device_bytes
 from pipeline.sweep.isolation import Ended
@@ -188,7 +189,7 @@ def folders(tmp_path: Path, reports: dict[str, dict[str, Any]]) -> dict[str, Pat
     for name, report in reports.items():
         median = report["benchmark"]["prefill"]["device_ms"]["median"]
         samples = [median * (1 + (i - 20) / 2000) for i in range(41)]
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "samples.json").write_text(json.dumps({"prefill": {"device_ms": samples}}))
     return {name: tmp_path / name for name in reports}
 
@@ -219,6 +220,39 @@ def test_a_job_without_a_baseline_that_agrees_with_it_has_no_speed_up(tmp_path: 
     untimed["benchmark"] = None
 
     assert set(table.speed_ups(reports, where, "strategy:upstream")) == {"detect_causal", "upstream"}
+
+
+def test_a_speed_up_is_the_one_that_the_comparison_of_the_same_reports_shows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Value and interval to the last digit that is shown, whichever of the two is asked."""
+    reports = measured()
+    where = folders(tmp_path / "runs", reports)
+    for name, report in reports.items():
+        (where[name] / "report.json").write_text(json.dumps(report))
+
+    value, low, high = table.speed_ups(reports, where, "strategy:upstream")["detect_causal"]
+    page = tmp_path / "page"
+    assert compare_reports([str(tmp_path / "runs"), "--baseline", "strategy:upstream", "-o", str(page)]) == 0
+
+    shown = (page / "comparison.md").read_text()
+    assert f"detect_causal is {value:.2f} ({low:.2f}–{high:.2f}) times as fast as upstream" in shown
+    entry = {"job": "x", "status": "ok", "speed_up": (value, low, high)}
+    assert f"{value:.2f}× ({low:.2f}–{high:.2f})" in table.markdown([entry], "strategy:upstream")
+
+
+def test_a_baseline_is_the_row_that_does_the_same_work_as_in_the_comparison(tmp_path: Path) -> None:
+    """Its cache and batch are the row's; of several, the one of the same profile; another one's time says nothing."""
+    reports = measured()
+    others = {"cached": ("cache", {"name": "static", "capacity": 64}), "batch": ("shape", {"batch": 2})}
+    for name, (group, value) in others.items():
+        reports[name] = copy.deepcopy(reports["detect_causal"])
+        reports[name]["config"][group] |= value
+    longer = reports["longer upstream"] = copy.deepcopy(reports["upstream"])
+    longer["config"]["shape"]["max"] += 1
+    ratios = table.speed_ups(reports, folders(tmp_path, reports), "strategy:upstream")
+    assert set(ratios) == {"detect_causal", "upstream", "longer upstream", "eager"}
+    assert ratios["upstream"] == (1, 1, 1)
 
 
 def test_the_table_shows_every_job_failed_and_not_begun_ones_with_their_reasons(tmp_path: Path) -> None:

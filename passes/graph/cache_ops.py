@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from passes.proof.calls import VIEW_LIKE
+from passes.proof.op_kinds import VIEW_LIKE
 
 
 @torch.library.custom_op("proved_attention::cache_update", mutates_args=())

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import Any
 
-import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import GraphModule
 
 from passes.errors import RunError
 from passes.graph.lowerings import without_mask
 from passes.graph.lowerings.lowering import ANY
+from passes.private.of_torch import with_numbers, writes
 from passes.proof.calls import AttentionCall, find_calls, native_gqa
 from passes.proof.masks import Proof, Prover
 from passes.proof.sizes import asserted, ranges_of_inputs
@@ -26,7 +24,7 @@ def prover_in(graph_module: GraphModule) -> Prover:
     known what its own shape environment has recorded, which is what the engine's profile is made of."""
     graph = graph_module.graph
     inputs = frozenset(node.name for node in graph.find_nodes(op="placeholder"))
-    written = {node.args[0] for node in graph.nodes if _writes(node.target)}
+    written = {node.args[0] for node in graph.nodes if writes(node.target)}
     constants: dict[str, Tensor] = {}
     for node in graph.find_nodes(op="get_attr"):
         value = attrgetter(str(node.target))(graph_module)
@@ -35,17 +33,13 @@ def prover_in(graph_module: GraphModule) -> Prover:
     return Prover(ranges_of_inputs(graph), inputs, constants, asserted=asserted(graph))
 
 
-def _writes(target: Any) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
 def rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, Proof]]:
     """Rewrite, in place, each attention call of ``graph_module`` whose mask is proved causal or to block nothing.
 
     What is not proved stays as it is, and so does a graph without attention; returns what was found of each call.
     ``torch.compile`` calls its back ends in a mode in which no tensor holds numbers; the second look needs them.
     """
-    with unset_fake_temporarily():
+    with with_numbers():
         return _rewrite_proved(graph_module)
 
 

@@ -6,6 +6,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from passes.private.of_torch import Operation, is_composite, schema_of, writes
+
 CASTS = (
     torch.ops.aten.to.dtype,
     torch.ops.aten.to.dtype_layout,
@@ -48,11 +50,10 @@ def _is_functional(node: Node) -> bool:
     target = node.target
     if node.op != "call_function":
         return False
-    if not isinstance(target, torch._ops.OpOverload):  # arithmetic with sizes: operator.mul, math.floor, torch.sym_min
+    if not isinstance(target, Operation):  # arithmetic with sizes: operator.mul, math.floor, torch.sym_min
         return target.__module__ in ("_operator", "math") or target.__name__.startswith("sym_")  # type: ignore[union-attr]
     if target in CASTS:
         return _stays_on_device(node)
-    aliases = any(returned.alias_info is not None for returned in target._schema.returns)
-    composite = target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    decomposes = aliases and composite and target is not torch.ops.aten.reshape.default
-    return not target._schema.is_mutable and not decomposes
+    aliases = any(returned.alias_info is not None for returned in schema_of(target).returns)
+    decomposes = aliases and is_composite(target) and target is not torch.ops.aten.reshape.default
+    return not writes(target) and not decomposes

@@ -16,14 +16,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.tools_common import stable_topological_sort
 
 from passes.graph.weights import put, value_of
+from passes.proof.op_kinds import ARITHMETIC, RESHAPES
 
 aten = torch.ops.aten
 SLICE, CAT, PERMUTE, MEAN = aten.slice.Tensor, aten.cat.default, aten.permute.default, aten.mean.dim
-RESHAPES = (aten._reshape_copy.default, aten.reshape.default, aten.view.default)
-POINTWISE = (
-    aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.sqrt.default,
-    aten.rsqrt.default, aten.pow.Tensor_Scalar, aten._to_copy.default,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def _same_kind(node: Node, other: Node) -> bool:
 def _axis_behind(node: Node, origin: Twins) -> int | None:
     """Where the axis of ``origin`` is in the output of ``node``, if none of its elements depend on others along it."""
     rank, axis, args = len(_shape(origin.first)), origin.axis, _args(node)
-    if node.target in POINTWISE:
+    if node.target in ARITHMETIC:
         return axis if len(_shape(node)) == rank else None
     if node.target is PERMUTE:
         return [place % rank for place in args[1]].index(axis)
@@ -138,7 +134,7 @@ def _both(graph: GraphModule, node: Node, one: Any, other: Any, found: dict[Node
         return one if one == other else None
     if one in found:
         return found[one].both if found[one].second is other and found[one].axis == origin.axis else None
-    if node.target not in POINTWISE:
+    if node.target not in ARITHMETIC:
         return None
     if one is other:  # the same for both: it must not differ along the axis
         place = origin.axis - len(_shape(origin.first)) + len(_shape(one))

@@ -21,18 +21,12 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from passes.private.of_torch import writes
+from passes.proof.op_kinds import POINTWISE, RESHAPES
+
 aten = torch.ops.aten
 
-POINTWISE = frozenset(
-    [
-        aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.neg.default, aten.pow.Tensor_Scalar,
-        aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default, aten.exp.default, aten.sigmoid.default,
-        aten.tanh.default, aten.relu.default, aten.silu.default, aten.gelu.default, aten.alias.default,
-        aten.clone.default, aten.detach.default, aten._to_copy.default,
-    ]
-)  # fmt: skip
 PIECES = (aten.slice.Tensor, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-SIZED = (aten.view.default, aten.reshape.default)
 
 
 @dataclass(frozen=True)
@@ -49,8 +43,7 @@ def narrow(graph: GraphModule) -> int:
 
     None in a graph that writes to its tensors: a row may be another further up.
     """
-    schemas = (getattr(node.target, "_schema", None) for node in graph.graph.nodes)
-    if any(schema is not None and schema.is_mutable for schema in schemas):
+    if any(writes(node.target) for node in graph.graph.nodes):
         return 0
     return sum(_move_up(graph, node) for node in list(graph.graph.nodes))
 
@@ -119,7 +112,7 @@ def _move_up(graph: GraphModule, node: Node) -> int:
                     taken[argument, along] = choice.of(argument, along)
                 taken[argument, along].meta["val"] = _fewer(argument.meta["val"], along, choice.size)
             each.replace_input_with(argument, taken[argument, along])
-        if each.target in SIZED:
+        if each.target in RESHAPES:
             args: Any = each.args
             sizes = [*args[1]]
             sizes[narrowed[each]] = choice.size
@@ -193,7 +186,7 @@ def _axis_read(node: Node, axis: int, source: Node) -> int | None:
         dims = [dim % len(before) for dim in args[1] or range(len(before))]  # none named: all of them
         keeps = len(args) > 2 and args[2]
         return axis if axis not in dims and (keeps or min(dims) > axis) else None
-    if target in SIZED:  # elements keep their order, so a row is the same where as much lies before it and in it
+    if target in RESHAPES:  # elements keep their order, so a row is the same where as much lies before it and in it
         ahead = prod(shape[:axis])
         same = (i for i, size in enumerate(before) if _equal(size, shape[axis]) and _equal(prod(before[:i]), ahead))
         return next(same, None)

@@ -15,6 +15,7 @@ import z3
 from torch.fx import GraphModule, Node
 
 from passes.errors import RunError
+from passes.proof.op_kinds import VIEW_LIKE
 from passes.proof.symbolic import Evaluator
 from passes.proof.terms import in_range
 
@@ -114,12 +115,6 @@ def _view(index: int, node: Node) -> AttentionCall:
         scale=float(scale) if scale is not None else 1 / math.sqrt(query.meta["val"].shape[-1]),
         enable_gqa=bool(node.kwargs.get("enable_gqa", False)),
     )
-
-
-VIEW_LIKE = (
-    aten.clone.default, aten.expand.default, aten.unsqueeze.default, aten.view.default,
-    aten.reshape.default, aten._unsafe_view.default, aten._reshape_copy.default,
-)  # fmt: skip
 
 
 def unrepeated(node: Node, ranges: dict[str, tuple[int, int]]) -> Node | None:

@@ -203,9 +203,8 @@ def _symbols_of_placeholders(graph: Graph) -> dict[str, int]:
             for size in value.shape if isinstance(value, Tensor) else [value]:
                 if isinstance(size, torch.SymInt):
                     assert size.node.shape_env is not None
-                    declared = size.node.shape_env.var_to_range
                     for symbol in size_expression(size).free_symbols:
-                        least = declared[symbol].lower if symbol in declared else sympy.Integer(0)
+                        least = size.node.shape_env.bound_sympy(symbol).lower
                         found[symbol.name] = int(least) if least.is_Integer else 0
     return found
 

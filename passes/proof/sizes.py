@@ -29,8 +29,8 @@ def ranges_of_inputs(graph: Graph) -> dict[str, tuple[int, int]]:
         value = node.meta.get("val")
         for size in value.shape if isinstance(value, torch.Tensor) else [value]:
             if isinstance(size, torch.SymInt) and size.node.shape_env is not None:
-                declared = size.node.shape_env.var_to_range
-                found |= {symbol: declared[symbol] for symbol in size.node.expr.free_symbols if symbol in declared}
+                bounds = size.node.shape_env.bound_sympy
+                found |= {symbol: bounds(symbol) for symbol in size.node.expr.free_symbols}
     return _bounds(found)
 
 

@@ -26,6 +26,7 @@ from torch.fx import Node
 
 from passes.errors import RunError
 from passes.graph import ops
+from passes.precision import of_dtype
 from passes.proof.calls import FORMS
 from passes.tensorrt.versions import Stack
 
@@ -47,7 +48,8 @@ class NativeLayer:
 
 
 def has_fused_kernel(dtype: torch.dtype, head_size: int) -> bool:
-    return dtype in (torch.float16, torch.bfloat16) and 16 <= head_size <= 256 and head_size % 8 == 0
+    precision = of_dtype(dtype)
+    return precision is not None and precision.has_fused_attention and 16 <= head_size <= 256 and head_size % 8 == 0
 
 
 def convert(

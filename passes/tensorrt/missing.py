@@ -29,7 +29,7 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
         layer = ctx.net.add_gather_v2(source, index, stack.trt.GatherMode.ELEMENT)
         layer.axis = axis
     else:
-        made = stack.torch_tensorrt.dtype._from(node.meta["val"].dtype).to(stack.trt.DataType)
+        made = stack.torch_tensorrt.dtype.try_from(node.meta["val"].dtype).to(stack.trt.DataType)
         if source.dtype != made:  # PyTorch sums bool and small integers as int64
             source = ctx.net.add_cast(source, made).get_output(0)
         along = as_tensor(ctx, torch.tensor(axis, dtype=torch.int32), f"{node.name} [axis]")

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.proof.op_kinds import RESHAPES
+
 aten = torch.ops.aten
 
-VIEWS = (aten._reshape_copy.default, aten.view.default, aten.reshape.default, aten.expand.default)
+VIEWS = (*RESHAPES, aten.expand.default)
 
 
 def prepare(graph: GraphModule) -> None:

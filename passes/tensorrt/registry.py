@@ -1,18 +1,17 @@
-"""Our attention in the installed Torch-TensorRT: its converters and its lowering passes, ours among them.
-
-To register a converter is public (``torch_tensorrt.dynamo.conversion.dynamo_tensorrt_converter``); to take one out
-again is not, and neither is the list of lowering passes.  Both are touched here alone.
-"""
+"""Our converters and lowering passes in the installed Torch-TensorRT, for good or while a block runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
+from passes.private import of_torch_tensorrt
+from passes.private.of_torch import schema_of
 from passes.tensorrt.attention import asked, convert
 from passes.tensorrt.versions import load_stack
 
@@ -25,9 +24,69 @@ DROPOUT_AT = {SDPA: 4, EFFICIENT: 5, CUDNN: 5, FLASH: 3}
 """Place of the dropout's probability among the arguments; source: torch's native_functions.yaml."""
 
 LoweringPass = Callable[[GraphModule, Any], GraphModule]
+Implementation = Callable[[Any, Node, tuple[Any, ...], dict[str, Any]], Any]
+"""(conversion context, node, its args and kwargs with tensors of the network in the place of nodes) -> the tensors that
+it gives."""
 
 
-def takes(node: Node, settings: Any = None) -> bool:
+@dataclass(frozen=True, eq=False)
+class Converter:
+    """How calls of ``targets`` become layers, at static and dynamic shapes alike."""
+
+    targets: tuple[Any, ...]
+    implementation: Implementation
+    takes: Callable[[Node], bool] = lambda node: True
+    """Of which calls; any other is left to the next converter in the registry."""
+
+    def __call__(self, ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+        """As Torch-TensorRT calls it."""
+        return self.implementation(ctx, ctx.current_node, args, kwargs)
+
+    def add(self) -> None:
+        """Put it before what is registered, unless it is there already."""
+        load_stack()
+        if self.is_there:
+            return
+        from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter
+
+        for target in self.targets:
+            dynamo_tensorrt_converter(
+                target,
+                capability_validator=lambda node, settings: self.takes(node),
+                priority=ConverterPriority.HIGH,
+                supports_dynamic_shapes=True,
+            )(self)
+
+    def remove(self) -> None:
+        """Take it out again, if it is there."""
+        load_stack()
+        registered = of_torch_tensorrt.converters()
+        for target in self.targets:
+            others = [each for each in registered.pop(target, ()) if each.converter_implementation is not self]
+            if others:
+                registered[target] = others
+
+    @property
+    def is_there(self) -> bool:
+        registered = of_torch_tensorrt.converters().get(self.targets[0], ())
+        return any(each.converter_implementation is self for each in registered)
+
+
+@contextmanager
+def registered(*converters: Converter) -> Iterator[None]:
+    """Those of ``converters`` that are not there already are there while the block runs, the last one first."""
+    load_stack()
+    added = [converter for converter in converters if not converter.is_there]
+    try:
+        for converter in added:
+            converter.add()
+        yield
+    finally:
+        for converter in added:
+            converter.remove()
+
+
+def takes(node: Node) -> bool:
     """Whether our converter is right for the attention call ``node``; what it does not take is left to the others.
 
     Query [B, Hq, L, D], key [B, Hkv, S, D] and value [B, Hkv, S, Dv] of one floating type, with known head counts,
@@ -62,58 +121,25 @@ def _rank(mask: Any) -> int | None:
     return value.dim() if isinstance(value, torch.Tensor) else None
 
 
-def _converted(ctx: Any, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    output, _ = convert(load_stack(), ctx, ctx.current_node, args, kwargs)
-    return output if target is SDPA else (output, *[None] * (len(target._schema.returns) - 1))
+def _layer(ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    output, _ = convert(load_stack(), ctx, node, args, kwargs)
+    return output if node.target is SDPA else (output, *[None] * (len(schema_of(node.target).returns) - 1))
 
 
-def add_converters() -> bool:
-    """Put our converter before the installed ones for every form of attention; False where it is there already."""
-    load_stack()
-    from torch_tensorrt.dynamo.conversion import ConverterPriority, dynamo_tensorrt_converter
-    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_ATEN_CONVERTERS
-
-    if any(each.converter_implementation is _converted for each in DYNAMO_ATEN_CONVERTERS.get(SDPA, [])):
-        return False
-    for target in DROPOUT_AT:
-        dynamo_tensorrt_converter(
-            target, capability_validator=takes, priority=ConverterPriority.HIGH, supports_dynamic_shapes=True
-        )(_converted)
-    return True
-
-
-def remove_converters() -> None:
-    """Take our converter out again, if it is there."""
-    from torch_tensorrt.dynamo.conversion._ConverterRegistry import DYNAMO_ATEN_CONVERTERS
-
-    for target in DROPOUT_AT:
-        others = [each for each in DYNAMO_ATEN_CONVERTERS[target] if each.converter_implementation is not _converted]
-        DYNAMO_ATEN_CONVERTERS[target] = others
-
-
-@contextmanager
-def converters() -> Iterator[None]:
-    """Our converter is there while the block runs, and afterwards where it was before."""
-    added = add_converters()
-    try:
-        yield
-    finally:
-        if added:
-            remove_converters()
+NATIVE_ATTENTION = Converter(tuple(DROPOUT_AT), _layer, takes)
+"""Every form of attention, wherever the native layer is right for it."""
 
 
 def add_lowering_pass(lowering_pass: LoweringPass) -> None:
     """Have Torch-TensorRT run ``lowering_pass``, once, before its own, which turn a static mask into a constant."""
     load_stack()
-    from torch_tensorrt.dynamo.lowering.passes._aten_lowering_pass import ATEN_POST_LOWERING_PASSES
-
-    if lowering_pass not in ATEN_POST_LOWERING_PASSES.passes:
-        ATEN_POST_LOWERING_PASSES.add_pass_with_index(lowering_pass, 0)
+    passes = of_torch_tensorrt.lowering_passes()
+    if lowering_pass not in passes:
+        passes.insert(0, lowering_pass)
 
 
 def remove_lowering_pass(lowering_pass: LoweringPass) -> None:
     """Take it out again, if it is there."""
-    from torch_tensorrt.dynamo.lowering.passes._aten_lowering_pass import ATEN_POST_LOWERING_PASSES
-
-    if lowering_pass in ATEN_POST_LOWERING_PASSES.passes:
-        ATEN_POST_LOWERING_PASSES.passes.remove(lowering_pass)
+    passes = of_torch_tensorrt.lowering_passes()
+    if lowering_pass in passes:
+        passes.remove(lowering_pass)

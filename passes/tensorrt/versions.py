@@ -13,15 +13,16 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from unittest import mock
+from typing import Any
 
 import torch
 
 from passes.errors import UserError
+from passes.private import of_torch_tensorrt
 
 
 @dataclass(frozen=True)
@@ -59,15 +60,14 @@ def _device_stood_in() -> Iterator[None]:
     if torch.cuda.is_available():
         yield
         return
-    with (
-        contextlib.ExitStack() as stderr,
-        Path(os.devnull).open("w") as nothing,
-        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)),
-        mock.patch.object(torch.cuda, "current_device", lambda: 0),
-    ):
+    answers: dict[str, Callable[..., Any]] = {"get_device_capability": lambda *_: (8, 0), "current_device": lambda: 0}
+    with contextlib.ExitStack() as back, Path(os.devnull).open("w") as nothing:
+        for name, answer in answers.items():
+            back.callback(setattr, torch.cuda, name, getattr(torch.cuda, name))
+            setattr(torch.cuda, name, answer)
         kept = os.dup(2)
-        stderr.callback(os.close, kept)
-        stderr.callback(os.dup2, kept, 2)
+        back.callback(os.close, kept)
+        back.callback(os.dup2, kept, 2)
         os.dup2(nothing.fileno(), 2)
         yield
 
@@ -94,7 +94,7 @@ def load_stack() -> Stack:
 def quiet(level: int = logging.ERROR) -> Iterator[None]:
     """Hold back the libraries' Python warnings and log records up to ``level`` while the block runs."""
     previous = logging.root.manager.disable
-    logging.disable(level)
+    logging.disable(max(previous, level))  # what somebody else holds back stays so
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -119,5 +119,5 @@ def tensorrt_errors() -> Iterator[list[str]]:
         if not any(known in message for known in HARMLESS):
             messages.append(message)
 
-    with mock.patch.object(logging.getLogger("torch_tensorrt [TensorRT Conversion Context]"), "error", collect):
+    with of_torch_tensorrt.errors_go_to(collect):
         yield messages

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from passes.errors import UserError
+from passes.precision import PRECISIONS
 from pipeline.config.lengths import positions
 from pipeline.config.schema import (
     ASSUMPTIONS,
@@ -15,7 +16,6 @@ from pipeline.config.schema import (
     CACHES,
     COMPILE_MODES,
     INPUTS,
-    PRECISIONS,
     STAGES,
     STRATEGIES,
     Config,

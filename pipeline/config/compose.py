@@ -11,7 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 
-from passes.errors import UserError
+from passes.errors import UserError, message_line
 from pipeline.config import lengths
 from pipeline.config.checks import check
 from pipeline.config.schema import BenchmarkShape, Config
@@ -78,7 +78,7 @@ def _refusal(error: OmegaConfBaseException, plain: DictConfig) -> str:
     kinds = [_kind(t) for t in (get_args(hint) if isinstance(hint, UnionType) else (hint,))]
     if isinstance(error, ValidationError) and all(kinds):
         return f"{setting}: must be {' or '.join(map(str, kinds))}"
-    return f"{setting}: {str(error.msg or error).splitlines()[0]}"
+    return f"{setting}: {message_line(error.msg or error)}"
 
 
 def _kind(hint: Any) -> str | None:

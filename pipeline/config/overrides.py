@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -105,6 +106,22 @@ def read(overrides: Iterable[str]) -> list[Override]:
             f"quotes: 'key=[a, b]', 'key={{a: 1}}'"
         )
     return found
+
+
+def combinations(overrides: Iterable[Override]) -> list[list[str]]:
+    """The jobs of a sweep, as Hydra's own sweeper has them: every choice of one value for each key, the last one's
+    changing fastest; raises :class:`UserError` for what is no list of values."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            kind = override.value_type.name if override.value_type is not None else "it"
+            raise UserError(f"-m: {typed(str(override.input_line))}: {kind} is no list of values; a search takes it")
+    return [list(job) for job in product(*values.values())]
 
 
 def explained(error: Exception, overrides: list[str], conf: Path) -> str:

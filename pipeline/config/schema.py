@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "benchmark")
-PRECISIONS = ("fp16", "bf16", "fp32")
 STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` may be, the default first
     "detect_causal": ("mask", "decompose", "error"),
     "mask_input": (),

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from passes.errors import RunError
+from passes.errors import RunError, message_line
+from passes.private.of_torch_tensorrt import builder_config
 from passes.tensorrt.versions import Stack, tensorrt_errors
 from pipeline.engine import kernel_cache, profiles
 from pipeline.engine.network import Network
@@ -41,14 +42,14 @@ def build_engine(
     ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.engine.kernel_cache`.
     """
     interpreter, net = network.interpreter, network.interpreter.ctx.net
-    config = interpreter._populate_trt_builder_config()
+    config = builder_config(interpreter)
     added = profiles.add(interpreter.builder, net, config, network.exact)
     every = [*(interpreter.optimization_profiles or []), *added]
     with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
         config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
         data = interpreter.builder.build_serialized_network(net, config)
     if data is None:
-        first = errors[0].strip().splitlines()[0] if errors else "TensorRT gave no reason"
+        first = message_line(errors[0]) if errors else "TensorRT gave no reason"
         kind = "out_of_memory" if "OutOfMemory" in first else "build"
         raise RunError(kind, first)
     engine = replace(

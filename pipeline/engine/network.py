@@ -1,26 +1,29 @@
 """The ``lower`` and ``interpret`` stages: a rewritten program becomes a TensorRT network.
 
-Torch-TensorRT lowers the graph and converts every op except attention, which is ours
-(:mod:`passes.tensorrt.attention`). The whole graph becomes one engine: an op that TensorRT cannot take ends the run, it
+Torch-TensorRT lowers the graph and converts it, with our converters before its own in its registry
+(:mod:`passes.tensorrt.registry`). The whole graph becomes one engine: an op that TensorRT cannot take ends the run, it
 never falls back to torch. Everything here works without a GPU; that is why the interpreter's own ``run()``, which also
-deserialises, is not used but the two steps inside it (pinned by ``tests/test_compile.py``).
+builds and deserialises, is not used but what it inherits.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule, Interpreter, Node
 
-from passes.errors import AS_IT_IS, RunError, first_line
+from passes.errors import AS_IT_IS, RunError, first_line, message_line
 from passes.graph.driver import DECOMPOSITIONS
+from passes.precision import PRECISIONS
 from passes.proof.calls import FORMS
 from passes.tensorrt import attention as converters
 from passes.tensorrt import cache, network_form, rows
 from passes.tensorrt import missing as missing_converters
+from passes.tensorrt.registry import Converter, registered
 from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
 from pipeline.config.schema import BackendConfig
 from pipeline.engine.sections import Engine
@@ -55,7 +58,7 @@ def lower(
 
     settings = dynamo.CompilationSettings(
         device=stack.torch_tensorrt.Device(gpu_id=0),  # the default asks CUDA
-        disable_tf32=precision == "fp32",  # fp32 means fp32
+        disable_tf32=PRECISIONS[precision].is_full,
         optimization_level=backend.optimization_level,
         workspace_size=int((backend.workspace_gib or 0) * 2**30),
         immutable_weights=True,
@@ -90,31 +93,37 @@ def interpret(
     if fused_rows:
         rows.prepare(lowered.graph)
     made: list[converters.NativeLayer] = []
-    interpreter_type = _interpreter_type(stack, made, use_upstream, in_place, fused_rows)
+    ours = [] if use_upstream else _converters(stack, made, in_place, fused_rows)
     specs = [_trt_input(stack, spec) for spec in lowered.inputs]
-    with quiet(), torch.no_grad(), tensorrt_errors() as errors:
-        interpreter = interpreter_type(lowered.graph, specs, compilation_settings=lowered.settings)
-        _refuse_what_is_missing(lowered.graph, interpreter.validate_conversion())
+    from torch_tensorrt.dynamo.conversion import TRTInterpreter
+
+    with quiet(), torch.no_grad(), tensorrt_errors() as errors, registered(*ours):
+        interpreter = TRTInterpreter(lowered.graph, specs, compilation_settings=lowered.settings)
+        _refuse_what_is_missing(lowered.graph)
         try:
-            interpreter._construct_trt_network_def()
+            Interpreter.run(interpreter)
         except (RunError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            reason = errors[0].strip().splitlines()[0] if errors else first_line(error)
-            at = getattr(interpreter, "_cur_node", None)
-            raise RunError("conversion", f"TensorRT refuses {_place(at)} ({reason}); {AS_IT_IS}") from error
+            reason = message_line(errors[0]) if errors else first_line(error)
+            at = _place(interpreter.ctx.current_node)
+            raise RunError("conversion", f"TensorRT refuses {at} ({reason}); {AS_IT_IS}") from error
     calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
     exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
     return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls), exact)
 
 
-def _refuse_what_is_missing(graph: GraphModule, missing: set[str]) -> None:
-    """``missing``: of operations in ``graph``, as Torch-TensorRT describes them."""
-    names = sorted(op.removeprefix("call_function ").removeprefix("torch.ops.") for op in missing)
-    names = [name for name in names if name != "_operator.getitem"] or names  # of one that gives several tensors
-    if names:
-        first = next((node for node in graph.graph.nodes if names[0] == str(node.target)), None)
-        raise RunError("unsupported_op", f"TensorRT has no layer for {', '.join(names)} ({_place(first)}); {AS_IT_IS}")
+def _refuse_what_is_missing(graph: GraphModule) -> None:
+    """Raise :class:`RunError` where an operation of ``graph`` has no converter in Torch-TensorRT's registry."""
+    from torch_tensorrt.dynamo.conversion import DYNAMO_CONVERTERS
+
+    missing = [node for node in graph.graph.nodes if node.op.startswith("call") and node not in DYNAMO_CONVERTERS]
+    missing = [node for node in missing if node.target is not getitem] or missing  # of one that gives several tensors
+    if missing:
+        first = {DYNAMO_CONVERTERS.qualified_name_or_str(n.target).removeprefix("torch.ops."): n for n in missing[::-1]}
+        names = sorted(first)
+        at = _place(first[names[0]])
+        raise RunError("unsupported_op", f"TensorRT has no layer for {', '.join(names)} ({at}); {AS_IT_IS}")
 
 
 def _place(node: Node | None) -> str:
@@ -138,45 +147,26 @@ def _trt_input(stack: Stack, spec: InputSpec) -> Any:
     )
 
 
-def _interpreter_type(
-    stack: Stack, made: list[converters.NativeLayer], use_upstream: bool, in_place: bool, fused_rows: bool
-) -> type:
-    """Torch-TensorRT's interpreter with our converter for attention; ``made`` collects the native layers."""
-    from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
+def _converters(stack: Stack, made: list[converters.NativeLayer], in_place: bool, fused_rows: bool) -> list[Converter]:
+    """Ours, with what they are to do in this network; ``made`` collects the native layers."""
 
-    class UpstreamInterpreter(TRTInterpreter):
-        """Upstream's own converter, handed the mask that a static shape folds to a constant as a tensor of the
-        network: with a torch tensor the converter of Torch-TensorRT 2.11 stops."""
+    def attention(ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output, layer = converters.convert(stack, ctx, node, args, kwargs)
+        made.append(layer)
+        return output
 
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if target in FORMS:
-                name = f"{self._cur_node} [constant]"
-                args = tuple(converters.as_tensor(self.ctx, item, name) for item in args)
-            return super().call_function(target, args, kwargs)
-
-    if use_upstream:
-        return UpstreamInterpreter
-
-    class Interpreter(TRTInterpreter):
-        def validate_conversion(self) -> set[str]:
-            every = (converters, cache, missing_converters)
-            ours = tuple(str(target) for module in every for target in module.CONVERTED)
-            return {op for op in super().validate_conversion() if not op.endswith(ours)}
-
-        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-            if fused_rows and rows.applies(self._cur_node):
-                return rows.convert(stack, self.ctx, self._cur_node, args)
-            if target in cache.CONVERTED:
-                return cache.convert(stack, self.ctx, self._cur_node, args, in_place)
-            if target in missing_converters.CONVERTED:
-                return missing_converters.convert(stack, self.ctx, self._cur_node, args)
-            if target not in converters.CONVERTED:
-                return super().call_function(target, args, kwargs)
-            output, layer = converters.convert(stack, self.ctx, self._cur_node, args, kwargs)
-            made.append(layer)
-            return output
-
-    return Interpreter
+    ours = [
+        Converter(converters.CONVERTED, attention),
+        Converter(cache.CONVERTED, lambda ctx, node, args, _: cache.convert(stack, ctx, node, args, in_place)),
+        Converter(
+            missing_converters.CONVERTED, lambda ctx, node, args, _: missing_converters.convert(stack, ctx, node, args)
+        ),
+    ]
+    if fused_rows:
+        ours.append(
+            Converter((rows.LINEAR,), lambda ctx, node, args, _: rows.convert(stack, ctx, node, args), rows.applies)
+        )
+    return ours
 
 
 def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], calls: list[Node]) -> Engine:

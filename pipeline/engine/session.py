@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from passes.errors import RunError, UserError
+from passes.errors import RunError, UserError, message_line
 from passes.tensorrt.versions import Stack
 from pipeline.engine import kernel_cache, profiles
 
@@ -42,7 +42,7 @@ def captured(stream: torch.cuda.Stream | None, launch: Callable[[], object]) -> 
         with torch.cuda.graph(graph, stream=stream):
             launch()
     except RuntimeError as error:
-        raise RunError("cuda_graph", f"the engine cannot be captured: {str(error).splitlines()[0]}") from error
+        raise RunError("cuda_graph", f"the engine cannot be captured: {message_line(error)}") from error
     return graph
 
 
@@ -140,7 +140,7 @@ class Session:
         return tuple(self._context.get_tensor_shape(name))
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._stack.torch_tensorrt.dtype._from(self._engine.get_tensor_dtype(name)).to(torch.dtype)
+        return self._stack.torch_tensorrt.dtype.try_from(self._engine.get_tensor_dtype(name)).to(torch.dtype)
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         shapes = {name: tuple(tensors[name].shape) for name in self.names if name not in self.outputs}

@@ -1,11 +1,12 @@
-"""Files that appear whole or not at all, and the disk's own words where they cannot."""
+"""Files that appear whole or not at all, locks and sums of files, and the disk's own words where something fails."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -40,6 +41,47 @@ def write_text(path: Path, text: str) -> None:
     """``text`` as the file ``path``, see :func:`draft`."""
     with draft(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: Path, timeout_s: float | None = None, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the lock file ``path`` among processes; the system drops the lock when its holder dies.
+
+    ``waiting`` is called once where another process holds it.  Raises :class:`TimeoutError` where one still does after
+    ``timeout_s``; None waits as long as it takes.
+    """
+    from filelock import FileLock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, longest = FileLock(path, mode=0o644), -1 if timeout_s is None else timeout_s
+    try:
+        lock.acquire(timeout=0)
+    except TimeoutError:
+        if longest == 0:
+            raise
+        if waiting is not None:
+            waiting()
+        lock.acquire(timeout=longest)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files below ``folder``; a file may go while they are counted."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(parent, name).stat().st_size
+    return total
 
 
 def check_output(output: str) -> None:

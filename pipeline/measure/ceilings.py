@@ -6,6 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from passes.precision import PRECISIONS
 from pipeline.host.gpu import out_of_memory
 from pipeline.measure.sections import Ceilings
 
@@ -46,7 +47,7 @@ def _copy_gb_per_s(free_bytes: int) -> float:
 def _matmul_tflops(precision: str) -> float:
     import torch
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+    dtype = PRECISIONS[precision].dtype
     random = torch.Generator("cuda").manual_seed(0)
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device="cuda", generator=random) for _ in range(2))
     product = torch.empty_like(a)

@@ -107,9 +107,9 @@ def _fingerprint(runner: Bound) -> dict[str, int]:
 
     counts = {"generation of the runner": runner.generation, "graphs compiled by torch": 0}
     if "torch._dynamo" in sys.modules:  # else torch has compiled nothing
-        from torch._dynamo.utils import counters
+        from passes.private.of_torch import compiled_graphs
 
-        counts["graphs compiled by torch"] = counters["stats"]["unique_graphs"]
+        counts["graphs compiled by torch"] = compiled_graphs()
     if torch.cuda.is_available():
         # A capture, too, takes memory of its own from the device.
         counts["device allocations"] = torch.cuda.memory_stats().get("num_device_alloc", 0)

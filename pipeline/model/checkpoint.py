@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import UserError
+from passes.errors import UserError, whole_message
 from pipeline.config.schema import ModelConfig
+from pipeline.host.files import sha256_of
 from pipeline.model import gguf
+from pipeline.private.of_transformers import has_sdpa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -121,7 +123,7 @@ def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
         with gguf.quiet():
             config = CONFIG_MAPPING[kind].from_dict(dict(raw))
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{origin}: transformers refuses this {kind} config ({_one_line(error)})") from None
+        raise UserError(f"{origin}: transformers refuses this {kind} config ({whole_message(error)})") from None
 
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     wanted = set(names) if isinstance(names, (tuple, list)) else {names} - {None}
@@ -134,7 +136,7 @@ def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
             raise UserError(f"{origin}: {found} {needs_code}")
         needed = f"architectures has to name {' or '.join(sorted(wanted))}" if wanted else "name another model"
         raise UserError(f"{origin}: {found} is not a causal LM; {needed}")
-    if not MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa:
+    if not has_sdpa(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
         raise UserError(f"{origin}: transformers has no scaled_dot_product_attention for {kind}; name another model")
     return config
 
@@ -143,7 +145,7 @@ def _read_json(path: Path, origin: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=_float_or_object)
     except (OSError, ValueError) as error:
-        raise UserError(f"{origin}: cannot read {path.name} ({_one_line(error)})") from None
+        raise UserError(f"{origin}: cannot read {path.name} ({whole_message(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{origin}: {path.name} is not a JSON object")
     return content
@@ -153,10 +155,6 @@ def _float_or_object(read: dict[str, Any]) -> Any:
     """transformers writes a float that JSON has no word for as ``{"__float__": "Infinity"}``."""
     value = read.get("__float__")
     return float(value) if len(read) == 1 and value in ("Infinity", "-Infinity", "NaN") else read
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _folder_config(model: ModelConfig, folder: Path) -> PreTrainedConfig:
@@ -194,7 +192,7 @@ def _safetensors(folder: Path, origin: str) -> list[Path]:
 
 
 def _sha256(files: list[Path]) -> str:
-    sums = [(file.name, gguf.sha256_of(file)) for file in files]
+    sums = [(file.name, sha256_of(file)) for file in files]
     return sums[0][1] if len(sums) == 1 else hashlib.sha256("".join(f"{n} {s}\n" for n, s in sums).encode()).hexdigest()
 
 
@@ -215,7 +213,7 @@ def _local(model: ModelConfig, folder: Path, progress: Progress) -> Checkpoint:
         others = sorted(file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))
         what = f"holds {others[0]}, which is a pickle and is never loaded" if others else "holds no weights"
         raise UserError(f"{where(model)}: {what}; needs model.safetensors or one .gguf file, or model.weights=random")
-    sha256 = gguf.sha256_of(ggufs[0])
+    sha256 = sha256_of(ggufs[0])
 
     raw, tokenizer = _read_json(folder / "config.json", where(model)), _tokenizer_in(folder)
     kept = gguf.kept(
@@ -296,5 +294,5 @@ def _snapshot(model: ModelConfig, revision: str | None, patterns: list[str], pro
     except HFValidationError:
         what = "is not the name of a repository (OWNER/NAME)"
     except (LocalEntryNotFoundError, HTTPError) as error:
-        what = f"cannot be reached and is not in the cache ({_one_line(error.__cause__ or error)[:120]}); connect"
+        what = f"cannot be reached and is not in the cache ({whole_message(error.__cause__ or error)[:120]}); connect"
     raise UserError(f"{where(model)}: {what}, {_OTHERWISE}")

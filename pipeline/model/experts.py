@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pipeline.private.of_transformers import gated
+
 NAME = "plain_products"
 
 
@@ -50,7 +52,7 @@ def _experts(experts: Any, hidden: Tensor, chosen: Tensor, weights: Tensor) -> T
         return result
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     inner = _products(experts, first, hidden)
-    inner = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    inner = gated(experts, inner) if experts.has_gate else experts.act_fn(inner)
     made = _products(experts, "down_proj", inner)
     if experts.has_post_expert_norm:
         made = experts.post_expert_norm(made)

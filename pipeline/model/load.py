@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from passes.errors import UserError
+from passes.precision import PRECISIONS
 from pipeline.config.schema import ModelConfig
 from pipeline.model import checkpoint
 from pipeline.model.gguf import quiet
@@ -18,9 +19,6 @@ from pipeline.model.sections import Model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-REFERENCE_DTYPES = {"fp16": torch.float32, "bf16": torch.float32, "fp32": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -55,14 +53,14 @@ def load(
     if config.weights == "random":
         hf_config = checkpoint.architecture(config)
         progress(f"drawing random weights of {name}")
-        model = _random(hf_config, DTYPES[precision], device, seed)
+        model = _random(hf_config, PRECISIONS[precision].dtype, device, seed)
         source = str(Path(config.path).resolve()) if config.path is not None else "model.architecture"
         tokenizer, revision, sha256 = None, None, None
     else:
         found, where = checkpoint.find(config, progress), checkpoint.where(config)
         progress(f"reading {name}")
         tokenizer = _tokenizer(found, where)  # before the weights: it may be refused
-        model = _pretrained(found, where, DTYPES[precision], device, progress)
+        model = _pretrained(found, where, PRECISIONS[precision].dtype, device, progress)
         source, revision, sha256 = found.source, found.revision, found.sha256
     parameters = sum(parameter.numel() for parameter in model.parameters())
     read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
@@ -79,7 +77,7 @@ def load_reference(config: ModelConfig, precision: str, device: torch.device, se
 
     def silent(_: str) -> None: ...
 
-    dtype = REFERENCE_DTYPES[precision]
+    dtype = PRECISIONS[precision].reference_dtype
     if config.weights == "random":
         return _random(checkpoint.architecture(config), dtype, device, seed)
     found = checkpoint.find(config, silent, fetch=False)

@@ -14,7 +14,7 @@ from pipeline.host.plain_json import to_json
 from pipeline.record import markdown
 
 if TYPE_CHECKING:
-    from pipeline.engine.sections import AttentionCall
+    from passes.graph.records import CallRecord
 
 SCHEMA = 2
 READABLE = (1, SCHEMA)
@@ -103,7 +103,7 @@ def strict_json(content: Any) -> str:
     return json.dumps(to_json(content), indent=2, allow_nan=False, ensure_ascii=False)
 
 
-def calls_table(calls: Iterable[AttentionCall]) -> str:
+def calls_table(calls: Iterable[CallRecord]) -> str:
     """The attention calls as a Markdown table, one row a call."""
     columns = ("index", "name", "mask", "proof", "depends_on", "action", "native_gqa", "scale", "reason")
     lines = ([getattr(call, column) for column in columns] for call in calls)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import UserError
+from passes.private import of_torch
 from pipeline.config.schema import BackendConfig, CacheConfig
 from pipeline.generate.protocol import behind_caller
 from pipeline.rivals.prompt import cudnn_attention, torch_compile_errors
@@ -126,7 +127,7 @@ class _TorchGenerator:
 
         cache = StaticCache(config=self.model.config, max_cache_len=self._capacity)
         with torch.no_grad(), behind_caller(self.stream):
-            self.model(input_ids=self._sequence[:, :1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(input_ids=self._sequence[:, :1], cache=cache, use_cache=True, logits_to_keep=1)
         return cache
 
     def prefill(self) -> None:
@@ -147,12 +148,12 @@ class _TorchGenerator:
 
         assert self._cache is not None
         if all(type(layer) is StaticLayer for layer in self._cache.layers):
-            torch._foreach_zero_([layer.cumulative_length for layer in self._cache.layers])
+            of_torch.set_to_zero([layer.cumulative_length for layer in self._cache.layers])
         else:  # a window keeps its tokens in other ways
             self._cache.reset()
 
     def _keeping(self) -> dict[str, Any]:
-        return {"past_key_values": self._cache, "use_cache": self._cache is not None}
+        return {"cache": self._cache, "use_cache": self._cache is not None}
 
 
 class EagerGenerator(_TorchGenerator):
@@ -216,9 +217,7 @@ class CompiledGenerator(_TorchGenerator):
 
     @staticmethod
     def _skipped() -> int:
-        from torch._dynamo.utils import counters
-
-        return counters["inductor"]["cudagraph_skips"]
+        return of_torch.skipped_cuda_graphs()
 
     def _allocate(self, batch: int, length: int, new_tokens: int, padded: bool) -> None:
         super()._allocate(batch, length, new_tokens, padded)
@@ -227,7 +226,7 @@ class CompiledGenerator(_TorchGenerator):
         model, last, keeping = self.model, self._last, self._keeping()
         sequence, real, positions = self._sequence, self._real, self._positions
         for tensor in (sequence, real, positions, last):
-            torch._dynamo.mark_static_address(tensor)  # else a CUDA graph would copy it in, and could not write to it
+            of_torch.stays_in_place(tensor)  # else a CUDA graph would copy it in, and could not write to it
 
         def placing(mask: Tensor, where: Tensor) -> dict[str, Tensor]:
             return {"attention_mask": mask, "position_ids": where} if padded else {}

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from passes.errors import RunError
+from passes.errors import RunError, message_line
+from passes.private.of_torch import compile_error
 from pipeline.config.schema import BackendConfig
 from pipeline.trace.call_form import CallForm, make_inputs
 
@@ -29,8 +30,8 @@ def torch_compile_errors() -> Iterator[None]:
     """What ``torch.compile`` cannot do as a :class:`RunError` of kind ``torch_compile``."""
     try:
         yield
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise RunError("torch_compile", str(error).strip().splitlines()[0]) from error
+    except compile_error() as error:
+        raise RunError("torch_compile", message_line(error)) from error
 
 
 class TorchRunner:

@@ -18,7 +18,8 @@ from typing import Any
 
 from passes.errors import UserError
 from pipeline.config.schema import StoreConfig
-from pipeline.model.gguf import cache_folder, locked, sha256_of
+from pipeline.host.files import bytes_in, locked, sha256_of
+from pipeline.model.gguf import cache_folder, locked_entry
 from pipeline.record.report import sha256_of_json
 
 _CONTENT = "stored.json"
@@ -53,7 +54,7 @@ class Store:
 
     def locked(self, key: str, waiting: Callable[[str], None]) -> AbstractContextManager[None]:
         """Hold ``key`` among processes; ``waiting`` is told once if another holds it."""
-        return locked(self.entry(key), waiting)
+        return locked_entry(self.entry(key), waiting)
 
     def content(self, key: str) -> dict[str, Any] | None:
         """What was stored beside the files of ``key``; None without an entry.  Raises :class:`Damaged`."""
@@ -120,15 +121,13 @@ class Store:
 
     def _evict(self, kept: str) -> None:
         """Down to the limit, least recently used first; ``kept`` and what other processes hold stays."""
-        from filelock import FileLock, Timeout
-
         folders = sorted((path for path in self.root.iterdir() if path.is_dir()), key=_last_used)
-        sizes = {folder: _bytes_in(folder) for folder in folders}
+        sizes = {folder: bytes_in(folder) for folder in folders}
         excess = sum(sizes.values()) - self.limit_bytes
         for folder in folders:
             if folder.name == kept or (excess <= 0 and folder.suffix != _PARTIAL):
                 continue
-            with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
+            with suppress(TimeoutError), locked(folder.with_suffix(".lock"), timeout_s=0):
                 shutil.rmtree(folder, ignore_errors=True)
                 excess -= sizes[folder]
 
@@ -138,11 +137,3 @@ def _last_used(folder: Path) -> float:
     with suppress(FileNotFoundError):
         return (folder / _CONTENT).stat().st_mtime if folder.suffix != _PARTIAL else 0.0
     return 0.0
-
-
-def _bytes_in(folder: Path) -> int:
-    total = 0
-    with suppress(FileNotFoundError):  # another process may be removing it
-        for path in folder.iterdir():
-            total += path.stat().st_size
-    return total

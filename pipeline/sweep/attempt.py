@@ -13,10 +13,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from passes.errors import UserError
 from pipeline.config.schema import Config
+from pipeline.host.files import locked
 from pipeline.host.plain_json import from_json
 from pipeline.record import unfinished
 from pipeline.record.console import StageDisplay
@@ -45,7 +44,7 @@ def attempt(config: Config, key: str, name: str, turn: Turn | None = None) -> in
 
     ledger = Ledger(Path(config.output))
     before = ledger.read(key)
-    with FileLock(ledger.lock_file(key), mode=0o644):
+    with locked(ledger.lock_file(key)):
         now = ledger.finished(key)
         if now is not None and (not config.rerun or now[0] != before):
             return 0

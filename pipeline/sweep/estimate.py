@@ -13,13 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from passes.errors import UserError
+from passes.precision import PRECISIONS
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.record.report import read_report
 from pipeline.sweep.jobs import Job, at
 from pipeline.sweep.keys import Commits, content_key, surroundings
 from pipeline.sweep.ledger import Ledger
-
-BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 
 def show(jobs: Sequence[Job]) -> None:
@@ -65,10 +64,11 @@ def device_bytes(config: Config, known: dict[str, tuple[int, int] | None]) -> fl
     if (found := known[which]) is None:
         return None
     parameters, vocabulary = found
-    narrow = BYTES[config.precision]
+    precision = PRECISIONS[config.precision]
     positions = config.shape.max if config.model.logits == "all" else 1
-    copies = narrow + 2 * narrow + (narrow if config.backend.name == "tensorrt" else 0)  # reference: one type wider
-    return float(copies * (parameters + config.shape.batch * positions * vocabulary))
+    copies = 2 if config.backend.name == "tensorrt" else 1
+    each = copies * precision.bytes + precision.reference_dtype.itemsize
+    return float(each * (parameters + config.shape.batch * positions * vocabulary))
 
 
 def _parameters_and_vocabulary(model: ModelConfig) -> tuple[int, int] | None:

@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from passes.errors import message_line
 from pipeline.sweep.jobs import Row, at, headline
 from pipeline.sweep.tracking import Parent
 from pipeline.tracking.names import verified
 from pipeline.tracking.runs import ENGINE_FILE
-from pipeline.tracking.store import check_store, one_line, open_client, quiet, store_errors
+from pipeline.tracking.store import check_store, open_client, quiet, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -45,7 +46,7 @@ def register(parent: Parent, rows: Mapping[str, Row], reports: Mapping[str, dict
                 for alias, run_id in aliases.items():
                     client.set_registered_model_alias(model, alias, _version(client, model, run_id))
     except store_errors() as error:
-        _log.warning(f"the model registry could not be written ({one_line(error)}); the same command tries again")
+        _log.warning(f"the model registry could not be written ({message_line(error)}); the same command tries again")
 
 
 def _create(client: MlflowClient, model: str) -> None:

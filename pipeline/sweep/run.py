@@ -6,12 +6,11 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -20,7 +19,7 @@ from pipeline.config.compose import from_hydra
 from pipeline.config.overrides import typed
 from pipeline.config.schema import Config
 from pipeline.host import interrupts
-from pipeline.host.files import check_output, write_text
+from pipeline.host.files import check_output, locked, write_text
 from pipeline.record.report import write_json
 from pipeline.sweep import isolation, registry, table, tracking, waves
 from pipeline.sweep.attempt import attempt, settle
@@ -220,23 +219,20 @@ def _page(folder: Path, rows: Mapping[str, Row], baseline: str | None) -> list[P
 def _only_one(output: Path) -> Iterator[None]:
     """Sweeps over one folder would do each other's jobs."""
     lock_file = output / "sweeps" / ".lock"
-    lock = FileLock(lock_file, mode=0o644)
-    try:
-        lock_file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            f"output={output}: another sweep is running there; wait for it, or take another folder"
-        ) from None
-    except OSError as error:
-        raise UserError(f"output={output}: cannot be written ({error.strerror})") from None
-    try:
-        yield
-    except UserError:  # nothing was begun, so nothing stays
-        lock_file.unlink()
-        for folder in (lock_file.parent, output):
-            with suppress(OSError):  # it holds more
-                folder.rmdir()
-        raise
-    finally:
-        lock.release()
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(lock_file, timeout_s=0))
+        except TimeoutError:
+            raise UserError(
+                f"output={output}: another sweep is running there; wait for it, or take another folder"
+            ) from None
+        except OSError as error:
+            raise UserError(f"output={output}: cannot be written ({error.strerror})") from None
+        try:
+            yield
+        except UserError:  # nothing was begun, so nothing stays
+            lock_file.unlink()
+            for folder in (lock_file.parent, output):
+                with suppress(OSError):  # it holds more
+                    folder.rmdir()
+            raise

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError
+from pipeline.compare.sources import SAMPLES, Found
 from pipeline.config.axes import Axes, axes, has, parse, settings
 from pipeline.record.markdown import table as markdown_table
 from pipeline.sweep.jobs import Row, at, headline
-
-SAME = ("model", "precision", "shape", "benchmark", "until")
-"""Settings in which a row and its baseline agree, whatever the baseline is about: else their times say nothing."""
 
 NOT_EXECUTED = "not executed: no GPU could run the engine, so nothing was timed"
 
@@ -31,27 +29,26 @@ def check_baseline(baseline: str, configs: Iterable[Mapping[str, Any]]) -> Axes:
 def speed_ups(
     reports: Mapping[str, dict[str, Any]], folders: Mapping[str, Path], baseline: str
 ) -> dict[str, tuple[float, float, float]]:
-    """Key of a job -> ratio, low, high: the time of its baseline over its own, medians, with the bootstrapped 95 %
-    interval.  Jobs that were not timed, and those without one baseline that agrees with them, are left out."""
+    """Key of a job -> ratio, low, high: the time of its baseline over its own, as the comparison of the same reports
+    has it (:mod:`pipeline.compare.baseline`).  Jobs that were not timed, and those without one baseline that does the
+    same work, are left out."""
+    from pipeline.compare.baseline import against_baseline
+    from pipeline.compare.labels import sections
+    from pipeline.compare.rows import row
+
     timed = {key: path for key, report in reports.items() if (path := headline(report)) is not None}
-    configs = {key: reports[key]["config"] for key in timed}
     try:
-        wanted = check_baseline(baseline, configs.values())
+        wanted = check_baseline(baseline, [reports[key]["config"] for key in timed])
     except UserError:  # the jobs that have it were not timed
         return {}
-    groups = {axis.partition(".")[0] for axis in wanted}
-    bases = [key for key in timed if has(axes(configs[key]), wanted)]
-
-    def agree(key: str, base: str, settings: Iterable[str]) -> bool:
-        return all(configs[key].get(name) == configs[base].get(name) for name in settings if name not in groups)
-
-    ratios = {}
-    for key, path in timed.items():
-        fit = [base for base in bases if timed[base] == path and agree(key, base, SAME)]
-        if len(fit) > 1:  # the one that differs in nothing else
-            fit = [base for base in fit if agree(key, base, set(configs[key]) - {"sweep"})]
-        if len(fit) == 1:
-            ratios[key] = _ratio(_samples(folders[fit[0]], path), _samples(folders[key], path))
+    rows = [row(Found(reports[key], key, _samples(folders[key]))) for key in timed]
+    ratios = {each.name: (1.0, 1.0, 1.0) for each in rows if has(each.axes, wanted) and each.timings}
+    for section in sections(rows):
+        for found in against_baseline(section, wanted):
+            _, kind, clock, _ = timed[found.row.name].split(".")
+            if found.time is not None and (found.measure.kind, found.measure.clock) == (kind, clock):
+                speed_up = found.time.inverse
+                ratios[found.row.name] = (speed_up.value, speed_up.low, speed_up.high)
     return ratios
 
 
@@ -107,18 +104,8 @@ def _cells(entry: Mapping[str, Any], baseline: str | None) -> tuple[str, ...]:
     )
 
 
-def _samples(folder: Path, path: str) -> list[float]:
-    """The raw samples behind ``benchmark.SECTION.CLOCK.median``."""
-    _, section, clock, _ = path.split(".")
-    samples: list[float] = json.loads((folder / "samples.json").read_text())[section][clock]
-    return samples
-
-
-def _ratio(base: Sequence[float], own: Sequence[float]) -> tuple[float, float, float]:
-    import numpy as np
-
-    from pipeline.measure.statistics import RESAMPLES, bootstrap_medians
-
-    ratios = bootstrap_medians(base, 0, RESAMPLES) / bootstrap_medians(own, 1, RESAMPLES)
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return float(np.median(base) / np.median(own)), float(low), float(high)
+def _samples(folder: Path) -> dict[str, Any]:
+    """Measurement -> clock -> times in ms; empty where a run kept none."""
+    path = folder / SAMPLES
+    kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return kept

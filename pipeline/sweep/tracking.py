@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from passes.errors import message_line
 from pipeline.config.schema import Config
 from pipeline.host.memory import collector_paused
 from pipeline.host.plain_json import to_json
@@ -25,7 +26,6 @@ from pipeline.tracking.store import (
     as_user_error,
     check_store,
     experiment_id,
-    one_line,
     open_client,
     quiet,
     redacted,
@@ -124,7 +124,7 @@ def send(
             client.set_tag(run.run_id, SENT, sha256)
         return run.run_id
     except store_errors() as error:
-        _log.warning(f"{folder}: not in MLflow yet ({one_line(error)})")
+        _log.warning(f"{folder}: not in MLflow yet ({message_line(error)})")
         return None
 
 
@@ -146,7 +146,7 @@ def close_parent(
             _close(client, parent.run_id, status)
         return True
     except store_errors() as error:
-        _log.warning(f"the sweep's run {parent.run_id} is not closed ({one_line(error)})")
+        _log.warning(f"the sweep's run {parent.run_id} is not closed ({message_line(error)})")
         return False
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from passes.errors import UserError
+from passes.errors import UserError, whole_message
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.trace.call_form import InputSpec
 
@@ -82,12 +82,12 @@ def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
-            model(input_ids=tokens, past_key_values=seen, use_cache=True)
+            model(input_ids=tokens, cache=seen, use_cache=True)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that takes none raises whatever it comes upon first
-        reason = " ".join(str(error).split())
-        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({reason})") from error
+        said = whole_message(error)
+        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({said})") from error
     if not seen.layers:
         raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values")
     return seen

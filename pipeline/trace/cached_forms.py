@@ -141,7 +141,7 @@ class PrefillForm(nn.Module):
         output = self.model(
             input_ids=input_ids,
             position_ids=positions,
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1 if last is None else last,
         )
@@ -168,7 +168,7 @@ class DecodeForm(nn.Module):
             output = self.model(
                 input_ids=input_ids,
                 position_ids=position.unsqueeze(1),
-                past_key_values=cache,
+                cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
             )

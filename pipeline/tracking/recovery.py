@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from passes.errors import message_line
 from pipeline.config.schema import Config
 from pipeline.record.report import read_report, upgraded, write_report
 from pipeline.record.unfinished import LOCK, claim, clear, read
@@ -20,7 +21,6 @@ from pipeline.tracking import runs
 from pipeline.tracking.store import (
     check_store,
     experiment_id,
-    one_line,
     open_client,
     quiet,
     redacted,
@@ -54,7 +54,7 @@ def recover(config: Config, say: Callable[[str], None]) -> None:
         for run in running:
             _close_without_folder(client, uri, run, say)
     except store_errors() as error:
-        say(f"earlier runs could not be closed ({one_line(error)}); the next start tries again")
+        say(f"earlier runs could not be closed ({message_line(error)}); the next start tries again")
 
 
 def _close(folder: Path, client: MlflowClient, uri: str, running: list[Run], say: Callable[[str], None]) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-from passes.errors import UserError
+from passes.errors import UserError, message_line
 from pipeline.record import unfinished
 from pipeline.record.sections import MlflowRun
 from pipeline.tracking.names import environment_tags, final_tags, legal, metrics, parameters, run_name, sample_points
@@ -32,7 +32,6 @@ from pipeline.tracking.store import (
     check_store,
     experiment_id,
     is_server,
-    one_line,
     open_client,
     quiet,
     redacted,
@@ -165,7 +164,7 @@ class TrackedRun:
                 complete = True
         except store_errors() as error:
             _log.warning(
-                f"MLflow run {self.run_id} is incomplete ({one_line(error)}): {stored} stored; all is in {folder}"
+                f"MLflow run {self.run_id} is incomplete ({message_line(error)}): {stored} stored; all is in {folder}"
             )
         self._open = False
         return complete
@@ -183,7 +182,7 @@ class TrackedRun:
         self.close(
             "KILLED" if killed else "FAILED",
             kind.__name__ if kind else "unfinished",
-            one_line(error) if error else "the run ended without a report",
+            message_line(error) if error else "the run ended without a report",
         )
 
     def close(self, status: str, kind: str, message: str) -> None:
@@ -194,7 +193,7 @@ class TrackedRun:
                 self._log_batch(tags={"status": "failed", "failure.kind": kind, "failure.message": message})
                 self._terminate(status)
         except store_errors() as lost:
-            _log.warning(f"MLflow run {self.run_id} could not be closed: {one_line(lost)}")
+            _log.warning(f"MLflow run {self.run_id} could not be closed: {message_line(lost)}")
 
     def _log_batch(
         self,

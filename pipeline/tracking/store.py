@@ -11,7 +11,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from passes.errors import UserError
+from passes.errors import UserError, message_line
+from pipeline.host.files import locked
+from pipeline.private import of_mlflow
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,7 +52,7 @@ def check_store(uri: str, must_exist: bool = False) -> str:
         with engine.connect():
             return uri
     except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:
-        raise UserError(f"{key}: cannot be opened ({one_line(error)}); check the address and its driver") from None
+        raise UserError(f"{key}: cannot be opened ({message_line(error)}); check the address and its driver") from None
 
 
 def redacted(uri: str) -> str:
@@ -60,20 +62,10 @@ def redacted(uri: str) -> str:
 
 def _check_server(key: str, uri: str) -> None:
     from mlflow.exceptions import MlflowException
-    from mlflow.utils.credentials import get_default_host_creds
-    from mlflow.utils.rest_utils import http_request
 
     endpoint, remedy = "/api/2.0/mlflow/experiments/search", "start it with `mlflow server`, or use tracking=local"
     try:
-        answer = http_request(
-            get_default_host_creds(uri),
-            endpoint,
-            "POST",
-            max_retries=0,
-            timeout=SERVER_TIMEOUT_S,
-            raise_on_status=False,
-            json={"max_results": 1},
-        )
+        answer = of_mlflow.post(uri, endpoint, SERVER_TIMEOUT_S, {"max_results": 1})
     except MlflowException:
         raise UserError(f"{key}: no MLflow server answers there within {SERVER_TIMEOUT_S} s; {remedy}") from None
     if answer.status_code in (401, 403):
@@ -107,12 +99,11 @@ def _check_sqlite(key: str, path: Path, must_exist: bool) -> None:
 
 def open_client(uri: str) -> MlflowClient:
     """A client of the store; the first one in a database creates the tables, one process at a time."""
-    from filelock import FileLock
     from mlflow import MlflowClient
 
     if not uri.startswith("sqlite:///"):
         return MlflowClient(tracking_uri=uri)
-    with FileLock(uri.removeprefix("sqlite:///") + ".lock", timeout=LOCK_TIMEOUT_S):
+    with locked(Path(uri.removeprefix("sqlite:///") + ".lock"), LOCK_TIMEOUT_S):
         return MlflowClient(tracking_uri=uri)
 
 
@@ -130,7 +121,7 @@ def experiment_id(client: MlflowClient, uri: str, name: str) -> str:
             return client.create_experiment(name, artifact_location=location)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise UserError(f"tracking.experiment={name}: {one_line(error)}") from None
+                raise UserError(f"tracking.experiment={name}: {message_line(error)}") from None
             found = client.get_experiment_by_name(name)  # a sibling run was first
             assert found is not None
     if found.lifecycle_stage != "active":
@@ -167,7 +158,7 @@ def as_user_error(key: str) -> Iterator[None]:
     except UserError:
         raise
     except store_errors() as error:
-        raise UserError(f"{key}: {one_line(error)}") from None
+        raise UserError(f"{key}: {message_line(error)}") from None
 
 
 @contextmanager
@@ -183,11 +174,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an error's message."""
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
 
 
 def search_runs(client: MlflowClient, experiment: str, asked: str = "") -> list[Run]:

@@ -16,21 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from passes.graph import cache_ops, ops
+from passes.precision import PRECISIONS, Products
+from passes.private.of_torch import DispatchMode
 
 Forward = Callable[[dict[str, Tensor]], Tensor]
 """Inputs by name, each [batch, length] int64 -> logits [batch, 1 or length, vocabulary]."""
 Arithmetic = Callable[[], AbstractContextManager[Any]]
 
 aten = torch.ops.aten
-NARROW = (torch.float16, torch.bfloat16)
+NARROW = tuple(each.dtype for each in PRECISIONS.values() if each.is_narrow)
 PRODUCTS = frozenset(
     {
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default,
@@ -53,17 +55,22 @@ def _switched_on(flag: str) -> Iterator[None]:
         setattr(matmul, flag, before)
 
 
-def fp16_accumulation() -> AbstractContextManager[None]:
-    """PyTorch's matrix products of fp16 add up in fp16 while the block runs."""
-    return _switched_on("allow_fp16_accumulation")
+@dataclass(frozen=True)
+class _Switch:
+    """How PyTorch is made to multiply as TensorRT-RTX does."""
+
+    flag: str
+    """Of ``torch.backends.cuda.matmul``."""
+    words: str
 
 
-def tf32() -> AbstractContextManager[None]:
-    """PyTorch's matrix products of fp32 round their factors to TF32 while the block runs."""
-    return _switched_on("allow_tf32")
+SWITCHES: dict[Products, _Switch] = {
+    "fp16_accumulation": _Switch("allow_fp16_accumulation", ", products added up in fp16"),
+    "tf32": _Switch("allow_tf32", ", products of TF32"),
+}
 
 
-class _WideProducts(TorchDispatchMode):
+class _WideProducts(DispatchMode):
     """Each of :data:`PRODUCTS` over 16-bit tensors is computed in fp32 and rounded; all else runs as it is."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -81,19 +88,21 @@ class _WideProducts(TorchDispatchMode):
         def rounded(x: Any) -> Any:
             return x.to(narrow) if isinstance(x, Tensor) and x.dtype == torch.float32 else x
 
-        return tree_map(rounded, func(*tree_map(widened, args), **tree_map(widened, kwargs)))
+        made = func(*map(widened, args), **{name: widened(x) for name, x in kwargs.items()})
+        return tuple(map(rounded, made)) if isinstance(made, tuple) else rounded(made)
 
 
 def on_cpu(precision: str) -> Arithmetic:
     """``precision``'s own arithmetic on a CPU, and fast: 16-bit numbers, products added up in fp32 and rounded."""
-    return nullcontext if precision == "fp32" else _WideProducts
+    return _WideProducts if PRECISIONS[precision].is_narrow else nullcontext
 
 
 def of_engine(precision: str, flavour: str) -> dict[str, Arithmetic]:
     """In what arithmetic PyTorch is to judge an engine, by its name in the report; empty where it is PyTorch's own."""
-    if flavour != "tensorrt_rtx":
+    products = PRECISIONS[precision].rtx_products
+    if flavour != "tensorrt_rtx" or products is None:
         return {}
-    return {"fp16": {"pytorch_fp16_accumulation": fp16_accumulation}, "fp32": {"pytorch_tf32": tf32}}.get(precision, {})
+    return {f"pytorch_{products}": partial(_switched_on, SWITCHES[products].flag)}
 
 
 def yardsticks(executed: str, precision: str, flavour: str | None) -> dict[str, Arithmetic]:
@@ -106,12 +115,12 @@ def yardsticks(executed: str, precision: str, flavour: str | None) -> dict[str, 
 
 def described(executed: str, precision: str, flavour: str | None) -> str:
     """What a verification computed in, and so what it has seen, in a line for people."""
-    added_up = "" if precision == "fp32" else ", products added up in fp32"
+    added_up = ", products added up in fp32" if PRECISIONS[precision].is_narrow else ""
     if executed == "graph":
         return f"{precision} on the CPU{added_up}; the engine and the GPU's kernels did not run"
     if executed != "engine":
         return f"{precision} on the GPU, as PyTorch has it"
-    unlike = {"pytorch_fp16_accumulation": ", products added up in fp16", "pytorch_tf32": ", products of TF32"}
+    unlike = {f"pytorch_{name}": switch.words for name, switch in SWITCHES.items()}
     judge = unlike.get(list(yardsticks(executed, precision, flavour))[-1], added_up)
     return f"{precision} on the GPU, in the engine's kernels; judged by PyTorch in {precision}{judge}"
 

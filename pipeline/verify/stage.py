@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from passes.precision import PRECISIONS
 from pipeline.config.schema import GenerateShape, ModelConfig, VerifyConfig
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.host import gpu
 from pipeline.host.memory import trim
-from pipeline.model.load import DTYPES, LoadedModel, load_reference
+from pipeline.model.load import LoadedModel, load_reference
 from pipeline.model.text import tokens_for
 from pipeline.trace.call_form import CallForm
 from pipeline.verify import arithmetic, logits, tokens
@@ -81,7 +82,7 @@ def verify(
         reference=lambda inputs: reference(**inputs),
         yardsticks=yardsticks,
         candidate=what.forward,
-        precision_eps=_eps(precision),
+        precision_eps=PRECISIONS[precision].unit_roundoff,
         progress=judged,
     )
     ragged = what.longest > 0 and batch > 1  # a cache's rows are at places of their own
@@ -152,7 +153,7 @@ def judge_generation(
         forward=in_arithmetic(own, arithmetic),
         reference=reference,
         vocabulary=loaded.model.config.get_text_config().vocab_size,
-        precision_eps=_eps(precision),
+        precision_eps=PRECISIONS[precision].unit_roundoff,
     )
     name = f"generation_{shape.input_length}_{shape.output_length}"
     judged = [judge(generator.tokens(), None, name=name)]
@@ -161,11 +162,6 @@ def judge_generation(
         again = _again(generator, prompt, shape.output_length, padding)
         judged.append(judge(again, padding, name=f"{name}_ragged"))
     return Generation(tuple(judged), all(case.passed for case in judged))
-
-
-def _eps(precision: str) -> float:
-    """Unit roundoff."""
-    return torch.finfo(DTYPES[precision]).eps / 2
 
 
 def _again(generator: CachedGenerator, prompt: Tensor, new_tokens: int, padding: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch._ops import OpOverload
-
+from passes.private.of_torch import schema_of
 from passes.proof.terms import Index, Term, Unmodelled
 
 if TYPE_CHECKING:
@@ -39,10 +38,11 @@ def arguments(node: Any, *names: str) -> tuple[Any, ...]:
     Raises :class:`passes.proof.terms.Unmodelled` where the node sets any other argument: a model that does not read it
     would be right only where it does nothing.
     """
-    if not isinstance(node.target, OpOverload):
+    schema = schema_of(node.target)
+    if schema is None:
         raise Unmodelled("no operation of torch's")
     found: dict[str, Any] = {}
-    for place, argument in enumerate(node.target._schema.arguments):
+    for place, argument in enumerate(schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
         value = node.args[place] if place < len(node.args) else node.kwargs.get(argument.name, default)
         if argument.name in names:

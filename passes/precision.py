@@ -1,0 +1,81 @@
+"""The precisions that a run can have: an entry each, read by all that depends on it.
+
+Only the names are needed where settings are checked, so torch is imported when a type of its own is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+Products = Literal["fp16_accumulation", "tf32"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    name: str
+    """As it is typed, and as reports have it."""
+    torch_name: str
+    """Torch's name of the weights' type."""
+    reference_name: str
+    """Torch's name of the next wider type, in which the same weights, never rounded to this one, judge a run."""
+    bytes: int
+    """Of one element."""
+    epsilon: float
+    """The distance from 1 to the next larger number; source: IEEE 754, and for bf16 its eight bits of precision."""
+    has_fused_attention: bool
+    """Whether TensorRT has kernels for a whole attention call in it: :func:`passes.tensorrt.attention.has_fused_kernel`
+    has the head sizes."""
+    rtx_products: Products | None = None
+    """How TensorRT-RTX multiplies matrices, where that is not PyTorch's own way: :mod:`pipeline.verify.arithmetic`."""
+
+    @property
+    def unit_roundoff(self) -> float:
+        """The largest relative error of rounding to it."""
+        return self.epsilon / 2
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it has 16 bits: PyTorch adds up its products in fp32 and rounds the sum."""
+        return self.bytes == 2
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it is fp32, which TF32 would shorten: fp32 means fp32."""
+        return self.torch_name == "float32"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _torch_type(self.torch_name)
+
+    @property
+    def reference_dtype(self) -> torch.dtype:
+        return _torch_type(self.reference_name)
+
+
+def _torch_type(name: str) -> torch.dtype:
+    import torch
+
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+PRECISIONS = {
+    each.name: each
+    for each in (
+        Precision(
+            "fp16", "float16", "float32", 2, 2.0**-10, has_fused_attention=True, rtx_products="fp16_accumulation"
+        ),
+        Precision("bf16", "bfloat16", "float32", 2, 2.0**-7, has_fused_attention=True),
+        Precision("fp32", "float32", "float64", 4, 2.0**-23, has_fused_attention=False, rtx_products="tf32"),
+    )
+}
+"""By name, the default first."""
+
+
+def of_dtype(dtype: torch.dtype) -> Precision | None:
+    """The precision whose weights are of that type, if there is one."""
+    return next((each for each in PRECISIONS.values() if each.dtype == dtype), None)

@@ -1,0 +1,66 @@
+"""Of PyTorch: an operation's schema, modes that see every operation, one for many tensors, and what dynamo counts."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from passes.private.part import attribute, part
+
+Operation: Any = type(torch.ops.aten.add.Tensor)
+"""The type of ``torch.ops.aten.add.Tensor`` and its like."""
+
+DispatchMode: Any = part("torch.utils._python_dispatch:TorchDispatchMode")
+"""What a mode is made of that sees every operation, below autograd."""
+
+
+def schema_of(target: Any) -> Any:
+    """Of a node's target: its ``arguments``, its ``returns``, whether it ``is_mutable``; None of what is no operation
+    of torch's."""
+    return attribute(target, "_schema") if isinstance(target, Operation) else None
+
+
+def writes(target: Any) -> bool:
+    """Whether a node's target is an operation that writes to one of its arguments."""
+    schema = schema_of(target)
+    return schema is not None and bool(schema.is_mutable)
+
+
+def is_composite(operation: Any) -> bool:
+    """Whether torch has ``operation`` as other operations alone, so that decompositions put those in its place."""
+    return bool(operation.has_kernel_for_dispatch_key(part("torch._C:DispatchKey.CompositeImplicitAutograd")))
+
+
+def with_numbers() -> AbstractContextManager[None]:
+    """A block in which tensors that are made hold numbers, also inside of a mode in which none does, as the one is in
+    which ``torch.compile`` calls its back ends."""
+    block: AbstractContextManager[None] = part("torch._subclasses.fake_tensor:unset_fake_temporarily")()
+    return block
+
+
+def compiled_graphs() -> int:
+    """How many graphs ``torch.compile`` has made in this process."""
+    return int(part("torch._dynamo.utils:counters")["stats"]["unique_graphs"])
+
+
+def skipped_cuda_graphs() -> int:
+    """How often ``torch.compile`` was asked for a CUDA graph and did without."""
+    return int(part("torch._dynamo.utils:counters")["inductor"]["cudagraph_skips"])
+
+
+def stays_in_place(tensor: torch.Tensor) -> None:
+    """``torch.compile`` may rely on the address of ``tensor``, which a CUDA graph then reads and writes there."""
+    part("torch._dynamo:mark_static_address")(tensor)
+
+
+def set_to_zero(tensors: list[torch.Tensor]) -> None:
+    """All of them by one kernel."""
+    part("torch:_foreach_zero_")(tensors)
+
+
+def compile_error() -> type[Exception]:
+    """What ``torch.compile`` raises for what it cannot do."""
+    found: type[Exception] = part("torch._dynamo.exc:TorchDynamoException")
+    return found

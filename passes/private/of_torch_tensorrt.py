@@ -1,0 +1,45 @@
+"""Of Torch-TensorRT: its converters and lowering passes as the lists that they are, its builder's settings, its logger.
+
+To register a converter is public (``torch_tensorrt.dynamo.conversion.dynamo_tensorrt_converter``); to take one out
+again is not, and neither is the list of lowering passes.  Every function here wants it to be imported already
+(:func:`passes.tensorrt.versions.load_stack`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from passes.private.part import part
+
+
+def converters() -> dict[Any, Any]:
+    """Operation -> what is registered for it, in the order in which it is asked: objects with a
+    ``converter_implementation``."""
+    found: dict[Any, Any] = part("torch_tensorrt.dynamo.conversion:DYNAMO_ATEN_CONVERTERS")
+    return found
+
+
+def lowering_passes() -> list[Any]:
+    """Functions of (graph module, settings), in the order in which they run."""
+    found: list[Any] = part("torch_tensorrt.dynamo.lowering:ATEN_POST_LOWERING_PASSES.passes")
+    return found
+
+
+def builder_config(interpreter: Any) -> Any:
+    """TensorRT's builder configuration with the settings and the optimization profiles of ``interpreter``."""
+    return part("torch_tensorrt.dynamo.conversion:TRTInterpreter._populate_trt_builder_config")(interpreter)
+
+
+@contextmanager
+def errors_go_to(take: Callable[[str], None]) -> Iterator[None]:
+    """``take`` is called with each error that TensorRT logs while the block runs, in the place of its logger, whether
+    or not log records are held back."""
+    logger = part("torch_tensorrt.logging:_LOGGER")
+    before = logger.error
+    logger.error = take
+    try:
+        yield
+    finally:
+        logger.error = before

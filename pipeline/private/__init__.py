@@ -1,0 +1,1 @@
+"""What the libraries of the pipeline make no promise about: a module each, as in :mod:`passes.private`."""
