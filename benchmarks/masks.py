@@ -67,7 +67,7 @@ class Cell:
 
 def _kind(call: CheckedCall) -> str:
     conditions = " and ".join(name.replace("_", " ") for name in call.proof.conditions)
-    kind = call.proof.mask.replace("_", " ") + (f" {call.size}" if call.size else "")
+    kind = call.proof.mask.name.replace("_", " ") + (f" {call.size}" if call.size else "")
     kind += f" (droppable if {conditions})" if conditions else ""
     return kind if call.complete else f"{kind} (unproved: {call.truths[0].replace('_', ' ')})"
 

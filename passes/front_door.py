@@ -14,10 +14,12 @@ from torch.fx import GraphModule
 
 from passes.errors import UserError
 from passes.graph import driver
-from passes.graph.driver import DECOMPOSITIONS
 from passes.graph.lowering_pass import rewrite_proved
 from passes.graph.lowerings.lowering import ANY
+from passes.graph.passes import PASSES
 from passes.graph.prepare import prepare
+from passes.graph.rewrite import DECOMPOSITIONS
+from passes.graph.rewrite import rewrite as in_place
 from passes.graph.rewritten import Rewritten
 from passes.proof.calls import AttentionCall, find_calls
 from passes.proof.masks import Proof, prover_of
@@ -68,13 +70,17 @@ def rewrite(
     any other stays as it is; ``decompose``: every call as matmul, softmax, matmul.  ``unproven``: ``error`` raises
     :class:`passes.errors.RunError` of kind ``unproven`` where a mask is not proved, ``force`` (``lowering``) drops it
     all the same.  ``assume`` names :data:`passes.proof.conditions.CONDITIONS` that hold for every input, you say;
-    ``without`` passes that are left out, of :data:`passes.graph.passes.OPTIONAL`.
+    ``without`` passes that are left out: ``fold_scale``, ``group_heads``, ``narrow_rows``.
     Raises :class:`passes.errors.UserError` for other names, and :class:`passes.errors.RunError` of kind
     ``no_attention`` for a graph without attention ops.
     """
     if strategy not in STRATEGIES:
         raise UserError(f"strategy={strategy}: allowed here: {', '.join(STRATEGIES)}")
-    done = driver.rewrite(_copied(program), strategy, unproven, assume, ANY, without)
+    allowed = driver.optional(PASSES)
+    for each in without:
+        if each not in allowed:
+            raise UserError(f"without={each}: allowed: {', '.join(allowed)}")
+    done = in_place(_copied(program), strategy, unproven, assume, ANY, without)
     if any(node.target in DECOMPOSITIONS for node in done.program.graph.nodes):
         return replace(done, program=done.program.run_decompositions(dict(DECOMPOSITIONS)))
     return done

@@ -155,7 +155,7 @@ def _build(
 ) -> tuple[Engines, dict[str, Program]]:
     """export → strategy → lower → interpret → build, for each of the run's programs; returns what the engines in
     ``folder`` are, and the programs that they were made from."""
-    from passes.graph.driver import rewrite
+    from passes.graph.rewrite import rewrite
     from pipeline.engine import network, programs
     from pipeline.engine.build import build_engine
     from pipeline.engine.file import write_engine
@@ -172,7 +172,7 @@ def _build(
     with record.stage("strategy"):
         rewritten, attention = {}, {}
         for name, each in traced.items():
-            rewritten[name] = rewrite(each.program, asked.name, asked.unproven, asked.assume)
+            rewritten[name] = rewrite(each.program, asked.name, asked.unproven, asked.assume, without=asked.without)
             attention[name] = attention_of(rewritten[name])
             record.put_graph(name, "graph_after.txt", rewritten[name].program.graph)
             record.put_attention(name, attention[name])
@@ -187,11 +187,12 @@ def _build(
         }
 
     with record.stage("interpret"):
-        networks, untouched = {}, asked.name == "upstream"
+        networks, conversion = {}, network.UPSTREAM
+        if asked.name != "upstream":
+            without = asked.without if config.backend.fused_rows is not False else [*asked.without, *network.ROWS]
+            conversion = network.ours(cache is not None and cache.mode == "in_engine", without)
         for name, low in lowered.items():
-            in_place = cache is not None and cache.mode == "in_engine"
-            fused_rows = config.backend.fused_rows is not False and not untouched
-            networks[name] = network.interpret(stack, low, untouched, in_place, fused_rows)
+            networks[name] = network.interpret(stack, low, conversion)
             record.put_engine(name, networks[name].contents)
 
     with record.stage("build"):

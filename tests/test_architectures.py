@@ -158,7 +158,7 @@ def test_a_condition_is_tried_on_the_rows_where_it_holds() -> None:
     assert contradiction(proof, [Run(causal, {"attention_mask": padded})]) is None
     broken = causal.clone()
     broken[0, 0, 3, 0] = False
-    assert "no_padding" in str(contradiction(replace(proof, mask="arbitrary", proof="not_proved"), [
+    assert "no_padding" in str(contradiction(replace(proof, mask=Arbitrary(), status=Status.NOT_PROVED), [
         Run(broken, {"attention_mask": padded})
     ]))  # fmt: skip
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
+from passes.graph.rewrite import rewrite
 from passes.tensorrt.versions import load_stack, quiet
 from pipeline.config.schema import BackendConfig
 from pipeline.engine import network as compile
@@ -68,7 +68,7 @@ def test_rows_that_see_no_key_are_zero(strategy: str, form: str, static: bool) -
     stack, given = load_stack(), traced(form, static, "cuda")
     rewritten = rewrite(given.program, strategy)
     lowered = compile.lower(stack, rewritten.program, given.inputs, BackendConfig("tensorrt"), "fp16")
-    network = compile.interpret(stack, lowered, use_upstream=False)
+    network = compile.interpret(stack, lowered, compile.ours())
     engine = Engine(stack, build_engine(stack, network, lambda *_: True).data, given.inputs)
     module = Attention(form).cuda()
 

@@ -14,8 +14,8 @@ from torch.nn.functional import embedding, scaled_dot_product_attention
 
 from passes.errors import RunError
 from passes.graph import ops
-from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
+from passes.graph.rewrite import rewrite
 from passes.tensorrt import attention
 from passes.tensorrt.versions import Stack, load_stack, quiet
 from pipeline.config.schema import BackendConfig
@@ -34,9 +34,8 @@ def on(phase: str, step: int, steps: int) -> bool:
 def network(traced: Traced, strategy: str, unproven: str | None = None, precision: str = "fp16", **how: Any) -> Network:
     stack = how.pop("stack", None) or load_stack()
     program = rewrite(traced.program, strategy, unproven).program
-    return compile.interpret(
-        stack, compile.lower(stack, program, traced.inputs, BACKEND, precision), strategy == "upstream"
-    )
+    conversion = compile.UPSTREAM if strategy == "upstream" else compile.ours()
+    return compile.interpret(stack, compile.lower(stack, program, traced.inputs, BACKEND, precision), conversion)
 
 
 def layers(made: Network, kind: str) -> list[Any]:
@@ -147,18 +146,18 @@ def stack(request: pytest.FixtureRequest) -> Stack:
 
 @pytest.mark.parametrize("causal", ["none", "upper_left"])
 def test_a_layer_is_what_was_asked_for_through_either_api(stack: Stack, causal: str) -> None:
-    (layer,) = compile.interpret(stack, claiming(causal), False).native_layers
+    (layer,) = compile.interpret(stack, claiming(causal), compile.ours()).native_layers
     assert (layer.causal, layer.masked, layer.fused, layer.heads) == (causal, False, True, (2, 2))
 
 
 def test_lower_right_needs_the_second_api(stack: Stack) -> None:
     if stack.has_attention_v2:
-        made = compile.interpret(stack, claiming("lower_right"), False)
+        made = compile.interpret(stack, claiming("lower_right"), compile.ours())
         assert [layer.causal for layer in made.native_layers] == ["lower_right"]
         assert_consistent(build_engine(stack, made, on))
         return
     with pytest.raises(RunError, match="add_attention_v2") as error:
-        compile.interpret(stack, claiming("lower_right"), False)
+        compile.interpret(stack, claiming("lower_right"), compile.ours())
     assert error.value.kind == "conversion"
 
 
@@ -221,7 +220,7 @@ def test_the_build_finds_a_fused_kernel_exactly_where_one_is_promised(
     assert attention.has_fused_kernel(dtype, size) == fused
     monkeypatch.setattr(attention, "has_fused_kernel", lambda dtype, size: True)  # the build fails without one
     given = small(lambda q, k, v: ops.native(q, k, v, None, "upper_left", 1.0), dtype, size)
-    made = compile.interpret(load_stack(), lowered(given), False)
+    made = compile.interpret(load_stack(), lowered(given), compile.ours())
     if fused:
         assert_consistent(build_engine(load_stack(), made, on))
         return
@@ -241,13 +240,13 @@ def test_an_op_without_converter_ends_the_run_by_name() -> None:
 
 
 def test_a_build_that_is_told_to_stop_stops() -> None:
-    made = compile.interpret(load_stack(), claiming("upper_left"), False)
+    made = compile.interpret(load_stack(), claiming("upper_left"), compile.ours())
     with pytest.raises(RunError) as error:
         build_engine(load_stack(), made, lambda *step: False)
     assert error.value.kind == "build"
 
 
 def test_a_network_can_be_built_again() -> None:
-    made = compile.interpret(load_stack(), claiming("upper_left"), False)
+    made = compile.interpret(load_stack(), claiming("upper_left"), compile.ours())
     for _ in range(2):
         assert_consistent(build_engine(load_stack(), made, on))

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, PretrainedConfig
 
 from passes.errors import RunError, UserError
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from passes.tensorrt import rows as row_converters
 from passes.tensorrt.versions import load_stack
@@ -302,7 +302,7 @@ def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
     count = len(inputs["keys"])
     before = graph(**inputs)
 
-    row_converters.prepare(graph)
+    tiny.with_fused_rows(graph)
 
     lone = [node for node in graph.graph.nodes if row_converters.applies(node)]
     shapes = [tuple(node.args[1].meta["val"].shape) for node in lone]
@@ -327,7 +327,7 @@ def test_products_of_parallel_blocks_become_one_in_an_order_that_runs(name: str,
     before = graph(**inputs)
     count = sum(node.target is row_converters.LINEAR for node in graph.graph.nodes)
 
-    row_converters.prepare(graph)
+    tiny.with_fused_rows(graph)
 
     assert sum(node.target is row_converters.LINEAR for node in graph.graph.nodes) == count - less
     for one, other in zip(graph(**inputs), before, strict=True):
@@ -340,7 +340,7 @@ def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows_and_a_square_a_p
     lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
     assert any(node.target is torch.ops.aten.pow.Tensor_Scalar for node in lowered.graph.graph.nodes)
 
-    network = compile.interpret(stack, lowered, use_upstream=False, in_place=True, fused_rows=True)
+    network = compile.interpret(stack, lowered, compile.ours(in_place=True))
 
     assert not any(node.target is torch.ops.aten.pow.Tensor_Scalar for node in lowered.graph.graph.nodes)
     net = network.interpreter.ctx.net
@@ -362,7 +362,7 @@ def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:
     graph = torch.export.export(Both(), (torch.randn(1, 8),)).run_decompositions({}).module()
     targets = [node.target for node in graph.graph.nodes]
 
-    row_converters.prepare(graph)
+    tiny.with_fused_rows(graph)
 
     assert [node.target for node in graph.graph.nodes] == targets
 

@@ -12,7 +12,7 @@ from conftest import model_config
 from torch import Tensor
 
 from passes.errors import RunError, UserError
-from passes.graph import driver
+from passes.graph.rewrite import rewrite
 from passes.precision import PRECISIONS
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, ShapeConfig
@@ -45,20 +45,21 @@ STRATEGIES = [
 def build(
     strategy: str, unproven: str | None, precision: str = "fp16", name: str = "llama", *,
     inputs: tuple[str, ...] = ("input_ids",), batch: int = 1, lengths: tuple[int, int] = (2, LONGEST),
-    cuda_graph: bool = False, assume: tuple[str, ...] = (), exact: tuple[int, ...] = (), **changes: Any,
+    cuda_graph: bool = False, assume: tuple[str, ...] = (), exact: tuple[int, ...] = (), without: tuple[str, ...] = (),
+    **changes: Any,
 ) -> Engine:  # fmt: skip
     traced = tiny.traced(name, precision, inputs, batch, lengths, torch.device("cuda"), exact, **changes)
-    return engine_of(traced, precision, strategy, unproven, cuda_graph, assume)
+    return engine_of(traced, precision, strategy, unproven, cuda_graph, assume, without)
 
 
 def engine_of(
     traced: Traced, precision: str, strategy: str = "detect_causal", unproven: str | None = "mask",
-    cuda_graph: bool = False, assume: tuple[str, ...] = (),
+    cuda_graph: bool = False, assume: tuple[str, ...] = (), without: tuple[str, ...] = (),
 ) -> Engine:  # fmt: skip
     stack = load_stack()
-    rewritten = driver.rewrite(traced.program, strategy, unproven, assume)
+    rewritten = rewrite(traced.program, strategy, unproven, assume, without=without)
     lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
-    network = compile.interpret(stack, lowered, strategy == "upstream")
+    network = compile.interpret(stack, lowered, compile.UPSTREAM if strategy == "upstream" else compile.ours())
     data, conditions = build_engine(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
     return Engine(stack, data, traced.inputs, cuda_graph, conditions)
 
@@ -116,11 +117,8 @@ def test_biases_norms_and_fused_projections_equal_pytorch(name: str) -> None:
 
 
 @pytest.mark.parametrize(("strategy", "unproven"), [("detect_causal", "mask"), ("lowering", "keep")])
-def test_a_scale_that_stays_in_the_graph_is_not_lost(
-    strategy: str, unproven: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(driver, "fold_scale", lambda *_: "kept, for this test")
-    verify.gate(judged(build(strategy, unproven, **SHARP), "fp16", LENGTHS, **SHARP))
+def test_a_scale_that_stays_in_the_graph_is_not_lost(strategy: str, unproven: str | None) -> None:
+    verify.gate(judged(build(strategy, unproven, without=("fold_scale",), **SHARP), "fp16", LENGTHS, **SHARP))
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
@@ -283,9 +281,9 @@ def test_the_default_model_answers_as_pytorch_does() -> None:
     loaded = load(config, "fp16", device, 0, lambda _: None)
     form = CallForm(loaded.model, "all")
     traced = trace(form, config, ShapeConfig("dynamic", 1, 2, 256, 256), device)
-    program = driver.rewrite(traced.program, "detect_causal", "mask").program
+    program = rewrite(traced.program, "detect_causal", "mask").program
     lowered = compile.lower(stack, program, traced.inputs, BackendConfig("tensorrt"), "fp16")
-    built = build_engine(stack, compile.interpret(stack, lowered, False), lambda *_: True)
+    built = build_engine(stack, compile.interpret(stack, lowered, compile.ours()), lambda *_: True)
     assert built.engine.iattention_causal == 30
     engine = Engine(stack, built.data, traced.inputs)
 

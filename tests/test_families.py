@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from benchmarks import architectures
 from passes.errors import RunError, UserError
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from passes.tensorrt import missing, network_form
 from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
@@ -92,7 +92,7 @@ def networks(
             traced = trace()
             program = rewrite(traced.program, "detect_causal", "mask").program
             lowered = compile.lower(stack, program, traced.inputs, config.backend, "fp16")
-            found[part] = compile.interpret(stack, lowered, False, cache == "in_engine", True)
+            found[part] = compile.interpret(stack, lowered, compile.ours(cache == "in_engine"))
     return found
 
 
@@ -202,7 +202,7 @@ def lowered(function: Any, *inputs: Tensor) -> compile.Lowered:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float32, torch.bool])
 def test_a_running_sum_has_the_type_that_it_has_in_pytorch(dtype: torch.dtype) -> None:
     made = lowered(lambda x: x.cumsum(-1), torch.ones(1, 8).to(dtype))
-    network = compile.interpret(load_stack(), made, False)
+    network = compile.interpret(load_stack(), made, compile.ours())
     output = network.interpreter.ctx.net.get_output(0)
     assert output.dtype == (load_stack().trt.float32 if dtype.is_floating_point else load_stack().trt.int64)
     assert build(network) is not None
@@ -211,7 +211,7 @@ def test_a_running_sum_has_the_type_that_it_has_in_pytorch(dtype: torch.dtype) -
 def test_elements_are_gathered_at_a_dynamic_length() -> None:
     made = lowered(lambda x, i: x.gather(1, i), torch.randn(1, 8), torch.zeros(1, 8, dtype=torch.int64))
     assert any(node.target is missing.GATHER for node in made.graph.graph.nodes)
-    assert build(compile.interpret(load_stack(), made, False)) is not None
+    assert build(compile.interpret(load_stack(), made, compile.ours())) is not None
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_an_operation_without_a_layer_is_named_with_what_helps() -> None:
     with pytest.raises(
         RunError, match=r"TensorRT has no layer for aten\.\S+svd\.default \(.*\); backend=torch_compile"
     ) as error:
-        compile.interpret(load_stack(), made, False)
+        compile.interpret(load_stack(), made, compile.ours())
     assert error.value.kind == "unsupported_op"
 
 

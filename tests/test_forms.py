@@ -12,7 +12,7 @@ from torch import Tensor
 
 from passes import classify
 from passes.errors import RunError
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from passes.graph.writing import SDPA
 from passes.proof.calls import FORMS, find_calls
 

@@ -18,7 +18,7 @@ from passes import classify
 from passes.errors import RunError
 from passes.graph import ops
 from passes.graph.blank_rows import every_row_sees_a_key
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from passes.graph.writing import SDPA
 from passes.proof.calls import find_calls
 from passes.tensorrt.versions import load_stack
@@ -95,7 +95,7 @@ def test_more_than_four_dimensions_are_refused_before_anything_is_built(strategy
 def test_an_engine_is_built_from_heads_that_are_broadcast() -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q[:, :1], k, v, is_causal=True))
     program = rewrite(given.program, "lowering").program
-    made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
+    made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), network.ours())
     assert [layer.heads for layer in made.native_layers] == [(2, 2)]
     assert build_engine(load_stack(), made, lambda *_: True).data is not None
 
@@ -191,7 +191,7 @@ def test_what_is_left_to_upstream_says_that_such_rows_are_its_own() -> None:
 def test_an_engine_is_built_that_blanks_its_rows(strategy: str) -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, _before(q)))
     program = rewrite(given.program, strategy).program
-    made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), False)
+    made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), network.ours())
     assert len(layers(made, "REDUCE")) == 1  # over the keys of the mask
     assert build_engine(load_stack(), made, lambda *_: True).data is not None
 

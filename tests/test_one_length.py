@@ -12,7 +12,7 @@ from runs import GPU, do, failure
 from torch import Tensor
 
 from passes.errors import UserError
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import ShapeConfig
 from pipeline.engine.session import GraphSession

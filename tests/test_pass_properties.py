@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 
 import pytest
+import tiny
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from rewrite_programs import SIZE, Program, inputs, programs
@@ -19,8 +20,8 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from passes.graph import query_key_joining
-from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
+from passes.graph.rewrite import rewrite
 from passes.graph.row_narrowing import narrow
 from passes.graph.scale import fold_scale
 from passes.proof import counterexample
@@ -128,7 +129,7 @@ def check_row_passes(program: Program, done: Counter[str]) -> None:
     """The passes over a graph of one row, as lowering hands it on: with its weights in it."""
     before = run(program, 1)
     prepared = prepare(exported(program, 1)).module()
-    for name, change, exactly in (("twins", joined, True), ("row_converters", rows.prepare, False)):
+    for name, change, exactly in (("twins", joined, True), ("row_converters", tiny.with_fused_rows, False)):
         changed = copy.deepcopy(prepared)
         change(changed)
         done[name] += [node.target for node in changed.graph.nodes] != [node.target for node in prepared.graph.nodes]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import UserError
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from passes.tensorrt.versions import Stack, load_stack
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig, VerifyConfig
@@ -35,7 +35,7 @@ from pipeline.verify.cases import cases
 def network(traced: Traced, in_place: bool = False) -> Network:
     program = rewrite(traced.program, "detect_causal", "mask").program
     lowered = compile.lower(load_stack(), program, traced.inputs, BackendConfig("tensorrt"), "fp16")
-    return compile.interpret(load_stack(), lowered, False, in_place)
+    return compile.interpret(load_stack(), lowered, compile.ours(in_place))
 
 
 def test_every_exact_length_is_a_profile_of_each_open_input() -> None:

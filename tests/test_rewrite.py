@@ -12,7 +12,7 @@ from torch import Tensor
 
 from passes.errors import RunError
 from passes.graph import ops
-from passes.graph.driver import DECOMPOSITIONS, rewrite
+from passes.graph.rewrite import DECOMPOSITIONS, rewrite
 from passes.graph.rewritten import Rewritten
 from passes.graph.writing import SDPA
 from passes.proof.calls import find_calls, unrepeated

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram, export
 
-from passes.graph.driver import rewrite
 from passes.graph.prepare import prepare
+from passes.graph.rewrite import rewrite
 from passes.graph.scale import fold_scale
 from passes.proof.calls import find_calls
 from passes.tensorrt.versions import quiet

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from passes import classify
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from passes.proof.calls import find_calls
 from passes.proof.claims import Claims, Found
 from passes.proof.mask import Causal

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from test_decode import lowered_step
 from torch import Tensor
@@ -36,7 +37,7 @@ def test_query_and_key_are_normed_and_rotated_together(name: str, layers: int, m
         gain.uniform_(0.5, 2)
     before = graph(**inputs)
 
-    rows.prepare(graph)
+    tiny.with_fused_rows(graph)
 
     found = kinds(graph)
     assert len(gains) > means * layers
@@ -156,7 +157,7 @@ def test_a_gain_becomes_part_of_the_weights_behind_it_alone() -> None:
     graph = torch.export.export(Layer(), (row,)).run_decompositions({}).module()
     before = graph(row)
 
-    rows.prepare(graph)
+    tiny.with_fused_rows(graph)
 
     assert kinds(graph)[aten.mul.Tensor] == 2  # by 2, and the gain of the row that is read twice
     torch.testing.assert_close(graph(row), before, rtol=1e-5, atol=1e-6)
@@ -185,7 +186,7 @@ def test_what_is_put_together_is_made_before_all_that_reads_it(early: bool) -> N
         del read.users[user]
         read.users[user] = None
 
-    rows.prepare(graph)
+    tiny.with_fused_rows(graph)
 
     assert len(products(graph)) == 1
     torch.testing.assert_close(graph(row), before, rtol=1e-5, atol=1e-6)
@@ -206,5 +207,5 @@ def test_a_whole_number_to_the_power_of_two_point_zero_stays_a_fraction() -> Non
             return x.pow(2.0)
 
     graph = torch.export.export(Square(), (torch.tensor([3]),)).run_decompositions({}).module()
-    rows.prepare(graph)
+    tiny.with_fused_rows(graph)
     assert torch.equal(graph(torch.tensor([3])), torch.tensor([9.0]))

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from torch.nn.functional import layer_norm, linear
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig, GPT2Config
 
-from passes.graph.driver import rewrite
+from passes.graph.rewrite import rewrite
 from passes.graph.row_narrowing import narrow
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.trace import cached_forms

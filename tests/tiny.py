@@ -17,11 +17,14 @@ import torch
 from conftest import model_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from passes.graph.driver import rewrite
+from passes.graph import driver
 from passes.graph.prepare import prepare
+from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
+from passes.tensorrt.network_passes import PASSES
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
 from pipeline.model.load import load
@@ -124,6 +127,12 @@ def _traced(
 def rewritten(strategy: str, unproven: str | None, name: str, **how: Any) -> Rewritten:
     """``traced(name, **how)`` after strategy ``strategy``."""
     return rewrite(traced(name, **how).program, strategy, unproven)
+
+
+def with_fused_rows(graph: GraphModule) -> None:
+    """What is done to a graph of single rows before it is converted, in place."""
+    rows = tuple(each for each in PASSES if each.name in ("fuse_rows", "join_queries_and_keys"))
+    driver.run(rows, graph, lambda each: each)
 
 
 def logits(program: ExportedProgram, **inputs: Tensor) -> Tensor:

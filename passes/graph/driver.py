@@ -1,55 +1,52 @@
-"""Runs the passes over a program: numbers, times, logs and checks them, and leaves out what is asked to be."""
+"""Runs a list of passes: numbers, times, logs and checks them, and leaves out what is asked to be."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
-from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
-from passes.errors import UserError
-from passes.graph import ops
-from passes.graph.lowerings.lowering import OURS, BackEnd
-from passes.graph.passes import OPTIONAL, PASSES, Work
 from passes.graph.records import PassRecord
-from passes.graph.rewritten import Rewritten, assumed_of, record
-from passes.graph.strategies import strategy
 
-DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out, ops.BLANKED: ops.without_unseeing}
+Work = TypeVar("Work")
 _log = logging.getLogger(__name__)
 
 
-def rewrite(
-    program: ExportedProgram,
-    name: str,
-    unproven: str | None = None,
-    assume: Collection[str] = (),
-    back_end: BackEnd = OURS,
+@dataclass(frozen=True)
+class Pass(Generic[Work]):
+    """One change of a graph, in place."""
+
+    name: str
+    run: Callable[[Work], int]
+    """Returns how many calls or operations it changed."""
+    optional: bool = False
+    """Whether what is made without it is as right, and ``strategy.without`` may name it."""
+
+
+def run(
+    passes: tuple[Pass[Work], ...],
+    work: Work,
+    graph_of: Callable[[Work], GraphModule],
     without: Collection[str] = (),
-) -> Rewritten:
-    """Prove every mask of ``program`` and rewrite its attention calls by strategy ``name``, for ``back_end``.
-
-    ``assume`` names the :data:`passes.proof.conditions.CONDITIONS` that hold for every input, says the user;
-    ``without`` the passes that are left out, of :data:`passes.graph.passes.OPTIONAL`.
-
-    ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.UserError` for other names, and
-    :class:`passes.errors.RunError` of kind ``unproven`` where the strategy was told to, and of kind ``no_attention``
-    for a graph without attention ops.
-    """
-    for unknown in set(without) - set(OPTIONAL):
-        raise UserError(f"without={unknown}: allowed: {', '.join(OPTIONAL)}")
-    work = Work(program, strategy(name), unproven, assume, back_end)
+) -> list[PassRecord]:
+    """Every pass but those named by ``without``, one after another, with the graph checked behind each."""
     done: list[PassRecord] = []
-    for number, each in enumerate(PASSES, 1):
-        if each.name in without:
+    for number, each in enumerate(passes, 1):
+        if each.optional and each.name in without:
             continue
         started = time.perf_counter()
         changed = each.run(work)
-        work.program.graph_module.graph.lint()
+        graph_of(work).graph.lint()
         done.append(PassRecord(each.name, changed, round(time.perf_counter() - started, 4)))
-        _log.debug("%d of %d, %s: %d changed, %.4f s", number, len(PASSES), each.name, changed, done[-1].seconds)
-    work.program.graph_module.recompile()
-    calls = [record(each.call, each.proof, each.decision, each.native_gqa, each.scale) for each in work.attention]
-    assumed = assumed_of([(each.proof, each.decision) for each in work.attention])
-    return Rewritten(work.program, calls, done, assumed)
+        _log.debug("%d of %d, %s: %d changed, %.4f s", number, len(passes), each.name, changed, done[-1].seconds)
+    graph_of(work).recompile()
+    return done
+
+
+def optional(passes: tuple[Pass[Work], ...]) -> tuple[str, ...]:
+    """Those that may be left out."""
+    return tuple(each.name for each in passes if each.optional)

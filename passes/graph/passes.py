@@ -10,7 +10,7 @@ asserted; ``repeat_kv`` only where it was proved to be the repetition that group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from passes.graph.blank_rows import every_row_sees_a_key
+from passes.graph.driver import Pass
 from passes.graph.lowerings.lowering import Action, BackEnd
 from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
@@ -113,26 +114,6 @@ def dead_code_removed(work: Work) -> int:
     return before - len(graph.nodes)
 
 
-@dataclass(frozen=True)
-class Pass:
-    name: str
-    run: Callable[[Work], int]
-    optional: bool = False
-    """Whether a program without it is as right, and ``strategy.without`` may name it."""
-
-
-PASSES: tuple[Pass, ...] = (
-    Pass("prepare", prepared),
-    Pass("prove", proved),
-    Pass("fold_scale", scale_folded, optional=True),
-    Pass("group_heads", heads_grouped, optional=True),
-    Pass("lower_attention", lowered),
-    Pass("narrow_rows", rows_narrowed, optional=True),
-    Pass("remove_dead_code", dead_code_removed),
-)
-OPTIONAL = tuple(each.name for each in PASSES if each.optional)
-
-
 def _in_own_words(work: Work) -> list[Attention]:
     return [each for each in work.attention if each.decision.lowering.own_words]
 
@@ -143,3 +124,14 @@ def _keeps_alive(node: Node) -> bool:
     if node.target is metadata:
         return any(user.target is not metadata for user in node.all_input_nodes[0].users)
     return node.is_impure()
+
+
+PASSES: tuple[Pass[Work], ...] = (
+    Pass("prepare", prepared),
+    Pass("prove", proved),
+    Pass("fold_scale", scale_folded, optional=True),
+    Pass("group_heads", heads_grouped, optional=True),
+    Pass("lower_attention", lowered),
+    Pass("narrow_rows", rows_narrowed, optional=True),
+    Pass("remove_dead_code", dead_code_removed),
+)

@@ -17,7 +17,7 @@ from passes.proof.masks import Proof, Status
 @dataclass(frozen=True)
 class Rewritten:
     """``program`` is functional and runs as it is; lowering must decompose
-    :data:`passes.graph.driver.DECOMPOSITIONS` on the way."""
+    :data:`passes.graph.rewrite.DECOMPOSITIONS` on the way."""
 
     program: ExportedProgram
     calls: list[CallRecord]

@@ -22,8 +22,9 @@ aten = torch.ops.aten
 VIEWS = (*RESHAPES, aten.expand.default)
 
 
-def prepare(graph: GraphModule) -> None:
-    """Write known sizes, slices and contents into ``graph``, in place."""
+def prepare(graph: GraphModule) -> int:
+    """Write known sizes, slices and contents into ``graph``, in place; returns into how many operations."""
+    changed = 0
     for node in list(graph.graph.nodes):
         if node.target in VIEWS and "val" in node.meta:
             _write_known_sizes(node)
@@ -34,7 +35,11 @@ def prepare(graph: GraphModule) -> None:
         elif node.target is aten.empty.memory_format:
             node.target, node.args = aten.full.default, (node.args[0], 0)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
+        else:
+            continue
+        changed += 1
     graph.recompile()
+    return changed
 
 
 def _write_known_sizes(node: Node) -> None:

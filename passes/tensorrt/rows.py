@@ -51,19 +51,26 @@ def _row(node: Node) -> Node | None:
     return row if all(isinstance(size, int) for size in sizes) and prod(sizes) == 1 else None
 
 
-def prepare(graph: GraphModule) -> None:
-    """Bring ``graph`` into the form in which TensorRT fuses what becomes of a row, in place."""
+def fuse(graph: GraphModule) -> int:
+    """Bring ``graph`` into the form in which TensorRT fuses what becomes of a row, in place; returns how many rows are
+    multiplied with weights that were put together."""
+    merged = 0
     for node in graph.graph.nodes:
         if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2 and _keeps_type(node):
             node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
     for row in list(graph.graph.nodes):
         products = list(row.users)
         if products and all(_row(product) is row and _constants(graph, product) for product in products):
-            _merge(graph, row, products)
+            merged += _merge(graph, row, products)
     stable_topological_sort(graph)  # a merged product stands where one of them stood, and not always the first
+    return merged
+
+
+def join(graph: GraphModule) -> int:
+    """Compute once what is done alike to the queries and the keys of a row, in place; returns how many operations."""
+    before = len(graph.graph.nodes)
     query_key_joining.join(graph, [node for node in graph.graph.nodes if _row(node) is not None])
-    graph.graph.lint()
-    graph.recompile()
+    return abs(before - len(graph.graph.nodes))
 
 
 def _keeps_type(node: Node) -> bool:
@@ -80,13 +87,13 @@ def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:
     return found if shaped and not computed else []
 
 
-def _merge(graph: GraphModule, row: Node, products: list[Node]) -> None:
+def _merge(graph: GraphModule, row: Node, products: list[Node]) -> bool:
     """Put the weights [out, in] of all ``products``, which alone read ``row``, together, with the gain of its norm."""
     weights, biases = zip(*(_constants(graph, product) for product in products), strict=True)
     sizes = [len(weight) for weight in weights]
     gain, normed = _gain(graph, row) if sum(sizes) < VOCABULARY else (None, row)
     if gain is None and len(products) == 1:
-        return
+        return False
     with torch.no_grad(), graph.graph.inserting_before(products[0]):
         whole = torch.cat(weights)
         if gain is not None:
@@ -109,6 +116,7 @@ def _merge(graph: GraphModule, row: Node, products: list[Node]) -> None:
             product.replace_all_uses_with(piece)
     for node in (*products, *([] if gain is None else [row])):
         graph.graph.erase_node(node)
+    return True
 
 
 def _gain(graph: GraphModule, row: Node) -> tuple[Tensor | None, Node]:

@@ -16,6 +16,7 @@ from pipeline.config.schema import (
     CACHES,
     COMPILE_MODES,
     INPUTS,
+    OPTIONAL_PASSES,
     STAGES,
     STRATEGIES,
     Config,
@@ -91,6 +92,10 @@ def _check_strategy(strategy: StrategyConfig) -> None:
         owners = [name for name, values in STRATEGIES.items() if strategy.unproven in values]
         hint = f" (it belongs to strategy={owners[0]})" if owners else ""
         raise UserError(f"strategy.unproven={strategy.unproven}: not for strategy={strategy.name}{hint}; {takes}")
+    for name in strategy.without:
+        one_of("strategy.without", name, OPTIONAL_PASSES)
+    if strategy.without and strategy.name == "upstream":
+        raise UserError("strategy.without: strategy=upstream runs none of the passes; leave it out")
     if allowed and strategy.unproven is None:
         raise UserError(f"strategy.unproven=null: strategy={strategy.name} needs one of {', '.join(allowed)}")
 

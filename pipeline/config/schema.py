@@ -18,6 +18,9 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
+OPTIONAL_PASSES = ("fold_scale", "group_heads", "narrow_rows", "fuse_rows", "join_queries_and_keys")
+"""What `strategy.without` takes: those of `passes.graph.passes` and `passes.tensorrt.network_passes` that may be left
+out, in the order in which they run."""
 ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDITIONS`) -> the input that each is about
     "contiguous_positions": "position_ids",
     "no_padding": "attention_mask",
@@ -70,6 +73,8 @@ class StrategyConfig:
     """What becomes of a call whose mask is not proved causal."""
     assume: list[str] = field(default_factory=list)
     """Conditions that hold for every input, says the user; a mask that is causal under them is dropped."""
+    without: list[str] = field(default_factory=list)
+    """Passes that are left out, to see what they are worth: :data:`OPTIONAL_PASSES`."""
     guard: bool | None = None
     """The engine's runtime checks those conditions on its inputs and refuses to run outside them."""
 

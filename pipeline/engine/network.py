@@ -8,7 +8,8 @@ builds and deserialises, is not used but what it inherits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from operator import getitem
 from typing import Any
 
@@ -17,12 +18,15 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
 from passes.errors import AS_IT_IS, RunError, first_line, message_line
-from passes.graph.driver import DECOMPOSITIONS
+from passes.graph import driver
+from passes.graph.driver import Pass
+from passes.graph.rewrite import DECOMPOSITIONS
 from passes.precision import PRECISIONS
 from passes.proof.calls import FORMS
 from passes.tensorrt import attention as converters
-from passes.tensorrt import cache, network_form, rows
+from passes.tensorrt import cache, rows
 from passes.tensorrt import missing as missing_converters
+from passes.tensorrt.network_passes import PASSES
 from passes.tensorrt.registry import Converter, registered
 from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
 from pipeline.config.schema import BackendConfig
@@ -81,19 +85,33 @@ def lower(
     return Lowered(graph, settings, inputs)
 
 
-def interpret(
-    stack: Stack, lowered: Lowered, use_upstream: bool, in_place: bool = False, fused_rows: bool = False
-) -> Network:
-    """Convert the lowered graph, op by op, to a TensorRT network.
+@dataclass(frozen=True)
+class Conversion:
+    """What of ours takes part where a graph becomes a network."""
 
-    ``in_place``: its KV cache is updated where it is; ``fused_rows``: see :mod:`passes.tensorrt.rows`.
-    """
-    if not use_upstream:
-        network_form.prepare(lowered.graph)
-    if fused_rows:
-        rows.prepare(lowered.graph)
+    passes: tuple[Pass[GraphModule], ...]
+    converters: Callable[[Stack, list[converters.NativeLayer]], list[Converter]]
+    """Ours; the native layers that they make go into the list."""
+
+
+ROWS = ("fuse_rows", "join_queries_and_keys")
+"""What ``backend.fused_rows=false`` leaves out."""
+UPSTREAM = Conversion((), lambda stack, made: [])
+"""Nothing: what the installed Torch-TensorRT does by itself."""
+
+
+def ours(in_place: bool = False, without: Collection[str] = ()) -> Conversion:
+    """All that we have, but for the optional passes in ``without``; ``in_place``: a KV cache is updated where it is."""
+    chosen = tuple(each for each in PASSES if not (each.optional and each.name in without))
+    fused_rows = any(each.name == "fuse_rows" for each in chosen)
+    return Conversion(chosen, lambda stack, made: _converters(stack, made, in_place, fused_rows))
+
+
+def interpret(stack: Stack, lowered: Lowered, conversion: Conversion) -> Network:
+    """Convert the lowered graph, op by op, to a TensorRT network."""
+    done = driver.run(conversion.passes, lowered.graph, lambda graph: graph)
     made: list[converters.NativeLayer] = []
-    ours = [] if use_upstream else _converters(stack, made, in_place, fused_rows)
+    ours = conversion.converters(stack, made)
     specs = [_trt_input(stack, spec) for spec in lowered.inputs]
     from torch_tensorrt.dynamo.conversion import TRTInterpreter
 
@@ -110,7 +128,8 @@ def interpret(
             raise RunError("conversion", f"TensorRT refuses {at} ({reason}); {AS_IT_IS}") from error
     calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
     exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
-    return Network(interpreter, tuple(made), _contents(stack, interpreter.ctx.net, made, calls), exact)
+    contents = replace(_contents(stack, interpreter.ctx.net, made, calls), passes=tuple(done))
+    return Network(interpreter, tuple(made), contents, exact)
 
 
 def _refuse_what_is_missing(graph: GraphModule) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch.export import ExportedProgram
 
-from passes.graph.driver import Rewritten
+from passes.graph.rewritten import Rewritten
 from pipeline.config.schema import CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.trace import cached_forms, call_form
 from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape

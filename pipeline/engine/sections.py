@@ -56,6 +56,8 @@ class Engine:
     """Those that have a fused kernel; null: Torch-TensorRT's own converter made them, which does not say."""
     softmax: int
     """Softmax layers, as attention has that is written out."""
+    passes: tuple[PassRecord, ...] = ()
+    """What was done to the lowered graph, in that order."""
     torch_fallback_ops: tuple[str, ...] = ()
     """Always none: what TensorRT cannot take ends the run."""
     notes: tuple[str, ...] = ()

@@ -1,0 +1,14 @@
+"""The passes over a lowered graph, before its operations are converted, in the order in which they run."""
+
+from __future__ import annotations
+
+from torch.fx import GraphModule
+
+from passes.graph.driver import Pass
+from passes.tensorrt import network_form, rows
+
+PASSES: tuple[Pass[GraphModule], ...] = (
+    Pass("write_known_sizes", network_form.prepare),
+    Pass("fuse_rows", rows.fuse, optional=True),
+    Pass("join_queries_and_keys", rows.join, optional=True),
+)
