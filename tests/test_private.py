@@ -168,7 +168,8 @@ def test_hydras_parser_knows_the_options_that_are_asked_for() -> None:
 
 
 def test_hydra_starts_on_arguments_that_are_handed_over(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("a: 1\nhydra: {run: {dir: .}, output_subdir: null}\n")
+    silent = "defaults: [_self_, override hydra/job_logging: none, override hydra/hydra_logging: none]\n"
+    (tmp_path / "config.yaml").write_text(f"{silent}a: 1\nhydra: {{run: {{dir: .}}, output_subdir: null}}\n")
     composed: list[Any] = []
     of_hydra.start(["a=2"], composed.append, tmp_path)
     assert [dict(each) for each in composed] == [{"a": 2}]

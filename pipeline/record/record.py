@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import RunError, UserError
+from passes.errors import RunError, UserError, message_line
 from pipeline.config.schema import Config
 from pipeline.host import interrupts
 from pipeline.host.files import DISK, said_by_the_disk, write_text
@@ -202,7 +202,7 @@ def _failure(stage: str, error: BaseException) -> Failure:
     if not isinstance(error, Exception):
         by = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
         return Failure(stage, "interrupted", f"interrupted by {by}")
-    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    message = message_line(error)
     if isinstance(error, RunError):
         return Failure(stage, error.kind, message)
     if isinstance(error, UserError):
