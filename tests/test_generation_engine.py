@@ -206,6 +206,7 @@ def test_rows_that_get_each_others_places_fail_the_verification(
     assert {case["padding"] for case in report["verify"]["cases"] if not case["passed"]} == {"ragged"}
 
 
+@pytest.mark.slow  # the batch over a cache has a decomposed row in CI
 def test_decomposed_attention_generates_too(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
     report = report_of(store, tmp_path, tiny_llama_dir, "cache=in_engine", "strategy=decompose")
 

@@ -29,6 +29,8 @@ from pipeline.trace.call_form import InputSpec, Traced
 from pipeline.verify import candidate
 from pipeline.verify.cases import cases
 
+SLOW = pytest.mark.slow
+
 # What is built
 
 
@@ -68,7 +70,10 @@ def test_a_static_engine_has_no_profiles() -> None:
     assert build_engine(load_stack(), made, lambda *_: True).engine.profiles == ()
 
 
-@pytest.mark.parametrize(("mode", "batch"), [("static", 1), ("in_engine", 1), ("in_engine", 2)])
+@pytest.mark.parametrize(
+    ("mode", "batch"),
+    [pytest.param("static", 1, marks=SLOW), pytest.param("in_engine", 1, marks=SLOW), ("in_engine", 2)],
+)
 def test_the_prompts_of_a_cache_have_them_too_and_the_step_has_none(mode: str, batch: int) -> None:
     model = tiny.model("llama", "fp16")
     shape = ShapeConfig("dynamic", batch, 2, 48, 48, exact=[32, 48])

@@ -35,9 +35,16 @@ def rows_of_products(program: ExportedProgram) -> list[Any]:
     return [node.meta["val"].shape[1] for node in program.graph.nodes if node.target is LINEAR]
 
 
-@pytest.mark.parametrize("static", [True, False], ids=["static", "dynamic"])
-@pytest.mark.parametrize("strategy", ["detect_causal", "lowering", "decompose"])
-@pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3", "phi3"])
+@pytest.mark.parametrize(
+    ("name", "strategy", "static"),
+    [
+        pytest.param(name, strategy, static, marks=() if name == "llama" or quick else pytest.mark.slow)
+        for name in ("llama", "qwen2", "qwen3", "phi3")
+        for strategy in ("detect_causal", "lowering", "decompose")
+        for static in (True, False)
+        for quick in (name != "qwen2" and strategy == "detect_causal" and not static,)
+    ],
+)
 def test_the_last_layer_runs_over_one_row_behind_its_attention(name: str, strategy: str, static: bool) -> None:
     before = last_rows(name, static)
 
