@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from passes.front_door import (
         Classification,
-        Rewritten,
         classify,
         load_torch_tensorrt,
         native_attention,
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
         rewrite,
         unregister,
     )
+    from passes.graph.rewritten import Rewritten
 
 __all__ = [
     "Classification", "Rewritten", "classify", "load_torch_tensorrt", "native_attention", "register", "rewrite",

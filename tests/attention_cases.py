@@ -24,6 +24,7 @@ MASKS: dict[str, tuple[str, str]] = {
     "bool of rank 4": ("B H L S", "bool"),
     "bool for a batch": ("B 1 L S", "bool"),
     "bool of keys": ("B 1 1 S", "bool"),
+    "bool of keys, expanded": ("B 1 1 S", "bool"),
     "bool of queries": ("B 1 L 1", "bool"),
     "bool with rows that see nothing": ("B 1 L S", "bool with rows that see nothing"),
     "added, rank 2": ("L S", "float"),
@@ -88,6 +89,8 @@ class Calls(nn.Module):
     def attention(self, case: Case, given: Iterator[Tensor]) -> Tensor:
         query, key, value = (next(given).unflatten(2, (-1, case.size)).transpose(1, 2) for _ in range(3))
         mask = next(given) if MASKS[case.mask][0] else None
+        if mask is not None and case.mask.endswith("expanded"):
+            mask = mask.expand(-1, -1, query.shape[2], -1)
         return scaled_dot_product_attention(
             query,
             key,

@@ -194,9 +194,9 @@ def _axis_read(node: Node, axis: int, source: Node) -> int | None:
         order = list(range(rank))
         first, second = args[1:3]
         order[first], order[second] = order[second], order[first]
-        return order[axis]
+        return int(order[axis])
     if target is aten.permute.default:
-        return range(rank)[args[1][axis]]
+        return int(range(rank)[args[1][axis]])
     return None
 
 
@@ -210,7 +210,7 @@ def _axis(node: Node) -> int:
     args: Any = node.args
     place = 1 if node.target is aten.slice.Tensor else 2
     axis: Any = args[place] if len(args) > place else node.kwargs.get("dim", 0)
-    return range(args[0].meta["val"].dim())[axis]
+    return int(range(args[0].meta["val"].dim())[axis])
 
 
 def _aligned(arguments: list[Node], axis: int, shape: torch.Size) -> dict[Node, int] | None:

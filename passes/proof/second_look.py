@@ -126,8 +126,7 @@ def _first_difference(mask: Tensor, attends: Tensor) -> tuple[int, ...] | None:
 
 
 def _described(place: tuple[int, ...], mask: Tensor, queries: int, keys: int, inputs: Mapping[str, Tensor]) -> str:
-    shape = torch.broadcast_shapes(mask.shape, (queries, keys))
-    value = mask.expand(shape)[place].item()
+    value = mask.expand(*mask.shape[:-2], queries, keys)[place].item()
     contents = "".join(f", {name} = {str(content.tolist())[:80]}" for name, content in inputs.items())
     return f"query {place[-2]}, key {place[-1]} of {queries} queries and {keys} keys is {value}{contents}"
 

@@ -5,7 +5,7 @@ What is known about the layer, and how it is dealt with here:
 * ``add_attention(causal=True)`` aligns upper-left, and so does ``CausalMaskKind.UPPER_LEFT``; upstream's converter
   of Torch-TensorRT 2.14 writes LOWER_RIGHT for torch's upper-left ``is_causal``.
 * A causal layer takes no mask, and drops one that is assigned without a word: what was set is read back.
-* The mask is rank 4, bool or of the query's type, and full in its last two dimensions.
+* The mask is rank 4, bool or of the query's type, full in its last two dimensions, and no view (:func:`_written_out`).
 * A row whose mask blocks every key gives anything; PyTorch gives 0, so that is put there (:func:`_without_unseeing`).
 * The layer needs static head counts; reshapes with -1 in the traced graph hide them.
 * Query, key and value must have the same head size.  Where the values' differs (DeepSeek), the smaller ones are filled
@@ -79,6 +79,7 @@ def convert(
     layer.name = f"{node.name} [{'causal' if causal != 'none' else 'masked' if mask is not None else 'full'}]"
     if mask is not None:
         mask = _normalised_mask(stack, ctx, as_tensor(ctx, mask, f"{node.name} [mask]"), query, key, node)
+        mask = _written_out(stack, ctx, mask, node)
         layer.mask = mask
     dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
     fused = has_fused_kernel(dtype, size)
@@ -192,6 +193,22 @@ def _normalised_mask(stack: Stack, ctx: Any, mask: Any, query: Any, key: Any, no
     layer = network.add_slice(mask, (0,) * 4, (1,) * 4, (1, 1, *(0 if each else 1 for each in spread)))
     layer.set_input(2, sizes)
     layer.name = f"{node.name} [mask, spread]"
+    return layer.get_output(0)
+
+
+def _written_out(stack: Stack, ctx: Any, mask: Any, node: Node) -> Any:
+    """``mask`` [B or 1, H or 1, L, S] as a tensor that is there: of a bool one that the graph broadcasts over L, in a
+    network of known sizes, the fused kernels read something else.
+
+    TensorRT-RTX 1.6.1, compute capability 9.0, mask [B, 1, 1, S]: off by 3.9 where values are of size 1, in fp16 and
+    bf16, whether the graph expands it or we do; right where lengths are dynamic, and as a mask that is added
+    (``tests/test_native_attention.py``).  And with True is the mask itself, and no view.
+    """
+    if mask.dtype != stack.trt.bool or any(size < 0 for size in mask.shape):
+        return mask
+    true = as_tensor(ctx, torch.ones(1, 1, *mask.shape[2:], dtype=torch.bool), f"{node.name} [true]")
+    layer = ctx.net.add_elementwise(mask, true, stack.trt.ElementWiseOperation.AND)
+    layer.name = f"{node.name} [mask, written out]"
     return layer.get_output(0)
 
 
