@@ -184,7 +184,7 @@ def test_the_readme_is_read_in_three_minutes_and_shows_a_picture() -> None:
     assert not any(line.startswith("| ---") for line in lines), "tables of results are in docs/results.md"
 
 
-ADDED = ("a model", "a mask form", "a strategy")
+ADDED = ("a model", "a mask form", "a strategy", "a precision")
 
 
 def test_what_one_adds_is_a_list_of_at_most_three_files_each() -> None:
