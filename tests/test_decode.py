@@ -315,7 +315,8 @@ def test_products_that_share_a_row_become_one(name: str, biases: int) -> None:
 
 slow = pytest.mark.slow
 PARALLEL = [
-    ("gptj", 3), ("cohere", 4), pytest.param("phi", 3, marks=slow), pytest.param("stablelm", 4, marks=slow),
+    pytest.param("gptj", 3, marks=slow), ("cohere", 4),
+    pytest.param("phi", 3, marks=slow), pytest.param("stablelm", 4, marks=slow),
     pytest.param("gpt_neox", 0, marks=slow), pytest.param("falcon", 0, marks=slow),  # one already, and a norm each
 ]  # fmt: skip
 """Attention and MLP read the same row: the products that are put together stand far apart.  How many there are less."""

@@ -90,7 +90,7 @@ def test_the_other_shipped_architectures_are_too(name: str, strategy: str, unpro
 def test_left_padding_is_respected(strategy: str, unproven: str | None, proved: str, unproved: str) -> None:
     rewritten = tiny.rewritten(strategy, unproven, "llama", inputs=PADDED, batch=2)
     assert [(call.mask, call.depends_on, call.action) for call in rewritten.calls] == [
-        ("padding", ["attention_mask"], unproved)
+        ("padding", ("attention_mask",), unproved)
     ] * 2
     # At padding too, whose rows see no key.
     assert_as_pytorch(rewritten.program.module(), "llama", padded_batch()[0])
@@ -160,7 +160,7 @@ def test_force_drops_the_mask_says_so_and_changes_padded_logits() -> None:
     rewritten = tiny.rewritten("lowering", "force", "llama", inputs=PADDED, batch=2)
     for call in rewritten.calls:
         assert (call.action, call.unproved, call.proof) == ("rewritten_causal", True, "unproved")
-        assert "unproved" in call.reason and call.depends_on == ["attention_mask"]
+        assert "unproved" in call.reason and call.depends_on == ("attention_mask",)
     inputs, real = padded_batch()
     with torch.no_grad():
         right = tiny.model("llama")(**inputs).logits

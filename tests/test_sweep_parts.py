@@ -22,6 +22,7 @@ from reports import real
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
 from pipeline.compare.__main__ import main as compare_reports
+from pipeline.record.report import upgraded
 from pipeline.sweep import isolation, registry, table
 from pipeline.sweep.estimate import device_bytes
 from pipeline.sweep.isolation import Ended
@@ -181,7 +182,7 @@ def kill(counter: str, count: int) -> int:
 
 
 def measured() -> dict[str, dict[str, Any]]:
-    return {name: real(f"llama3_1b-{name}") for name in ("detect_causal", "upstream", "eager")}
+    return {name: upgraded(real(f"llama3_1b-{name}")) for name in ("detect_causal", "upstream", "eager")}
 
 
 def folders(tmp_path: Path, reports: dict[str, dict[str, Any]]) -> dict[str, Path]:
