@@ -17,7 +17,7 @@ from passes.graph import ops
 from passes.graph.prepare import prepare
 from passes.graph.rewrite import rewrite
 from passes.tensorrt import attention
-from passes.tensorrt.versions import Stack, load_stack, quiet
+from passes.tensorrt.versions import load_stack, quiet
 from pipeline.config.schema import BackendConfig
 from pipeline.engine import network as compile
 from pipeline.engine.build import Built, build_engine
@@ -132,33 +132,13 @@ def claiming(causal: str) -> compile.Lowered:
     return lowered(small(lambda q, k, v: ops.native(q, k, v, None, causal, 1.0)))
 
 
-class FirstApi(Stack):
-    """The same libraries through ``add_attention``, the only one before TensorRT 11 and TensorRT-RTX 1.6."""
-
-    has_attention_v2 = False  # type: ignore[assignment]
-
-
-@pytest.fixture(params=["the newest API", "add_attention"])
-def stack(request: pytest.FixtureRequest) -> Stack:
-    found = load_stack()
-    return found if request.param == "the newest API" else FirstApi(found.trt, found.torch_tensorrt, found.flavour)
-
-
-@pytest.mark.parametrize("causal", ["none", "upper_left"])
-def test_a_layer_is_what_was_asked_for_through_either_api(stack: Stack, causal: str) -> None:
-    (layer,) = compile.interpret(stack, claiming(causal), compile.ours()).native_layers
+@pytest.mark.parametrize("causal", ["none", "upper_left", "lower_right"])
+def test_a_layer_is_what_was_asked_for(causal: str) -> None:
+    stack = load_stack()
+    made = compile.interpret(stack, claiming(causal), compile.ours())
+    (layer,) = made.native_layers
     assert (layer.causal, layer.masked, layer.fused, layer.heads) == (causal, False, True, (2, 2))
-
-
-def test_lower_right_needs_the_second_api(stack: Stack) -> None:
-    if stack.has_attention_v2:
-        made = compile.interpret(stack, claiming("lower_right"), compile.ours())
-        assert [layer.causal for layer in made.native_layers] == ["lower_right"]
-        assert_consistent(build_engine(stack, made, on))
-        return
-    with pytest.raises(RunError, match="add_attention_v2") as error:
-        compile.interpret(stack, claiming("lower_right"), compile.ours())
-    assert error.value.kind == "conversion"
+    assert_consistent(build_engine(stack, made, on))
 
 
 def test_torchs_is_causal_becomes_upper_left() -> None:

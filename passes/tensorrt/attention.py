@@ -1,9 +1,9 @@
-"""Builds TensorRT's native attention layer: the one place that calls ``add_attention`` and ``add_attention_v2``.
+"""Builds TensorRT's native attention layer: the one place that calls ``add_attention_v2``.
 
 What is known about the layer, and how it is dealt with here:
 
-* ``add_attention(causal=True)`` aligns upper-left, and so does ``CausalMaskKind.UPPER_LEFT``; upstream's converter
-  of Torch-TensorRT 2.14 writes LOWER_RIGHT for torch's upper-left ``is_causal``.
+* ``CausalMaskKind.UPPER_LEFT`` is torch's ``is_causal``, for which upstream's converter of Torch-TensorRT 2.14 writes
+  LOWER_RIGHT.
 * A causal layer takes no mask, and drops one that is assigned without a word: what was set is read back.
 * The mask is rank 4, bool or of the query's type, full in its last two dimensions, and no view (:func:`_written_out`).
 * A row whose mask blocks every key gives anything; PyTorch gives 0, so that is put there (:func:`_without_unseeing`).
@@ -13,7 +13,7 @@ What is known about the layer, and how it is dealt with here:
 * It does not scale.  A factor multiplied on right before a causal layer is lost by some kernels, so it goes into
   the weights (:mod:`passes.graph.scale`), and where it cannot, it is multiplied on as a vector (:func:`scaled`).
 * ``decomposable=False`` makes the build fail where no fused kernel exists.  fp32 and head sizes outside
-  16..256 in steps of 8 have none (measured with ahead-of-time builds of TensorRT-RTX 1.4 and 1.6).
+  16..256 in steps of 8 have none (measured with ahead-of-time builds of TensorRT-RTX 1.6).
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def convert(
     channels = value.shape[3]
     size = max(shape[-1], channels)
     query, key, value = (_with_channels(stack, network, tensor, size) for tensor in (query, key, value))
-    layer = _add_layer(stack, network, (query, key, value), causal)
+    softmax, kind = stack.trt.AttentionNormalizationOp.SOFTMAX, _causal_kinds(stack.trt)[causal]
+    layer = network.add_attention_v2(query, key, value, softmax, kind)
     if layer is None:
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
     layer.name = f"{node.name} [{'causal' if causal != 'none' else 'masked' if mask is not None else 'full'}]"
@@ -124,29 +125,16 @@ def _without_unseeing(stack: Stack, ctx: Any, output: Any, mask: Any, node: Node
     return layer.get_output(0)
 
 
-def _add_layer(stack: Stack, network: Any, qkv: tuple[Any, Any, Any], causal: str) -> Any:
-    trt = stack.trt
-    if stack.has_attention_v2:
-        return network.add_attention_v2(*qkv, trt.AttentionNormalizationOp.SOFTMAX, _causal_kinds(trt)[causal])
-    if causal == "lower_right":
-        raise RunError(
-            "conversion", "lower-right causal attention needs add_attention_v2 (TensorRT 11, TensorRT-RTX 1.6)"
-        )
-    return network.add_attention(*qkv, trt.AttentionNormalizationOp.SOFTMAX, causal == "upper_left")
-
-
 def _causal_kinds(trt: Any) -> dict[str, Any]:
     kinds = trt.CausalMaskKind
     return {"none": kinds.NONE, "upper_left": kinds.UPPER_LEFT, "lower_right": kinds.LOWER_RIGHT}
 
 
 def _read_back(stack: Stack, layer: Any, node: Node, fused: bool, heads: tuple[int, int]) -> NativeLayer:
-    if stack.has_attention_v2:
-        names = {kind: name for name, kind in _causal_kinds(stack.trt).items()}
-        causal = names[layer.causal_kind]
-    else:
-        causal = "upper_left" if layer.causal else "none"
-    return NativeLayer(node.name, causal, layer.mask is not None, fused and not layer.decomposable, heads)
+    names = {kind: name for name, kind in _causal_kinds(stack.trt).items()}
+    return NativeLayer(
+        node.name, names[layer.causal_kind], layer.mask is not None, fused and not layer.decomposable, heads
+    )
 
 
 def _static_heads(network: Any, tensor: Any, node: Any) -> Any:

@@ -35,11 +35,6 @@ class Stack:
     """``tensorrt`` or ``tensorrt_rtx``."""
 
     @property
-    def has_attention_v2(self) -> bool:
-        """``add_attention_v2`` with ``CausalMaskKind``: from TensorRT 11 and TensorRT-RTX 1.6."""
-        return hasattr(self.trt.INetworkDefinition, "add_attention_v2")
-
-    @property
     def replays_itself(self) -> bool:
         """An execution context can capture and replay a CUDA graph of its own: TensorRT-RTX."""
         return hasattr(self.trt, "CudaGraphStrategy")

@@ -69,9 +69,6 @@ def lower(
     )
     with quiet(), torch.no_grad():
         table = {**get_decompositions(), **DECOMPOSITIONS}
-        if not torch.cuda.is_available():
-            # torch up to 2.11 would pick the CPU's attention kernel, which has no converter.
-            table.pop(torch.ops.aten.scaled_dot_product_attention.default, None)
         for target in (*converters.CONVERTED, *cache.CONVERTED):
             if any(node.target is target for node in program.graph.nodes):
                 table.pop(target, None)
