@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,6 +82,9 @@ def main() -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    if "--version" in arguments:  # Hydra's parser would answer with its own
+        print(f"proved-attention {_version()}")
+        return 0
     parsed = _parse(arguments)
     if parsed.help or parsed.hydra_help or parsed.info is not None or parsed.shell_completion:
         _hydra(arguments, lambda composed: None)
@@ -187,6 +191,13 @@ def _check_plugins(base: DictConfig) -> None:
 
 def _hydra(arguments: list[str], task: Callable[[DictConfig], Any]) -> None:
     of_hydra.start(arguments, task, config_dir())
+
+
+def _version() -> str:
+    try:
+        return version("proved-attention")
+    except PackageNotFoundError:
+        return "(a checkout that is not installed)"
 
 
 def _print_error(error: UserError) -> None:

@@ -9,6 +9,7 @@ import resource
 import subprocess
 import sys
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -299,8 +300,13 @@ def test_help_lists_every_group_choice_and_setting(capsys: pytest.CaptureFixture
         for setting in set(schema_keys(key)) - {"name", "kind"}:  # those are what GROUP=CHOICE sets
             assert setting in shown, f"{key}.{setting}"
     # Hydra lists a group's choices in one line.
-    assert max(len(line) for line in shown.splitlines() if not line.startswith("row: ")) <= 120
+    assert max(len(line) for line in shown.splitlines() if not line.startswith(("row: ", "row/"))) <= 80
     assert list(empty_cwd.iterdir()) == []
+
+
+def test_the_version_is_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(["--version"]) == 0
+    assert capsys.readouterr().out == f"proved-attention {version('proved-attention')}\n"
 
 
 def test_the_help_asks_for_no_setting_that_does_not_exist() -> None:

@@ -165,14 +165,24 @@ def test_the_summary_shows_attention_network_verification_and_where_everything_i
     assert "2 native attention (2 causal, 0 masked), 0 softmax" in text
     assert GPU or "fp16 on the CPU, products added up in fp32; the engine and the GPU's kernels did not run" in text
     assert "nearest to its limit: row 0, position " in text
-    assert "passed, 3 cases" in text and str(finished.folder / "report.json") in text and "run 1" in text
+    assert "passed, 3 cases" in text and "run 1" in text
+    assert text.splitlines()[-1] == str(finished.folder / "report.json"), "alone in the last line, as scripts take it"
 
 
-def test_the_summary_of_a_narrow_console_keeps_every_letter_of_a_path(finished: Outcome) -> None:
+def test_a_summary_that_is_piped_is_not_wrapped(finished: Outcome) -> None:
+    narrow, wide = io.StringIO(), io.StringIO()
+    for shown, width in ((narrow, 40), (wide, 400)):
+        StageDisplay(Console(file=shown, width=width)).summary(finished.report, finished.folder, "run 1")
+    assert narrow.getvalue() == wide.getvalue()
+
+
+def test_the_summary_of_a_narrow_terminal_keeps_every_letter_of_a_path(finished: Outcome) -> None:
     shown = io.StringIO()
-    StageDisplay(Console(file=shown, width=40)).summary(finished.report, finished.folder, None)
+    console = Console(file=shown, width=40, force_terminal=True, color_system=None)
+    StageDisplay(console).summary(finished.report, finished.folder, f"run 1  ({finished.folder})")
 
-    assert str(finished.folder / "report.json") in re.sub(r"\s", "", shown.getvalue())
+    text = re.sub(r"\s", "", shown.getvalue())
+    assert str(finished.folder) in text.partition("MLflow")[2] and str(finished.folder / "report.json") in text
 
 
 def test_messages_with_square_brackets_are_shown_as_they_are() -> None:
@@ -507,7 +517,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
 def test_the_default_job_makes_a_verified_engine_of_smollm2(longest: int, tmp_path: Path) -> None:
     """The README's command; of its 2048 tokens CI has 128: three passes of PyTorch over 2048 take it minutes."""
     process = start(*(f"shape.{key}={longest}" for key in ("opt", "max") if longest != 2048), cwd=tmp_path)
-    _, shown = process.communicate(timeout=800)
+    found, shown = process.communicate(timeout=800)
 
     assert process.returncode == 0, shown
     outcome = outcome_in(tmp_path / "outputs")
@@ -525,7 +535,8 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(longest: int, tmp_pa
     assert report["verify"]["passed"] and lengths == [2, 7, 77, *kernels_change, longest]
     assert "Paris" in report["verify"]["answer"]["engine"]
     assert report["stages_s"]["strategy"] <= 0.05 * sum(report["stages_s"].values())
-    assert "30 causal → 30 native_causal" in shown and "Paris" in shown
+    assert "30 causal → 30 native_causal" in found and "Paris" in found and "✓ verify" in shown
+    assert Path(tmp_path, found.splitlines()[-1]) == outcome.folder / "report.json", "as a script takes it"
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
     kept = mlflow_run(store, outcome)

@@ -16,10 +16,12 @@ from pipeline.record.report import worst_case
 
 
 class StageDisplay:
-    """One line a stage, live while it runs where the console is a terminal."""
+    """One line a stage, live while it runs where the console is a terminal: on standard error.  What the run found goes
+    to standard output.  A ``console`` that is given takes both."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
+        self._found = console or Console(highlight=False)
         self._status: Status | None = None
         self._stage = ""
 
@@ -52,16 +54,24 @@ class StageDisplay:
         self.console.print(Text.assemble(("!", "yellow"), " ", message))
 
     def summary(self, report: dict[str, Any], folder: Path, tracked: str | None) -> None:
-        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-        table.add_column(style="dim")
-        table.add_column(overflow="fold")  # a path is no use with an ellipsis in it
-        for label, text in ((label, Text.assemble(*parts)) for label, *parts in _summary_rows(report)):
-            table.add_row(label, text)
-        table.add_row("report", Text(str(folder / "report.json")))
+        """What ``report`` says, in a few lines; the last one is the path of report.json and nothing else.  Where it is
+        piped, no line is wrapped."""
+        rows = [(label, Text.assemble(*parts)) for label, *parts in _summary_rows(report)]
         if tracked:
-            table.add_row("MLflow", Text(tracked))
+            rows.append(("MLflow", Text(tracked)))
         self.console.print()
-        self.console.print(table)
+        if self._found.is_terminal:
+            table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+            table.add_column(style="dim")
+            table.add_column(overflow="fold")  # a path is no use with an ellipsis in it
+            for label, text in rows:
+                table.add_row(label, text)
+            self._found.print(table)
+        else:
+            for label, text in rows:
+                self._found.print(Text(f"{label:<10}  ").append_text(text), soft_wrap=True)
+        if (path := folder / "report.json").is_file():
+            self._found.print(Text(str(path)), soft_wrap=True)
 
 
 Part = str | tuple[str, str]
