@@ -72,7 +72,9 @@ def test_a_mask_that_must_stay_stays_and_the_engine_is_verified_where_it_matters
     assert passed[case.right] and passed[case.wrong] and report["verify"]["outside"] is None
 
 
-@pytest.mark.parametrize("name", WRONG)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "padded" else [pytest.mark.slow]) for name in WRONG]
+)
 def test_a_mask_dropped_against_the_proof_fails_verification_and_its_engine_is_not_handed_out(
     name: str, store: str, tmp_path: Path, cwd: Path
 ) -> None:

@@ -117,7 +117,7 @@ slow = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
-        ("deepseek_v3", ["cache=in_engine"]),
+        pytest.param("deepseek_v3", ["cache=in_engine"], marks=slow),  # half a minute; its step is built below
         pytest.param("deepseek_v3", ["model.inputs=[input_ids,attention_mask]"], marks=slow),
         pytest.param("mixtral", [], marks=slow),
         pytest.param("mixtral", ["cache=in_engine"], marks=slow),

@@ -38,7 +38,7 @@ def report_of(store: str, output: Path, model: Path, *overrides: str) -> dict[st
     return generated(store, output, model, *overrides).report
 
 
-@pytest.mark.parametrize("mode", ["in_engine", "static"])
+@pytest.mark.parametrize("mode", ["in_engine", pytest.param("static", marks=pytest.mark.slow)])
 def test_two_engines_are_built_and_what_they_generate_is_judged(
     mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
@@ -173,7 +173,7 @@ def test_a_model_that_keeps_more_than_keys_is_refused_before_anything_is_created
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("strategy", ["detect_causal", "decompose"])
+@pytest.mark.parametrize("strategy", ["detect_causal", pytest.param("decompose", marks=pytest.mark.slow)])
 def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_lengths(
     strategy: str, store: str, tmp_path: Path, tiny_llama_dir: Path
 ) -> None:
@@ -206,7 +206,7 @@ def test_rows_that_get_each_others_places_fail_the_verification(
     assert {case["padding"] for case in report["verify"]["cases"] if not case["passed"]} == {"ragged"}
 
 
-@pytest.mark.slow  # the batch over a cache has a decomposed row in CI
+@pytest.mark.slow
 def test_decomposed_attention_generates_too(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
     report = report_of(store, tmp_path, tiny_llama_dir, "cache=in_engine", "strategy=decompose")
 

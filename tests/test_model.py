@@ -399,6 +399,7 @@ def test_kept_folder_is_reused_and_a_damaged_one_made_again(gguf_dir: Path, mess
     assert torch.equal(again.model.lm_head.weight, first.model.lm_head.weight)
 
 
+@pytest.mark.slow  # two processes that import everything
 def test_two_processes_prepare_a_gguf_once(gguf_dir: Path) -> None:
     code = (
         "import sys, torch; from pipeline.config.schema import ModelConfig; from pipeline.model.load import load;"

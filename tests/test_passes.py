@@ -15,8 +15,9 @@ from passes.graph import driver
 from passes.graph.passes import PASSES
 from passes.graph.rewrite import rewrite
 from passes.tensorrt import network_passes
-from pipeline.config.schema import OPTIONAL_PASSES
+from pipeline.config.schema import OPTIONAL_PASSES, StrategyConfig
 from pipeline.engine.network import ours
+from pipeline.engine.programs import dropped
 
 EVERY = ["prepare", "prove", "fold_scale", "group_heads", "lower_attention", "narrow_rows", "remove_dead_code"]
 
@@ -60,3 +61,24 @@ def test_a_pass_that_is_none_is_refused_in_one_line() -> None:
     program = tiny.traced("llama").program
     with pytest.raises(UserError, match="without=prove: allowed: fold_scale, group_heads, narrow_rows"):
         passes.rewrite(program, without=["prove"])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "changes", "hint"),
+    [
+        (("attention_mask",), {}, "2 masks stay, and could go if the attention mask is all ones, always: "
+         "strategy.assume=[no_padding]"),
+        (("position_ids",), {}, "2 masks stay, and could go if positions rise by one from token to token, always: "
+         "strategy.assume=[contiguous_positions]"),
+        (("attention_mask",), {"sliding_window": 8}, None),
+        ((), {}, None),
+    ],
+    ids=["padding", "packed", "a window beside padding", "nothing stays"],
+)  # fmt: skip
+def test_what_alone_stands_between_a_mask_and_causal_is_said_with_what_to_type(
+    inputs: tuple[str, ...], changes: dict[str, int], hint: str | None
+) -> None:
+    name = "mistral" if changes else "llama"
+    program = tiny.traced(name, inputs=("input_ids", *inputs), **changes).program
+    notes = list(dropped(rewrite(program, "detect_causal", "mask"), StrategyConfig("detect_causal")))
+    assert notes == ([] if hint is None else [hint])

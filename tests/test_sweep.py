@@ -159,6 +159,7 @@ def at_once(cwd: Path, model: Path) -> Sweep:
     return make(cwd, model, "until=null", "benchmark=prefill", "benchmark.min_seconds=0.1", *jobs, *settings)
 
 
+@pytest.mark.slow  # a minute; whose turn it is: test_sweep_parts
 def test_jobs_that_go_in_waves_have_each_its_own_row_and_are_skipped_the_next_time(model: Path, tmp_path: Path) -> None:
     sweep = at_once(tmp_path / "sweep", model)
     code, shown = sweep.finish()
@@ -177,6 +178,7 @@ def test_jobs_that_go_in_waves_have_each_its_own_row_and_are_skipped_the_next_ti
     assert code == 1 and shown.count("finished before") == 2, shown
 
 
+@pytest.mark.slow  # as that of a single job
 def test_ctrl_c_ends_a_whole_wave_and_keeps_its_rows(model: Path, tmp_path: Path) -> None:
     sweep = at_once(tmp_path / "sweep", model)
     process = sweep.start()

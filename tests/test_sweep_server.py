@@ -29,7 +29,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Serv
             server.kill()
 
 
-@pytest.mark.parametrize("victim", ["server", pytest.param("database", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", [pytest.param(each, marks=pytest.mark.slow) for each in ("server", "database")])
 def test_a_sweep_whose_store_dies_in_the_middle_sends_the_rest_on_the_next_start(
     victim: str, servers: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -515,6 +515,7 @@ def test_an_experiment_can_be_compared_with_its_killed_runs_and_without_the_pare
     assert not (tmp_path / "comparison.md").exists()
 
 
+@pytest.mark.slow  # half a minute of a browser over the whole UI
 def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, tmp_path):
     """In a real browser, which is skipped where there is none; the screenshots are kept in ``test-artifacts``."""
     from browser import chromium, look, shoot, wait_for

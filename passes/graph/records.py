@@ -18,7 +18,9 @@ class CallRecord:
     depends_on: tuple[str, ...]
     """The graph inputs that the mask's truth hangs on."""
     conditions: tuple[str, ...]
-    """On whose word it was proved."""
+    """Where they hold, the mask is not needed; if it was dropped, on the word that they do."""
+    could_go: bool
+    """Whether the mask stays, and would not if somebody asserted the conditions."""
     counterexample: dict[str, Any] | None
     action: str
     reason: str

@@ -33,6 +33,8 @@ def rewrite(
     """
     work = Work(program, strategy(name), unproven, assume, back_end)
     done = driver.run(PASSES, work, lambda each: each.program.graph_module, without)
-    calls = [record(each.call, each.proof, each.decision, each.native_gqa, each.scale) for each in work.attention]
+    calls = [
+        record(each.call, each.proof, each.decision, back_end, each.native_gqa, each.scale) for each in work.attention
+    ]
     assumed = assumed_of([(each.proof, each.decision) for each in work.attention])
     return Rewritten(work.program, calls, done, assumed)

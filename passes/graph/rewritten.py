@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch.export import ExportedProgram
 
+from passes.graph.lowerings import without_mask
+from passes.graph.lowerings.lowering import BackEnd
 from passes.graph.records import CallRecord, PassRecord
 from passes.graph.strategies import Decision
 from passes.proof.calls import AttentionCall
@@ -45,7 +47,13 @@ class Rewritten:
         }
 
 
-def record(call: AttentionCall, proof: Proof, decision: Decision, native_gqa: bool, scale: str) -> CallRecord:
+def record(
+    call: AttentionCall, proof: Proof, decision: Decision, back_end: BackEnd, native_gqa: bool, scale: str
+) -> CallRecord:
+    could_go = False
+    if decision.lowering.applies_mask and proof.conditional is not None:
+        asserted = replace(proof, mask=proof.conditional, status=Status.ASSUMED)
+        could_go = without_mask(call, asserted, back_end) is not None
     return CallRecord(
         index=call.index,
         name=call.name,
@@ -54,6 +62,7 @@ def record(call: AttentionCall, proof: Proof, decision: Decision, native_gqa: bo
         proof="unproved" if decision.unproved else proof.status.value,
         depends_on=proof.depends_on,
         conditions=proof.conditions,
+        could_go=could_go,
         counterexample=None if proof.counterexample is None else proof.counterexample.describe(),
         action=decision.lowering.action.value,
         reason=decision.reason,

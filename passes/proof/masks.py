@@ -55,6 +55,8 @@ class Proof:
     """The graph inputs that the mask's truth hangs on."""
     conditions: tuple[str, ...] = ()
     """The :data:`CONDITIONS` on those inputs under which the mask is proved droppable; empty where none are known."""
+    conditional: Mask | None = None
+    """What the mask is where the conditions hold."""
     reason: str = ""
     """Why, in a clause for people."""
     looks: int = 0
@@ -160,10 +162,10 @@ class Prover:
         if droppable is not None and self.assume.issuperset(conditions):
             asserted = " and ".join(CONDITIONS[condition] for condition in conditions)
             reason = f"as asserted, {asserted}; without that it is {kept}: {reason}"
-            return Proof(droppable, Status.ASSUMED, depends_on, conditions, reason)
+            return Proof(droppable, Status.ASSUMED, depends_on, conditions, reason=reason)
         status = Status.NOT_PROVED if isinstance(kept, Bias | Arbitrary) else Status.PROVED
         witness = counterexample.find(call, *claims.search(), self.inputs)
-        return Proof(kept, status, depends_on, conditions, reason, counterexample=witness)
+        return Proof(kept, status, depends_on, conditions, droppable, reason, counterexample=witness)
 
     def _looked_at(self, call: AttentionCall, proof: Proof) -> Proof:
         """``proof``, if PyTorch makes that mask of the inputs that :mod:`passes.proof.second_look` tries."""

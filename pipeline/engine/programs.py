@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING
 from torch.export import ExportedProgram
 
 from passes.graph.rewritten import Rewritten
-from pipeline.config.schema import CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
+from passes.proof.conditions import CONDITIONS
+from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.trace import cached_forms, call_form
 from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
@@ -66,5 +68,10 @@ def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
     if rewritten.assumed:
         checked = "the runtime checks it" if strategy.guard else "nothing checks it (strategy.guard=false)"
         yield f"masks were dropped on your word that {', '.join(rewritten.assumed)} holds for every input; {checked}"
+    if STRATEGIES[strategy.name]:  # it takes assumptions
+        could_go = Counter(call.conditions for call in rewritten.calls if call.could_go)
+        for conditions, count in could_go.items():
+            where = " and ".join(CONDITIONS[condition] for condition in conditions)
+            yield f"{count} masks stay, and could go if {where}, always: strategy.assume=[{','.join(conditions)}]"
     if unused := [condition for condition in strategy.assume if condition not in rewritten.assumed]:
         yield f"strategy.assume: no mask was dropped on the word of {', '.join(unused)}"
