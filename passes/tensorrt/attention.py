@@ -73,8 +73,7 @@ def convert(
     channels = value.shape[3]
     size = max(shape[-1], channels)
     query, key, value = (_with_channels(stack, network, tensor, size) for tensor in (query, key, value))
-    softmax, kind = stack.trt.AttentionNormalizationOp.SOFTMAX, _causal_kinds(stack.trt)[causal]
-    layer = network.add_attention_v2(query, key, value, softmax, kind)
+    layer = _add_layer(stack, network, (query, key, value), causal)
     if layer is None:
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
     layer.name = f"{node.name} [{'causal' if causal != 'none' else 'masked' if mask is not None else 'full'}]"
@@ -123,6 +122,11 @@ def _without_unseeing(stack: Stack, ctx: Any, output: Any, mask: Any, node: Node
     layer = net.add_select(unseeing, zero, output)
     layer.name = f"{node.name} [rows that see no key]"
     return layer.get_output(0)
+
+
+def _add_layer(stack: Stack, network: Any, qkv: tuple[Any, Any, Any], causal: str) -> Any:
+    kind = _causal_kinds(stack.trt)[causal]
+    return network.add_attention_v2(*qkv, stack.trt.AttentionNormalizationOp.SOFTMAX, kind)
 
 
 def _causal_kinds(trt: Any) -> dict[str, Any]:
