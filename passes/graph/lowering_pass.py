@@ -58,11 +58,12 @@ def _rewrite_proved(graph_module: GraphModule) -> list[tuple[AttentionCall, Proo
         lowering = without_mask(call, proof, ANY)
         if call.mask is None or lowering is None:
             continue
+        as_it_was = call.node.args, call.node.kwargs
         native_gqa(call, prover.ranges)
         try:
             lowering.write(graph_module.graph, call)
         except RunError:  # a form that the layers do not take
-            continue
+            call.node.args, call.node.kwargs = as_it_was
     graph_module.graph.eliminate_dead_code()
     graph_module.graph.lint()
     graph_module.recompile()

@@ -40,6 +40,11 @@ class Attention:
     native_gqa: bool = False
     """Whether keys and values are no longer repeated for each query head."""
 
+    @property
+    def is_assumed(self) -> bool:
+        """Whether the mask is dropped on somebody's word."""
+        return self.proof.status is Status.ASSUMED and not self.decision.lowering.applies_mask
+
 
 @dataclass
 class Work:
@@ -93,7 +98,7 @@ def lowered(work: Work) -> int:
     """Each call written anew."""
     for each in work.attention:
         call = each.call
-        if each.proof.status is Status.ASSUMED and not each.decision.lowering.applies_mask:
+        if each.is_assumed:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
         call = replace(call, sees_keys=every_row_sees_a_key(call, each.proof))
         each.decision.lowering.write(work.program.graph_module.graph, call)

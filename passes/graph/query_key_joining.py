@@ -32,14 +32,14 @@ class Twins:
     axis: int
 
 
-def join(graph: GraphModule, products: list[Node]) -> None:
+def join(graph: GraphModule, products: list[Node]) -> int:
     """Compute once what is done alike to the heads of two neighbouring slices of a product [..., channels], in place.
 
-    The values stay what they are, element by element.
+    The values stay what they are, element by element; returns how many pairs were joined.
     """
     found = [each for product in products if (start := _start(graph, product)) for each in _followed(graph, start)]
     if not found:
-        return
+        return 0
     members = {member for each in found for member in (each.first, each.second)}
     for each in found:
         _part(graph, each, members)
@@ -47,6 +47,7 @@ def join(graph: GraphModule, products: list[Node]) -> None:
         if node in members and not node.users:
             graph.graph.erase_node(node)
     stable_topological_sort(graph)  # what was joined is made where the first of the two was
+    return len(found)
 
 
 def _start(graph: GraphModule, product: Node) -> Twins | None:

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from passes.graph import driver, ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import PASSES, Work
-from passes.graph.rewritten import Rewritten, assumed_of, record
+from passes.graph.rewritten import Rewritten, record
 from passes.graph.strategies import strategy
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out, ops.BLANKED: ops.without_unseeing}
@@ -33,8 +33,5 @@ def rewrite(
     """
     work = Work(program, strategy(name), unproven, assume, back_end)
     done = driver.run(PASSES, work, lambda each: each.program.graph_module, without)
-    calls = [
-        record(each.call, each.proof, each.decision, back_end, each.native_gqa, each.scale) for each in work.attention
-    ]
-    assumed = assumed_of([(each.proof, each.decision) for each in work.attention])
-    return Rewritten(work.program, calls, done, assumed)
+    assumed = {condition for each in work.attention if each.is_assumed for condition in each.proof.conditions}
+    return Rewritten(work.program, [record(each, back_end) for each in work.attention], done, sorted(assumed))

@@ -10,10 +10,9 @@ from torch.export import ExportedProgram
 
 from passes.graph.lowerings import without_mask
 from passes.graph.lowerings.lowering import BackEnd
+from passes.graph.passes import Attention
 from passes.graph.records import CallRecord, PassRecord
-from passes.graph.strategies import Decision
-from passes.proof.calls import AttentionCall
-from passes.proof.masks import Proof, Status
+from passes.proof.masks import Status
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,9 @@ class Rewritten:
         }
 
 
-def record(
-    call: AttentionCall, proof: Proof, decision: Decision, back_end: BackEnd, native_gqa: bool, scale: str
-) -> CallRecord:
+def record(attention: Attention, back_end: BackEnd) -> CallRecord:
+    """The row of one call once every pass is done with it."""
+    call, proof, decision = attention.call, attention.proof, attention.decision
     could_go = False
     if decision.lowering.applies_mask and proof.conditional is not None:
         asserted = replace(proof, mask=proof.conditional, status=Status.ASSUMED)
@@ -69,16 +68,8 @@ def record(
         unproved=decision.unproved,
         looks=proof.looks,
         disagreement=proof.disagreement,
-        native_gqa=native_gqa,
-        scale=scale,
+        native_gqa=attention.native_gqa,
+        scale=attention.scale,
         profile=dict(proof.profile),
         seconds=proof.seconds,
     )
-
-
-def assumed_of(proofs: list[tuple[Proof, Decision]]) -> list[str]:
-    """The conditions on whose word a mask was dropped."""
-    dropped = [
-        proof for proof, decision in proofs if proof.status is Status.ASSUMED and not decision.lowering.applies_mask
-    ]
-    return sorted({condition for proof in dropped for condition in proof.conditions})

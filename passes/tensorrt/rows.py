@@ -67,10 +67,8 @@ def fuse(graph: GraphModule) -> int:
 
 
 def join(graph: GraphModule) -> int:
-    """Compute once what is done alike to the queries and the keys of a row, in place; returns how many operations."""
-    before = len(graph.graph.nodes)
-    query_key_joining.join(graph, [node for node in graph.graph.nodes if _row(node) is not None])
-    return abs(before - len(graph.graph.nodes))
+    """Compute once what is done alike to the queries and the keys of a row, in place; returns how many pairs."""
+    return query_key_joining.join(graph, [node for node in graph.graph.nodes if _row(node) is not None])
 
 
 def _keeps_type(node: Node) -> bool:
