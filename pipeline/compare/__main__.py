@@ -20,6 +20,7 @@ from pipeline.host.files import write_text
 if TYPE_CHECKING:
     from pipeline.compare.baseline import Against
     from pipeline.compare.page import Shown
+    from pipeline.compare.remarks import Remarks
     from pipeline.compare.rows import Row
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -69,6 +70,7 @@ def _main(arguments: list[str]) -> int:
     from pipeline.compare import page
     from pipeline.compare.baseline import against_earlier
     from pipeline.compare.labels import sections
+    from pipeline.compare.remarks import Remarks
     from pipeline.compare.rows import row
     from pipeline.compare.sources import UI, read
 
@@ -76,14 +78,15 @@ def _main(arguments: list[str]) -> int:
     if not re.match(r"https?://", ui):
         raise UserError(f"--mlflow-ui {ui}: is no address; write http://HOST:PORT")
     rows, unreadable = read(asked.sources or ["outputs"], asked.uri, row, ui)
-    shown, compared = _shown(rows, asked.baseline)
+    remarks = Remarks()
+    shown, compared = _shown(rows, asked.baseline, remarks)
     regressions = None
     if asked.against:
         earlier, also = read(asked.against, asked.uri, row, ui)
         unreadable += also
         sections(earlier)  # for their labels
         regressions = against_earlier(rows, earlier)
-    _write(html_path, *page.render(shown, asked.baseline, regressions, limit, unreadable))
+    _write(html_path, *page.render(shown, remarks, asked.baseline, regressions, limit, unreadable))
 
     for why in unreadable:
         print(f"unreadable: {why}", file=sys.stderr)
@@ -104,16 +107,18 @@ def _main(arguments: list[str]) -> int:
 def write_page(folders: Sequence[Path], html_path: Path, baseline: str | None) -> None:
     """The page and the table of the runs in ``folders``, as the command writes them; raises :class:`UserError`."""
     from pipeline.compare import page
+    from pipeline.compare.remarks import Remarks
     from pipeline.compare.rows import row
     from pipeline.compare.sources import read
 
     rows, unreadable = read([str(folder) for folder in folders], "", row)
-    shown, _ = _shown(rows, baseline)
-    _write(html_path, *page.render(shown, baseline, unreadable=unreadable))
+    remarks = Remarks()
+    shown, _ = _shown(rows, baseline, remarks)
+    _write(html_path, *page.render(shown, remarks, baseline, unreadable=unreadable))
 
 
-def _shown(rows: list[Row], asked_baseline: str | None) -> tuple[list[Shown], list[Against]]:
-    """Every section of the page, and each row of it that has a baseline to be compared with."""
+def _shown(rows: list[Row], asked_baseline: str | None, remarks: Remarks) -> tuple[list[Shown], list[Against]]:
+    """Every section of the page, and each row of it that has a baseline of the same work to be compared with."""
     from pipeline.compare import page
     from pipeline.compare.baseline import against_baseline, parse_baseline
     from pipeline.compare.labels import sections
@@ -121,8 +126,11 @@ def _shown(rows: list[Row], asked_baseline: str | None) -> tuple[list[Shown], li
     baseline = parse_baseline(asked_baseline, rows) if asked_baseline else None
     groups = sections(rows)
     compared = [against_baseline(section, baseline) if baseline else [] for section in groups]
-    shown = [page.show(section, found, asked_baseline) for section, found in zip(groups, compared, strict=True)]
-    return shown, [each for found in compared for each in found]
+    shown = [
+        page.show(section, found, baseline, f"part-{i}", remarks)
+        for i, (section, found) in enumerate(zip(groups, compared, strict=True), 1)
+    ]
+    return shown, [each for found in compared for each in found if each.same_work]
 
 
 def _limit(text: str | None) -> float | None:

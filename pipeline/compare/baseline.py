@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from passes.errors import UserError
-from pipeline.compare.labels import Section
+from pipeline.compare.labels import Section, cache
 from pipeline.compare.ratios import Ratio, ratio
 from pipeline.compare.rows import Measure, Row
 from pipeline.config.axes import Axes, has, parse
 
-MUST_AGREE = ("precision", "cache.", "model.", "shape.batch")  # or the two rows do different work
+MUST_AGREE = ("precision", "model.", "shape.batch")  # or the two rows do different work
+SAME_WORK = ("cache.", "model.inputs")  # or one of them gets the same result by another way
 HOW = ("strategy.", "backend.")
+UPSTREAM = {"strategy.name": "upstream"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class Against:
     time: Ratio | None
     """This row's time over the other's; None where one of them has none, and ``why`` says so."""
     why: str = ""
+    baseline: Row | None = None
+    """The row that ``other`` names, where it is one of the same section."""
+    same_work: bool = True
+    """Whether the two also agree in cache and call form, so that nothing but the baseline's own settings differs."""
 
     def slower(self, limit: float = 0.0) -> bool:
         """Whether the whole interval lies beyond ``1 + limit``, or nothing is left to compare."""
@@ -50,10 +56,11 @@ def parse_baseline(text: str, rows: list[Row]) -> Axes:
 
 
 def against_baseline(section: Section, wanted: Axes) -> list[Against]:
-    """Every timed row of ``section`` against the baseline row that does the same work.
+    """Every timed row of ``section`` against the baseline row that does the same work, else against the fastest that
+    does it with another cache or call form.
 
-    A baseline agrees in precision, cache, call form and batch, except where the baseline itself is named by them;
-    of several, the one that shares most other settings is taken.
+    A baseline agrees in precision and batch, except where the baseline itself is named by them; of several, the one
+    that shares most other settings is taken.
     """
     found = []
     for measure in section.measures:
@@ -61,12 +68,48 @@ def against_baseline(section: Section, wanted: Axes) -> list[Against]:
         for row in section.timed(measure):
             if any(row is other for other in baselines):
                 continue
-            chosen, why = _choose(row, baselines, wanted)
-            found.append(_compare(row, measure, chosen, chosen[0].label if chosen else "", why))
+            chosen, same, why = _choose(row, baselines, wanted)
+            found.append(_compare(row, measure, chosen, chosen[0].label if chosen else "", why, same_work=same))
     return found
 
 
-def _choose(row: Row, baselines: list[Row], wanted: Axes) -> tuple[list[Row], str]:
+def against_reference(section: Section) -> list[Against]:
+    """Every timed row against the fastest that is none of ours: of the rivals, else of Torch-TensorRT's own engines,
+    else against the slowest row.  What the page compares with where no baseline is asked for."""
+    found = []
+    for measure in section.measures:
+        rows = section.timed(measure)
+        reference = next(iter([*filter(_is_rival, rows), *filter(_is_upstream, rows), rows[-1]]))
+        found += [
+            _compare(row, measure, [reference], reference.label, same_work=_same_work(row, reference))
+            for row in rows
+            if row is not reference
+        ]
+    return found
+
+
+def _is_rival(row: Row) -> bool:
+    return row.rival is not None
+
+
+def _is_upstream(row: Row) -> bool:
+    return has(row.axes, UPSTREAM)
+
+
+def upstream(rows: Iterable[Row]) -> Row | None:
+    """The first of ``rows`` that is Torch-TensorRT's own engine."""
+    return next(filter(_is_upstream, rows), None)
+
+
+def _same_work(row: Row, other: Row) -> bool:
+    keys = row.axes.keys() | other.axes.keys()
+    return all(row.axes.get(key) == other.axes.get(key) for key in keys if key.startswith(SAME_WORK))
+
+
+def _choose(row: Row, baselines: list[Row], wanted: Axes) -> tuple[list[Row], bool, str]:
+    """The rows of ``baselines`` (the fastest first) to compare ``row`` with, whether they do the same work, and why
+    there are none."""
+
     def free(key: str) -> bool:
         groups = {name.partition(".")[0] + "." for name in wanted}
         return key in wanted or key.startswith((*groups, *HOW))
@@ -76,17 +119,21 @@ def _choose(row: Row, baselines: list[Row], wanted: Axes) -> tuple[list[Row], st
         return [key for key in keys if not free(key) and row.axes.get(key) != other.axes.get(key)]
 
     fitting = [(differing(other), other) for other in baselines]
-    fitting = [(keys, other) for keys, other in fitting if not any(key.startswith(MUST_AGREE) for key in keys)]
+    fitting = [(keys, other) for keys, other in fitting if not any(_forbids(key) for key in keys)]
     if not fitting:
-        return (
-            [],
-            "no baseline of the same precision, cache, call form and batch; --baseline AXIS:VALUE,cache:none names one",
-        )
-    least = min(len(keys) for keys, _ in fitting)
-    best = [other for keys, other in fitting if len(keys) == least]
+        return [], False, "no baseline of the same precision and batch; --baseline AXIS:VALUE,precision:VALUE names one"
+    same = [(keys, other) for keys, other in fitting if not any(key.startswith(SAME_WORK) for key in keys)]
+    if not same:  # the strictest of them, and named: it is not for us to say which of the others was meant
+        return [fitting[0][1]], False, ""
+    least = min(len(keys) for keys, _ in same)
+    best = [other for keys, other in same if len(keys) == least]
     if any(other.axes != best[0].axes for other in best):
-        return [], f"several baselines fit ({', '.join(other.label for other in best)}); name more axes"
-    return best, ""
+        return [], False, f"several baselines fit ({', '.join(other.label for other in best)}); name more axes"
+    return best, True, ""
+
+
+def _forbids(key: str) -> bool:
+    return key.startswith(MUST_AGREE) and not key.startswith(SAME_WORK)
 
 
 def against_earlier(now: list[Row], before: list[Row]) -> list[Against]:
@@ -138,10 +185,22 @@ def _key(row: Row, keys: set[str]) -> Key:
 
 
 def _compare(
-    row: Row, measure: Measure, others: list[Row], label: str, why: str = "", numerators: list[Row] | None = None
-) -> Against:
+    row: Row, measure: Measure, others: list[Row], label: str, why: str = "", numerators: list[Row] | None = None,
+    same_work: bool = True,
+) -> Against:  # fmt: skip
     if not others:
-        return Against(row, measure, label, None, None, why)
+        return Against(row, measure, label, None, None, why, same_work=same_work)
     before = [other.timings[measure].time for other in others]
     time = ratio([each.timings[measure].time for each in numerators or [row]], before)
-    return Against(row, measure, label, before[0].median, time)
+    return Against(row, measure, label, before[0].median, time, "", others[0], same_work)
+
+
+def told(row: Row, against: Against | None, called: Mapping[int, str]) -> str | None:
+    """What ``row`` is compared with, by its name among these rows; that it has another cache is never left unsaid."""
+    if against is None or against.time is None:
+        return None
+    other = against.baseline
+    if other is None:
+        return against.other
+    name = called.get(id(other), other.label)
+    return name if cache(row) == cache(other) or cache(other) in name else f"{name} ({cache(other)})"

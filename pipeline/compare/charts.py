@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from pipeline.compare.baseline import Against
-from pipeline.compare.labels import Section
+from pipeline.compare import remarks
+from pipeline.compare.baseline import Against, told
+from pipeline.compare.labels import Section, shared
 from pipeline.compare.numbers import number
 from pipeline.compare.rows import Measure, Row, Timing
 from pipeline.compare.verdicts import Standing
@@ -37,10 +38,8 @@ class Bar:
     mark: float | None = None
     """A tick across the bar: the roofline's floor, or PyTorch's own error."""
     mark_tip: str = ""
-    second: list[Segment] = field(default_factory=list)
-    """The bar of the second plot, where there is one."""
-    reason: str | None = None
-    """In place of a bar: why there is none."""
+    ratio: str = ""
+    """How many times as fast, and as what."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,8 @@ class Chart:
     bars: list[Bar]
     ticks: list[tuple[float, str]]
     """Position and text."""
-    second_unit: str | None = None
-    second_ticks: list[tuple[float, str]] = field(default_factory=list)
     limit: float | None = None
-    """A line over the second plot: what is allowed."""
+    """A line over the plot: what is allowed."""
     legend: list[str] = field(default_factory=list)
 
 
@@ -71,78 +68,57 @@ def _axis(maximum: float, suffix: str = "") -> list[tuple[float, str]]:
 
 
 def _css(row: Row, leaders: Sequence[Row] = ()) -> str:
-    kind = "rival" if row.axes.get("backend.name", "tensorrt") != "tensorrt" else "engine"
+    kind = "rival" if row.rival else "engine"
     return f"{kind} fastest" if any(row is leader for leader in leaders) else kind
 
 
-def _tip(row: Row, timing: Timing) -> str:
+def _tip(name: str, timing: Timing) -> str:
     time = timing.time
-    text = f"{row.label}: {number(time.median, 4)} ms, 95 % interval {number(time.low, 4)} to {number(time.high, 4)}"
+    text = f"{name}: {number(time.median, 4)} ms, 95 % interval {number(time.low, 4)} to {number(time.high, 4)}"
     return "; ".join([text, *timing.tainted])
 
 
-def untimed(section: Section) -> list[Bar]:
-    """The rows that have no time at all, with the reason."""
-    return [Bar(row.label, row.status, reason=row.reason) for row in section.rows if not row.timings]
-
-
 def time_chart(
-    section: Section, measure: Measure, ranked: Standing, compared: dict[int, Against], baseline: set[int]
-) -> Chart:
-    """Median device times with their intervals; ``compared`` and ``baseline`` go by ``id`` of the row."""
+    section: Section, measure: Measure, ranked: Standing, compared: Mapping[int, Against], baseline: set[int],
+    names: Mapping[int, str] | None = None,
+) -> Chart:  # fmt: skip
+    """Median device times with their intervals; ``compared``, ``baseline`` and ``names`` go by ``id`` of the row."""
     rows = section.timed(measure)
-    longest = max(max(row.timings[measure].time.high, row.timings[measure].time.median) for row in rows) * MARGIN
-    bars, has_floor = [], False
-    for row in rows:
-        timing = row.timings[measure]
-        time, floor = timing.time, timing.floor_ms
-        has_floor |= floor is not None
-        value = f"{number(time.median)} ms"
-        if (against := compared.get(id(row))) and against.time:
-            value += f" · {against.time.inverse.value:.2f}×"
-        elif id(row) in baseline:
-            value += " · baseline"
+    called = names or {id(row): row.label for row in rows}
+    timings = [row.timings[measure] for row in rows]
+    longest = max(max(timing.time.high, timing.time.median) for timing in timings) * MARGIN
+    everywhere = remarks.said_of_all(rows, timings)
+    over = {name: None for row in rows if (name := told(row, compared.get(id(row)), called))}
+    bars = []
+    for row, timing in zip(rows, timings, strict=True):
+        time, floor, name = timing.time, timing.floor_ms, called[id(row)]
+        against = compared.get(id(row))
+        faster = against.time.inverse if against and against.time else None
+        ratio = "baseline" if id(row) in baseline else ""
+        if faster:
+            ratio = f"{faster.value:.2f}×" + (f" as fast as {told(row, against, called)}" if len(over) > 1 else "")
+        doubted = any(remarks.of_taint(text).warns for text in timing.tainted) and not everywhere
         bars.append(
             Bar(
-                row.label + (" ⚠" if timing.tainted else ""),
-                value,
-                [Segment(0, 100 * time.median / longest, _css(row, ranked.leaders), _tip(row, timing))],
+                name + (" ⚠" if doubted else ""),
+                f"{number(time.median)} ms",
+                [Segment(0, 100 * time.median / longest, _css(row, ranked.leaders), _tip(name, timing))],
                 (100 * time.low / longest, 100 * time.high / longest),
                 None if floor is None else 100 * floor / longest,
                 "" if floor is None else f"roofline: no less than {number(floor)} ms on this card",
+                ratio,
             )
         )
-    note = "Whisker: 95 % interval."
-    note += " Dotted tick: the least that this card needs (roofline)." if has_floor else ""
-    note += " ⚠: tainted, see the remarks." if any(row.timings[measure].tainted for row in rows) else ""
-    return Chart(f"{measure.what.capitalize()}, {measure.size}", "ms on the device, less is better", note,
-                 bars, _axis(longest))  # fmt: skip
-
-
-def roofline_chart(section: Section, measure: Measure) -> Chart | None:
-    rows = [row for row in section.timed(measure) if row.timings[measure].roofline_fraction]
-    if not rows:
-        return None
-    fractions = [100 * (row.timings[measure].roofline_fraction or 0) for row in rows]
-    longest = max(100.0, max(fractions) * MARGIN)
-    bars = [
-        Bar(row.label, f"{fraction:.0f} %", [Segment(0, 100 * fraction / longest, _css(row),
-            f"{row.label}: the roofline's floor of {number(row.timings[measure].floor_ms or 0)} ms is {fraction:.1f} % "
-            "of its time")])
-        for row, fraction in zip(rows, fractions, strict=True)
-    ]  # fmt: skip
-    note = "Least time by measured copy bandwidth and matrix rate of this card, over the time taken."
-    return Chart(f"Roofline, {measure.what}", "of the roofline, more is better", note, bars, _axis(longest, " %"))
+    note = [f"×: times as fast as {next(iter(over))}."] if len(over) == 1 else []
+    note += [f"All rows: {', '.join(each.word for each in everywhere)}."] if everywhere else []
+    return Chart(measure.question, ", ".join(["ms", *shared(rows)]), " ".join(note), bars, _axis(longest))
 
 
 def accuracy_chart(section: Section) -> Chart | None:
-    """Time beside error: a row that is fast and near its limit should be seen to be both."""
-    measure = max(section.measures, key=lambda each: len(section.timed(each)), default=None)
+    """The worst case of each row's verification, as a share of what is allowed."""
     rows = [row for row in section.rows if row.accuracy]
     if not rows:
         return None
-    times = {id(row): row.timings[measure] for row in rows if measure is not None and measure in row.timings}
-    longest = max((timing.time.median for timing in times.values()), default=1.0) * MARGIN
     most = 100 * min(3.0, max([1.25, *(row.accuracy.share for row in rows if row.accuracy)]))
     bars = []
     for row in rows:
@@ -157,32 +133,19 @@ def accuracy_chart(section: Section) -> Chart | None:
             "" if own is None else f"; PyTorch at this precision: {100 * own:.0f} % of what is allowed"
         )
         css = (_css(row) if accuracy.passed else "bad") + (" graph" if accuracy.executed == "graph" else "")
-        timing = times.get(id(row))
-        first = []
-        if timing is not None and measure is not None:
-            width = 100 * timing.time.median / longest
-            first = [Segment(0, width, _css(row), _tip(row, timing))]
         bars.append(
             Bar(
                 row.label,
                 f"{shown} of {allowed}" + ("" if accuracy.passed else ", FAILED"),
-                first,
-                second=[Segment(0, 100 * min(share, most) / most, css, tip)],
+                [Segment(0, 100 * min(share, most) / most, css, tip)],
                 mark=None if own is None else 100 * min(100 * own, most) / most,
                 mark_tip="" if own is None else "PyTorch's own error at this precision",
-                reason=None if first else "no time",
             )
         )
-    note = (
-        "Error: of the worst case of the verification, against PyTorch in wider precision, as a share of what is "
-        "allowed (line). Tick: PyTorch's own error at this precision."
-    )
+    note = "Worst case against PyTorch in wider precision. Line: what is allowed; tick: PyTorch's own error."
     if any(row.accuracy and row.accuracy.executed == "graph" for row in rows):
         note += " Pale: the rewritten graph was judged in PyTorch, since no GPU could run the engine."
-    title = "Accuracy beside speed"
-    unit = f"ms, {measure.what}" if times and measure else "time"
-    return Chart(title, unit, note, bars, _axis(longest) if times else [], "error, share of what is allowed",
-                 _axis(most, " %"), 100 * 100 / most)  # fmt: skip
+    return Chart("Accuracy", "error, share of what is allowed", note, bars, _axis(most, " %"), 100 * 100 / most)
 
 
 def stage_chart(section: Section) -> Chart | None:
@@ -201,7 +164,7 @@ def stage_chart(section: Section) -> Chart | None:
             seen.add(_stage(name))
         bars.append(Bar(row.label, f"{number(sum(row.stages_s.values()))} s", segments))
     legend = [name for name in (*STAGES, "other") if name in seen]
-    return Chart("Stages", "s, cold and warm as it came", "Once for a build, not for each pass.", bars,
+    return Chart("Stages", "s", "Once for a build, not for each prompt; cold and warm as it came.", bars,
                  _axis(longest), legend=legend)  # fmt: skip
 
 

@@ -2,13 +2,51 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.compare.rows import Measure, Row
 
 VERSIONS = ("flavour", "tensorrt", "torch", "torch_tensorrt", "transformers", "driver", "git")
+CACHES = {"none": "no cache", "in_engine": "cache in the engine"}
+NAMES = {
+    "gpu": "", "flavour": "", "tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "torch_tensorrt": "Torch-TensorRT",
+    "python": "Python",
+}  # fmt: skip
+"""Of what has a version, and of a TensorRT's flavour."""
+SAID = (
+    "precision", "shape.kind", "shape.batch", "shape.min", "shape.opt", "shape.max", "cache.name", "model.inputs",
+    "strategy.name", "backend.name", "model.name", "model.weights",
+)  # fmt: skip
+"""Settings that :data:`WORDS`, a row's ``how`` or its section's title put into words of their own."""
+
+
+def cache(row: Row) -> str:
+    name = row.axes.get("cache.name", "none")
+    return CACHES.get(name, f"{name} cache")
+
+
+def _kind(row: Row) -> str:
+    return "any length" if row.axes.get("shape.kind") == "dynamic" else "one length"
+
+
+def _lengths(row: Row) -> str:
+    least, most = row.axes.get("shape.min", "?"), row.axes.get("shape.max", "?")
+    if row.axes.get("shape.kind") != "dynamic":
+        return f"{most} tokens"
+    return f"up to {most} tokens" if least in ("1", "2") else f"{least} to {most} tokens"
+
+
+WORDS: dict[str, Callable[[Row], str]] = {
+    "precision": lambda row: row.axes.get("precision", ""),
+    "cache": cache,
+    "kind": _kind,
+    "batch": lambda row: f"batch {row.axes.get('shape.batch', '1')}",
+    "lengths": _lengths,
+    "inputs": lambda row: f"inputs {row.axes.get('model.inputs', '').strip('[]').replace(',', ', ')}",
+}
+"""How rows differ, in words; what matters more to a reader comes first."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +74,9 @@ class Section:
         return sorted(rows, key=lambda row: row.timings[measure].time.median)
 
     @property
-    def versions(self) -> list[tuple[str, list[str]]]:
-        """What ran, and every version of it that is here: one, where nothing but the settings differs."""
-        return [
-            (key, sorted({str(row.environment[key]) for row in self.rows if row.environment.get(key)}))
-            for key in ("compute_capability", *VERSIONS, "python")
-            if any(row.environment.get(key) for row in self.rows)
-        ]
+    def without(self) -> list[Row]:
+        """The rows that have no time."""
+        return [row for row in self.rows if not row.timings]
 
     @property
     def unsupported(self) -> bool:
@@ -50,12 +84,22 @@ class Section:
 
 
 def sections(rows: list[Row]) -> list[Section]:
-    """``rows`` by model and GPU (none last), labelled; the fastest first in each, those without a time last."""
+    """``rows`` by model and GPU (none last), labelled; the fastest first in each, those without a time last.
+
+    What failed or is unavailable before any GPU was asked stands with the model's other rows, where there are some.
+    """
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.model, row.gpu or ""].append(row)
+    for model in {model for model, gpu in groups if not gpu}:
+        if with_gpu := [key for key in sorted(groups) if key[0] == model and key[1]]:
+            nowhere = [row for row in groups[model, ""] if row.status in ("failed", "unavailable")]
+            groups[with_gpu[0]] += nowhere
+            groups[model, ""] = [row for row in groups[model, ""] if not any(row is other for other in nowhere)]
     made = []
     for (model, gpu), members in sorted(groups.items(), key=lambda item: (not item[0][1], item[0])):
+        if not members:
+            continue
         label(members)
         section = Section(model, gpu or None, members)
         headline = section.measures[:1]
@@ -66,44 +110,76 @@ def sections(rows: list[Row]) -> list[Section]:
 
 
 def label(rows: list[Row]) -> None:
-    """Name each row by its strategy or rival, and by what else differs here: settings, then versions, then names."""
-    named: dict[str, Callable[[Row], str]] = {
-        "precision": lambda row: row.axes.get("precision", ""),
-        "shape": _shape,
-        "cache": lambda row: f"{row.axes.get('cache.name', 'none')} cache".replace("none", "no"),
-        "inputs": lambda row: row.axes.get("model.inputs", ""),
-    }
-    kept = [name for name, text in named.items() if len({text(row) for row in rows}) > 1]
-    for row in rows:
-        row.label = " · ".join([row.how, *(named[name](row) for name in kept)])
-    told = (
-        "precision", "shape.kind", "shape.batch", "shape.min", "shape.max", "cache.name", "model.inputs",
-        "strategy.name", "backend.name", "model.name",
-    )  # fmt: skip
-    for alike in _alike(rows):
-        settings = {key for row in alike for key in row.axes if not key.startswith(told)}
-        _append(alike, {key: [row.axes.get(key, "unset") for row in alike] for key in sorted(settings)})
-    for alike in _alike(rows):
-        _append(alike, {key: [str(row.environment.get(key)) for row in alike] for key in VERSIONS})
-    for alike in _alike(rows):
-        for number, row in enumerate(sorted(alike, key=lambda row: row.name), 1):
-            row.label += f" · run {number}"
+    """Give each row the name that tells it from the others here."""
+    for row, name in zip(rows, names(rows), strict=True):
+        row.label = name
 
 
-def _shape(row: Row) -> str:
-    kind, batch = row.axes.get("shape.kind", ""), row.axes.get("shape.batch", "1")
-    least, most = row.axes.get("shape.min", "?"), row.axes.get("shape.max", "?")
-    length = f"{kind} {least}..{most}" if kind == "dynamic" else f"{kind} {most}"
-    return length + (f" batch {batch}" if batch != "1" else "")
+def names(rows: Sequence[Row], ignored: Sequence[str] = ()) -> list[str]:
+    """The name of each row: its strategy or rival, then, only where rows would still be called alike, how they
+    differ: in :data:`WORDS`, in other settings, in versions, and at last in the order of their files.
+
+    ``ignored``: words and settings in which rows that are alike may differ.
+    """
+    called = [row.how for row in rows]
+    for text in _differences(rows, ignored):
+        for alike in _alike(called):
+            said = [text(rows[i]) for i in alike]
+            if len(set(said)) > 1:
+                for i, more in zip(alike, said, strict=True):
+                    called[i] += f", {more}" if more else ""
+    for alike in _alike(called):
+        if not ignored:
+            for number, i in enumerate(sorted(alike, key=lambda i: rows[i].name), 1):
+                called[i] += f", run {number}"
+    return called
 
 
-def _alike(rows: list[Row]) -> list[list[Row]]:
-    often = Counter(row.label for row in rows)
-    return [[row for row in rows if row.label == text] for text, count in often.items() if count > 1]
+def _differences(rows: Sequence[Row], ignored: Sequence[str]) -> Iterator[Callable[[Row], str]]:
+    yield from (text for name, text in WORDS.items() if name not in ignored)
+    others = sorted({key for row in rows for key in row.axes if not key.startswith((*SAID, *ignored))})
+    for key in others:
+        if len({row.axes.get(key) for row in rows}) > 1:
+            words = key.rpartition(".")[2].replace("_", " ")
+            yield lambda row, key=key, words=words: f"{words} {row.axes.get(key, 'not set')}"  # type: ignore[misc]
+    if not ignored:
+        for key in VERSIONS:
+            words = key.replace("_", " ")
+            yield lambda row, key=key, words=words: f"{words} {version(row, key)}"  # type: ignore[misc]
 
 
-def _append(rows: list[Row], values: dict[str, list[str]]) -> None:
-    for key, texts in values.items():
-        if len(set(texts)) > 1:
-            for row, text in zip(rows, texts, strict=True):
-                row.label += f" · {key.rpartition('.')[2]} {text}"
+def shared(rows: Sequence[Row]) -> list[str]:
+    """What all of ``rows`` have in common and a title should say; that no cache is used is not worth a word."""
+    said = [{WORDS[name](row) for row in rows} for name in ("precision", "cache", "kind")]
+    return [text for each in said if len(each) == 1 for text in each if text not in ("", "no cache")]
+
+
+def version(row: Row, key: str) -> str:
+    """A version as a person reads it: of a git revision its first seven characters."""
+    text = str(row.environment.get(key))
+    if key == "git":
+        revision, _, dirty = text.partition("-")
+        return revision[:7] + (" with changes" if dirty else "")
+    if key == "gpu" and not row.supported:
+        return f"{text} (not supported by the vendor)"
+    return NAMES.get(text, text)
+
+
+def versions(rows: Sequence[Row]) -> list[tuple[str, list[str]]]:
+    """What ran, and every version of it that is here: one, where nothing but the settings differs."""
+    found = []
+    for key in ("gpu", "compute_capability", *VERSIONS, "python"):
+        texts = {version(row, key) for row in rows if row.environment.get(key)}
+        if key == "git":  # each once: that one run had changes says it of all
+            texts -= {text.removesuffix(" with changes") for text in texts if text.endswith(" with changes")}
+        if texts:
+            found.append((NAMES.get(key, key.replace("_", " ")), sorted(texts)))
+    return found
+
+
+def _alike(called: Sequence[str]) -> list[list[int]]:
+    """Places of those that are called the same."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for i, name in enumerate(called):
+        places[name].append(i)
+    return [group for group in places.values() if len(group) > 1]

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
 from importlib.resources import files
 
 from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
 
 from pipeline.compare import charts
-from pipeline.compare.baseline import Against
-from pipeline.compare.labels import Section
+from pipeline.compare.baseline import Against, against_reference
+from pipeline.compare.curves import CurveChart, curve_chart
+from pipeline.compare.labels import Section, names, versions
 from pipeline.compare.numbers import number
+from pipeline.compare.questions import single, sweeps
+from pipeline.compare.remarks import Remarks, glossary
 from pipeline.compare.rows import Measure, Row
-from pipeline.compare.verdicts import Verdict, cautions, standing, verdict
+from pipeline.compare.table import Table, table
+from pipeline.compare.verdicts import Verdict, cautions, reference_line, standing, sweep_verdict, verdict
+from pipeline.config.axes import Axes
 from pipeline.record import markdown
 
-TEMPLATES = ("page.html", "page.md", "page.css")
+TEMPLATES = ("page.html", "page.md", "page.css", "page.js")
 
 
 @dataclass(frozen=True)
-class Table:
-    header: list[str]
-    lines: list[tuple[list[str], Row]]
-    """The cells of a row; its link and its status are the row's own."""
-    remarks: list[str]
+class Question:
+    """One chart, and who won."""
+
+    anchor: str
+    verdict: Verdict
+    bars: charts.Chart | None
+    curves: CurveChart | None
 
 
 @dataclass(frozen=True)
@@ -36,124 +41,69 @@ class Shown:
     """One section as the page shows it."""
 
     section: Section
-    verdicts: list[Verdict]
+    anchor: str
+    questions: list[Question]
     cautions: list[str]
-    time_charts: list[charts.Chart]
     other_charts: list[charts.Chart]
     table: Table
 
+    @property
+    def verdicts(self) -> list[Verdict]:
+        return [question.verdict for question in self.questions]
 
-def show(section: Section, compared: list[Against], baseline: str | None) -> Shown:
-    """``compared`` is against the baseline named ``baseline``, or empty."""
+
+def show(section: Section, compared: list[Against], wanted: Axes | None, anchor: str, remarks: Remarks) -> Shown:
+    """``compared`` is against the baseline ``wanted``; where there is none, rows are compared with the fastest that is
+    none of ours (:func:`against_reference`)."""
     by_measure: dict[Measure, dict[int, Against]] = defaultdict(dict)
-    for against in compared:
+    for against in compared if wanted is not None else against_reference(section):
         by_measure[against.measure][id(against.row)] = against
-    times, verdicts = [], []
-    for measure in section.measures:
-        others = by_measure[measure]
-        rest = {id(row) for row in section.timed(measure)} - others.keys() if baseline else set()
+    found = sweeps(section)
+    alone = list(single(section, found))
+    questions = []
+    for measure in alone:
+        rows, others = section.timed(measure), by_measure[measure]
+        called = {id(row): name for row, name in zip(rows, names(rows), strict=True)}
+        rest = {id(row) for row in rows} - others.keys() if others else set()
         ranked = standing(section, measure)
-        verdicts.append(verdict(measure, ranked, others))
-        times.append(charts.time_chart(section, measure, ranked, others, rest))
-    if times:  # once is enough
-        times[0].bars.extend(charts.untimed(section))
-    rest_of_them = [charts.roofline_chart(section, measure) for measure in section.measures]
-    rest_of_them += [charts.accuracy_chart(section), charts.stage_chart(section)]
+        said = verdict(section, measure, ranked, others, called, wanted is not None)
+        chart = charts.time_chart(section, measure, ranked, others, rest, called)
+        questions.append(Question(f"{anchor}-{len(questions) + 1}", said, chart, None))
+    for sweep in found:
+        reference = reference_line(sweep, wanted)
+        said = sweep_verdict(sweep, reference, wanted is not None)
+        questions.append(Question(f"{anchor}-{len(questions) + 1}", said, None, curve_chart(sweep, reference)))
+    rest_of_them = [charts.accuracy_chart(section), charts.stage_chart(section)]
     return Shown(
         section,
-        verdicts,
+        anchor,
+        questions,
         cautions(section),
-        times,
         [chart for chart in rest_of_them if chart],
-        table(section, by_measure, baseline),
+        table(section, by_measure, None, remarks),
     )
 
 
-def table(section: Section, compared: dict[Measure, dict[int, Against]], baseline: str | None) -> Table:
-    """Every figure, one line for each row and measure."""
-    several = len(section.measures) > 1
-    header = [
-        "strategy or rival",
-        "status",
-        *(["measure"] if several else []),
-        "device ms (95 %)",
-        "host ms",
-        "roofline",
-    ]
-    header += ["times as fast"] if baseline else []
-    header += ["error / allowed", "native attention", "engine MB", "memory GB", "build s", "remarks"]
-    remarks = _Remarks()
-    lines = []
-    for row in section.rows:
-        for i, measure in enumerate([m for m in section.measures if m in row.timings] or [None]):
-            timing = row.timings[measure] if measure else None
-            cells = [row.label, row.status] if i == 0 else ["", ""]  # what is of the row stands on its first line
-            cells += [str(measure or "–")] if several else []
-            if timing:
-                time = timing.time
-                cells.append(f"{number(time.median)} ({number(time.low)}–{number(time.high)})")
-                cells.append(_or_dash(timing.host_ms, number))
-                cells.append(_or_dash(timing.roofline_fraction, "{:.0%}".format))
-            else:
-                cells += ["–", "–", "–"]
-            if baseline:
-                against = compared[measure].get(id(row)) if measure else None
-                cells.append("baseline" if measure and not against else str(against.time.inverse)
-                             if against and against.time else "–")  # fmt: skip
-                why = against.why if against else ""
-            else:
-                why = ""
-            engine = _of_the_engine(row)
-            cells += engine if i == 0 else [""] * len(engine)
-            said = [*(timing.tainted if timing else []), why]
-            said += [row.reason or "", *row.notes] if i == 0 else []
-            cells.append(remarks.numbers(filter(None, said)))
-            lines.append((cells, row))
-    return Table(header, lines, remarks.texts())
+def by_question(shown: Sequence[Shown]) -> dict[str, list[tuple[Shown, Question]]]:
+    """Every question of the page, and its answer for each model."""
+    found: dict[str, list[tuple[Shown, Question]]] = defaultdict(list)
+    for one in shown:
+        for question in one.questions:
+            found[question.verdict.question].append((one, question))
+    return found
 
 
-def _of_the_engine(row: Row) -> list[str]:
-    accuracy = row.accuracy
-    error = "–"
-    if accuracy:
-        parts = [_or_dash(value, partial(number, digits=2)) for value in (accuracy.relative_error, accuracy.tolerance)]
-        error = " / ".join(parts) + ("" if accuracy.executed != "graph" else " (graph)")
-        error += "" if accuracy.passed else " FAILED"
-    return [
-        error,
-        row.attention or "–",
-        _or_dash(row.engine_bytes, lambda size: f"{size / 1e6:.0f}"),
-        _or_dash(row.peak_bytes, lambda size: f"{size / 1e9:.1f}"),
-        _or_dash(row.stages_s.get("build"), "{:.1f}".format),
-    ]
-
-
-def _or_dash(value: float | None, text: object) -> str:
-    return "–" if value is None else text(value)  # type: ignore[operator]
-
-
-class _Remarks:
-    """Numbered once each; a percentage in one stands at the row that it is of."""
-
-    def __init__(self) -> None:
-        self._known: list[str] = []
-
-    def numbers(self, remarks: Iterable[str]) -> str:
-        cited = []
-        for remark in remarks:
-            text = re.sub(r"\d+%", "…%", remark)
-            if text not in self._known:
-                self._known.append(text)
-            shares = ", ".join(re.findall(r"\d+%", remark))
-            cited.append(str(self._known.index(text) + 1) + (f" ({shares})" if shares else ""))
-        return ", ".join(dict.fromkeys(cited))
-
-    def texts(self) -> list[str]:
-        return list(self._known)
+def _without(section: Section) -> list[tuple[str, str, list[Row]]]:
+    """Status, reason, and the rows that have no time for it."""
+    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in section.without:
+        found[row.status, row.reason or ""].append(row)
+    return [(status, reason, rows) for (status, reason), rows in found.items()]
 
 
 def render(
     shown: list[Shown],
+    remarks: Remarks,
     baseline: str | None = None,
     regressions: list[Against] | None = None,
     limit: float | None = None,
@@ -170,13 +120,17 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "cell": markdown.cell}
+    environment.filters |= {"number": number, "cell": markdown.cell, "without": _without}
     rows = [row for one in shown for row in one.section.rows]
+    labels = [bar.label for one in shown for q in one.questions if q.bars for bar in q.bars.bars]
     context = {
         "shown": shown,
+        "answers": by_question(shown),
         "rows": rows,
         "timed": sum(bool(row.timings) for row in rows),
-        "without": [row for row in rows if not row.timings],
+        "versions": versions(rows),
+        "remarks": list(remarks),
+        "glossary": glossary([*labels, *(row.label for row in rows)]),
         "baseline": baseline,
         "regressions": regressions,
         "limit": limit,

@@ -38,6 +38,12 @@ class Ratio:
         """How many times as fast, of how many times as long."""
         return Ratio(1 / self.value, 1 / self.high, 1 / self.low)
 
+    @property
+    def short(self) -> str:
+        """Times as fast; the interval only where its digits say more than the value's."""
+        digits = {f"{end:.2f}" for end in (self.value, self.low, self.high)}
+        return f"{self.value:.2f}×" + (f" ({self.low:.2f}–{self.high:.2f})" if len(digits) > 1 else "")
+
     def __str__(self) -> str:
         return f"{self.value:.2f} ({self.low:.2f}–{self.high:.2f})"
 

@@ -13,6 +13,8 @@ from pipeline.config.schema import STRATEGIES
 from pipeline.record.report import error_share, worst_case
 from pipeline.tracking.names import verified
 
+RIVALS = {"torch_compile": "torch.compile", "eager": "PyTorch eager", "plugin": "attention plugin"}
+"""What people call them, where it is not the backend's name."""
 CLOCKS = ("device_ms", "ttft_ms", "tpot_ms")
 
 
@@ -37,6 +39,15 @@ class Measure(NamedTuple):
     def size(self) -> str:
         more = f" + {self.output_length}" if self.output_length else ""
         return f"{self.batch} × {self.input_length}{more} tokens"
+
+    @property
+    def question(self) -> str:
+        """For a title: what a person would ask for."""
+        batch = f", batch {self.batch}" if self.batch > 1 else ""
+        if self.kind == "prefill":
+            return f"A prompt of {self.input_length} tokens{batch}"
+        size = f"{self.input_length} tokens in, {self.output_length} out{batch}"
+        return {"device_ms": f"Generation, {size}"}.get(self.clock, f"{self.what.capitalize()}, {size}")
 
     def __str__(self) -> str:
         return f"{self.what}, {self.size}"
@@ -104,12 +115,16 @@ class Row:
     """What tells it from the rows beside it; set by :func:`pipeline.compare.labels.label`."""
 
     @property
+    def rival(self) -> str | None:
+        """The backend, where it is not TensorRT."""
+        backend = self.axes.get("backend.name", "tensorrt")
+        return None if backend == "tensorrt" else backend
+
+    @property
     def how(self) -> str:
         """The strategy, or the rival."""
-        backend = self.axes.get("backend.name", "tensorrt")
-        if backend != "tensorrt":
-            mode = self.axes.get("backend.mode")
-            return f"{backend} ({mode})" if mode else backend
+        if self.rival:
+            return RIVALS.get(self.rival, self.rival)
         name, unproven = self.axes.get("strategy.name", "?"), self.axes.get("strategy.unproven")
         special = [unproven] if unproven and unproven not in STRATEGIES.get(name, ())[:1] else []
         assume = self.axes.get("strategy.assume")

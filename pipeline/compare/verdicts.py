@@ -1,14 +1,17 @@
-"""Which row won, by how much, and what stands against believing it."""
+"""Which row won, by how much over what, and what stands against believing it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.compare.baseline import Against
-from pipeline.compare.labels import Section
+from pipeline.compare.baseline import Against, told, upstream
+from pipeline.compare.labels import Section, version, versions
 from pipeline.compare.numbers import number
+from pipeline.compare.questions import Line, Sweep, over
 from pipeline.compare.ratios import Ratio, ratio
 from pipeline.compare.rows import Measure, Row
+from pipeline.config.axes import Axes, has
 
 CLOSE = 0.03  # engines of the same settings differ by a few per cent from build to build
 
@@ -23,16 +26,6 @@ class Standing:
     """The others, with their time over the fastest's."""
 
 
-@dataclass(frozen=True)
-class Verdict:
-    measure: Measure
-    leaders: str
-    said: str
-
-    def __str__(self) -> str:
-        return f"{self.measure}: {self.leaders} {self.said}"
-
-
 def standing(section: Section, measure: Measure) -> Standing:
     """A row is behind when the whole interval of its ratio to the fastest lies beyond 1 + ``CLOSE``."""
     best, *others = section.timed(measure)
@@ -42,46 +35,115 @@ def standing(section: Section, measure: Measure) -> Standing:
     return Standing([best, *close], [(row, times) for row, times in ratios if times.low > 1 + CLOSE])
 
 
-def verdict(measure: Measure, ranked: Standing, compared: dict[int, Against]) -> Verdict:
-    """Which row won and by how much, in a sentence or two; ``compared`` goes by ``id`` of the row."""
-    best, *close = ranked.leaders
-    time = f"{number(best.timings[measure].time.median)} ms"
-    leaders = ", ".join(row.label for row in ranked.leaders[:-1])
-    leaders = f"{leaders} and {ranked.leaders[-1].label}" if close else best.label
-    if close:
-        said = f"are too close to call, at {time}."
-    elif ranked.behind:
-        said = f"is the fastest, at {time}."
-    else:
-        said = f"takes {time}; nothing to compare it with."
-    if ranked.behind:
-        row, times = ranked.behind[0]
-        said += f" Next: {row.label}, {times} times as long."
+@dataclass(frozen=True)
+class Verdict:
+    question: str
+    best: str
+    time: str
+    faster: list[tuple[str, str]]
+    """How many times as fast as what; empty where there is nothing else."""
+    close: str = ""
+    """What stands against calling it the fastest."""
+
+    @property
+    def said(self) -> str:
+        parts = [f"{times} as fast as {other}" for times, other in self.faster]
+        return ", ".join([self.time, *parts]) + (f" ({self.close})" if self.close else "")
+
+    def __str__(self) -> str:
+        return f"{self.question}: {self.best}: {self.said}"
+
+
+def verdict(
+    section: Section, measure: Measure, ranked: Standing, compared: Mapping[int, Against], called: Mapping[int, str],
+    asked: bool,
+) -> Verdict:  # fmt: skip
+    """``compared`` and ``called`` go by ``id`` of the row; ``asked``: whether they are compared with a baseline that
+    was asked for."""
+    best = ranked.leaders[0]
+    said = []
     if (against := compared.get(id(best))) and against.time:
-        said += f" {best.label} is {against.time.inverse} times as fast as {against.other}."
-    return Verdict(measure, leaders, said)
+        said.append((against.time.inverse.short, told(best, against, called) or ""))
+    own = upstream(section.timed(measure))
+    if not asked and own is not None and own is not best and (against is None or own is not against.baseline):
+        faster = ratio([own.timings[measure].time], [best.timings[measure].time])
+        other = Against(best, measure, own.label, None, faster, baseline=own)
+        said.append((faster.short, told(best, other, called) or ""))
+    if not said and ranked.behind:
+        row, times = ranked.behind[0]
+        said.append((times.short, f"the next, {called[id(row)]}"))
+    time = f"{number(best.timings[measure].time.median)} ms"
+    close = [called[id(row)] for row in ranked.leaders[1:]]
+    others = f"too close to call: {close[0] if len(close) == 1 else f'{len(close)} others'}" if close else ""
+    return Verdict(measure.question, called[id(best)], time, said, others)
+
+
+def reference_line(sweep: Sweep, wanted: Axes | None) -> Line | None:
+    """What the lines of a sweep are compared with: the baseline that was asked for, else the rival that is the fastest
+    at the largest size, else Torch-TensorRT's own engine, else the slowest."""
+    lines = sweep.lines
+    if wanted is not None:
+        return next((line for line in lines if has(line.first.axes, wanted)), None)
+    if len(lines) == 1:
+        return None
+    rivals = [line for line in lines if line.first.rival]
+    return next(iter([*rivals, *_upstream_lines(lines), lines[-1]]))
+
+
+def _upstream_lines(lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if upstream([line.first])]
+
+
+def sweep_verdict(sweep: Sweep, reference: Line | None, asked: bool) -> Verdict:
+    """Which line is the fastest where, and how many times as fast at both ends."""
+    won: dict[str, list[int]] = {}
+    for size in sweep.sizes:
+        here = sorted((line for line in sweep.lines if size in line.points), key=lambda line: line.median(size))
+        best = here[0]
+        for line in here:
+            if ratio(line.figures(size), best.figures(size)).low <= 1 + CLOSE:
+                won.setdefault(line.label, []).append(size)
+    often = sorted(won, key=lambda name: -len(won[name]))
+    best = next(line for line in sweep.lines if line.label == often[0])
+    rest = [size for size in sweep.sizes if size not in won[best.label]]
+    there = [name for name in often[1:] if set(won[name]) & set(rest)]
+    close = f"at {_listed(rest)} {sweep.words}: {' or '.join(there[:2])}" if rest else ""
+    references = [reference] if reference else []
+    if not asked:
+        references += [line for line in _upstream_lines(sweep.lines) if line is not reference]
+    said = [(text, line.label) for line in references if (text := _at_the_ends(sweep, best, line))]
+    ends = [size for size in sweep.sizes if size in best.points]
+    time = f"{number(best.median(ends[0]))} to {number(best.median(ends[-1]))} ms"
+    return Verdict(sweep.title, best.label, time, said, close)
+
+
+def _at_the_ends(sweep: Sweep, best: Line, line: Line) -> str:
+    found = [(size, faster) for size in sweep.sizes if (faster := over(best, line, size))]
+    if not found:
+        return ""
+    (first, low), (last, high) = found[0], found[-1]
+    rest = f" to {high.value:.2f}× at {last}" if len(found) > 1 else ""
+    return f"{low.value:.2f}× at {first}{rest} {sweep.words}"
+
+
+def _listed(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes[:-1])) + (" and " if len(sizes) > 1 else "") + str(sizes[-1])
 
 
 def cautions(section: Section) -> list[str]:
     """What the reader must know before believing any of it."""
     found = []
     if section.unsupported:
-        names = sorted({str(row.environment.get("flavour") or "the vendor") for row in section.rows})
+        names = sorted({version(row, "flavour") for row in section.rows if row.environment.get("flavour")})
         found.append(
-            f"The vendor of {', '.join(names)} does not support this GPU: these figures tell how the rows compare, "
-            "not what a supported GPU would reach."
+            f"The vendor of {', '.join(names) or 'the engines'} does not support this GPU: figures tell how rows compare, "
+            "not what a supported one would reach."
         )
     timed = [row for row in section.rows if row.timings]
-    tainted = [row for row in timed if any(timing.tainted for timing in row.timings.values())]
-    if tainted:
-        found.append(f"{len(tainted)} of {len(timed)} timed rows are tainted (⚠): the remarks below say by what.")
     unverified = [row for row in timed if row.accuracy is None or not row.accuracy.passed]
     if timed and not unverified:
         found.append("Every timed row passed its verification.")
-    if mixed := [f"{key} {', '.join(values)}" for key, values in section.versions if len(values) > 1]:
+    mixed = [f"{key} {', '.join(values)}" for key, values in versions(timed) if len(values) > 1 and key != "git"]
+    if mixed:
         found.append(f"Not all rows ran on the same versions: {'; '.join(mixed)}.")
-    if len(timed) > 1:
-        found.append(
-            "An interval speaks of one process and one build; builds of the same settings differ by a few per cent."
-        )
     return found

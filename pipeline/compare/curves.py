@@ -1,0 +1,101 @@
+"""Charts of a sweep: time over the prompt's length or the batch, a line for each way, and the same figures beneath."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.compare.charts import MARGIN, ticks
+from pipeline.compare.labels import shared
+from pipeline.compare.numbers import number
+from pipeline.compare.questions import Line, Sweep, over
+
+LEFT, RIGHT = 3.0, 97.0
+"""Of the plot's width in per cent: where the smallest and the largest size are."""
+LOGARITHMIC = 20
+"""Times as large as the smallest value must the largest be for a scale that starts at 0 to hide the differences."""
+COLOURS = 8
+
+
+@dataclass(frozen=True)
+class Curve:
+    label: str
+    css: str
+    points: list[tuple[float, float, str]]
+    """Place from the left and from the top, in per cent, and a tip."""
+    cells: list[tuple[str, str]]
+    """For each size: the time, and how many times as fast as the reference."""
+
+
+@dataclass(frozen=True)
+class CurveChart:
+    title: str
+    unit: str
+    note: str
+    curves: list[Curve]
+    sizes: list[int]
+    x_ticks: list[tuple[float, str]]
+    y_ticks: list[tuple[float, str]]
+    """From the top, in per cent."""
+
+
+def curve_chart(sweep: Sweep, reference: Line | None) -> CurveChart:
+    """Times of a prompt are drawn per token: where they are level, time grows with the length."""
+    values = {(line.label, size): _value(sweep, line, size) for line in sweep.lines for size in line.points}
+    low, high = min(values.values()), max(values.values()) * MARGIN
+    logarithmic = high > LOGARITHMIC * low
+
+    def y(value: float) -> float:
+        if logarithmic:
+            return 100 - 100 * math.log(value / (low / MARGIN)) / math.log(high / (low / MARGIN))
+        return 100 - 100 * value / high
+
+    curves = []
+    for i, line in enumerate(sweep.lines):
+        points, cells = [], []
+        for size in sweep.sizes:
+            if size not in line.points:
+                cells.append(("–", ""))
+                continue
+            faster = over(line, reference, size)
+            shown = f"{number(line.median(size))} ms"
+            tip = f"{line.label}, {size} {sweep.words}: {shown}"
+            tip += f", {faster} as fast as {reference.label}" if faster and reference else ""
+            points.append((_x(sweep.sizes, size), y(values[line.label, size]), tip))
+            cells.append((number(line.median(size)), f"{faster.value:.2f}×" if faster else ""))
+        curves.append(Curve(line.label, f"line-{i % COLOURS + 1}", points, cells))
+    marks = _decades(low / MARGIN, high) if logarithmic else ticks(high)
+    unit = "µs per token of the prompt" if _per_token(sweep) else "ms"
+    note = [f"×: times as fast as {reference.label}."] if reference else []
+    note += ["Logarithmic scale."] if logarithmic else []
+    rows = [row for line in sweep.lines for each in line.points.values() for row in each]
+    return CurveChart(
+        sweep.title,
+        ", ".join([unit, *shared(rows)]),
+        " ".join(note),
+        curves,
+        sweep.sizes,
+        [(_x(sweep.sizes, size), str(size)) for size in sweep.sizes],
+        [(y(mark), f"{mark:g}") for mark in marks],
+    )
+
+
+def _per_token(sweep: Sweep) -> bool:
+    of = sweep.measure
+    return of.clock == "ttft_ms" or (of.kind == "prefill" and of.clock == "device_ms")
+
+
+def _value(sweep: Sweep, line: Line, size: int) -> float:
+    measure = sweep.measures[size]
+    return line.median(size) * (1000 / (measure.batch * measure.input_length) if _per_token(sweep) else 1)
+
+
+def _x(sizes: Sequence[int], size: int) -> float:
+    """Logarithmic: lengths and batches are doubled, not counted up."""
+    return LEFT + (RIGHT - LEFT) * math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0])
+
+
+def _decades(low: float, high: float) -> list[float]:
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [mark for e in exponents for factor in (1, 2, 5) if low <= (mark := factor * 10.0**e) <= high]
