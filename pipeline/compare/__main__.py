@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--uri", default=DEFAULT_URI, help="the MLflow store that has the experiments "
                         "(default: %(default)s)")  # fmt: skip
     parser.add_argument("--mlflow-ui", metavar="URL", help="where `mlflow ui` shows a store that has no server "
-                        "(default: http://localhost:5000)")  # fmt: skip
+                        "(default, for runs of an experiment: http://localhost:5000)")  # fmt: skip
     parser.add_argument("--baseline", metavar="AXIS:VALUE", help="show how many times as fast as these rows the others "
                         "are: strategy:upstream, or backend:eager,cache:none")  # fmt: skip
     parser.add_argument("--against", metavar="SOURCE", action="append", default=[], help="earlier reports to compare "
@@ -72,10 +72,10 @@ def _main(arguments: list[str]) -> int:
     from pipeline.compare.labels import sections
     from pipeline.compare.remarks import Remarks
     from pipeline.compare.rows import row
-    from pipeline.compare.sources import UI, read
+    from pipeline.compare.sources import read
 
-    ui = asked.mlflow_ui or UI
-    if not re.match(r"https?://", ui):
+    ui = asked.mlflow_ui
+    if ui is not None and not re.match(r"https?://", ui):
         raise UserError(f"--mlflow-ui {ui}: is no address; write http://HOST:PORT")
     rows, unreadable = read(asked.sources or ["outputs"], asked.uri, row, ui)
     remarks = Remarks()

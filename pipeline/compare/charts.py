@@ -94,24 +94,25 @@ def time_chart(
         time, floor, name = timing.time, timing.floor_ms, called[id(row)]
         against = compared.get(id(row))
         faster = against.time.inverse if against and against.time else None
-        ratio = "baseline" if id(row) in baseline else ""
+        ratio, tip = "baseline" if id(row) in baseline else "", _tip(name, timing)
         if faster:
+            tip += f"; {faster}× as fast as {told(row, against, called)}"
             ratio = f"{faster.value:.2f}×" + (f" as fast as {told(row, against, called)}" if len(over) > 1 else "")
         doubted = any(remarks.of_taint(text).warns for text in timing.tainted) and not everywhere
         bars.append(
             Bar(
-                name + (" ⚠" if doubted else ""),
+                name + ("\N{NO-BREAK SPACE}⚠" if doubted else ""),
                 f"{number(time.median)} ms",
-                [Segment(0, 100 * time.median / longest, _css(row, ranked.leaders), _tip(name, timing))],
+                [Segment(0, 100 * time.median / longest, _css(row, ranked.leaders), tip)],
                 (100 * time.low / longest, 100 * time.high / longest),
                 None if floor is None else 100 * floor / longest,
                 "" if floor is None else f"roofline: no less than {number(floor)} ms on this card",
                 ratio,
             )
         )
-    note = [f"×: times as fast as {next(iter(over))}."] if len(over) == 1 else []
-    note += [f"All rows: {', '.join(each.word for each in everywhere)}."] if everywhere else []
-    return Chart(measure.question, ", ".join(["ms", *shared(rows)]), " ".join(note), bars, _axis(longest))
+    unit = ", ".join(["ms", *shared(rows)]) + (f"; ×: times as fast as {next(iter(over))}" if len(over) == 1 else "")
+    note = f"All rows: {', '.join(each.word for each in everywhere)}." if everywhere else ""
+    return Chart(measure.question, unit, note, bars, _axis(longest))
 
 
 def accuracy_chart(section: Section) -> Chart | None:

@@ -67,13 +67,11 @@ def curve_chart(sweep: Sweep, reference: Line | None) -> CurveChart:
         curves.append(Curve(line.label, f"line-{i % COLOURS + 1}", points, cells))
     marks = _decades(low / MARGIN, high) if logarithmic else ticks(high)
     unit = "µs per token of the prompt" if _per_token(sweep) else "ms"
-    note = [f"×: times as fast as {reference.label}."] if reference else []
-    note += ["Logarithmic scale."] if logarithmic else []
     rows = [row for line in sweep.lines for each in line.points.values() for row in each]
     return CurveChart(
         sweep.title,
-        ", ".join([unit, *shared(rows)]),
-        " ".join(note),
+        ", ".join([unit, *shared(rows)]) + (f"; ×: times as fast as {reference.label}" if reference else ""),
+        "Logarithmic scale." if logarithmic else "",
         curves,
         sweep.sizes,
         [(_x(sweep.sizes, size), str(size)) for size in sweep.sizes],

@@ -19,7 +19,7 @@ from pipeline.compare.questions import single, sweeps
 from pipeline.compare.remarks import Remarks, glossary
 from pipeline.compare.rows import Measure, Row
 from pipeline.compare.table import Table, table
-from pipeline.compare.verdicts import Verdict, cautions, reference_line, standing, sweep_verdict, verdict
+from pipeline.compare.verdicts import Verdict, cautions, reference_line, standing, sweep_verdict, unsupported, verdict
 from pipeline.config.axes import Axes
 from pipeline.record import markdown
 
@@ -46,6 +46,8 @@ class Shown:
     cautions: list[str]
     other_charts: list[charts.Chart]
     table: Table
+    """Ratios included, which the page has in its charts."""
+    figures: Table
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -81,6 +83,7 @@ def show(section: Section, compared: list[Against], wanted: Axes | None, anchor:
         cautions(section),
         [chart for chart in rest_of_them if chart],
         table(section, by_measure, None, remarks),
+        table(section, {}, None, remarks),
     )
 
 
@@ -120,7 +123,7 @@ def render(
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "cell": markdown.cell, "without": _without}
+    environment.filters |= {"number": number, "cell": markdown.cell, "without": _without, "unsupported": unsupported}
     rows = [row for one in shown for row in one.section.rows]
     labels = [bar.label for one in shown for q in one.questions if q.bars for bar in q.bars.bars]
     context = {
@@ -129,6 +132,7 @@ def render(
         "rows": rows,
         "timed": sum(bool(row.timings) for row in rows),
         "versions": versions(rows),
+        "unsupported": list(dict.fromkeys(filter(None, (unsupported(one.section) for one in shown)))),
         "remarks": list(remarks),
         "glossary": glossary([*labels, *(row.label for row in rows)]),
         "baseline": baseline,

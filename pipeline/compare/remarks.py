@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.compare.rows import Row, Timing
@@ -42,8 +42,9 @@ def of_taint(text: str) -> Remark:
     return next((remark for pattern, remark in KNOWN if re.match(pattern, text)), Remark(_short(text), text, True))
 
 
-def of_note(text: str) -> Remark:
-    return Remark(_short(text), text)
+def of_note(text: str) -> Remark | None:
+    """None for what the names of the rows say already."""
+    return None if re.match(r"backend=\w+ runs the model as it is", text) else Remark(_short(text), text)
 
 
 def warns(timing: Timing) -> bool:
@@ -73,8 +74,8 @@ class Remarks:
         shares: dict[str, list[int]] = {}
         for text in taints:
             shares.setdefault(self._word(of_taint(text)), []).extend(map(int, re.findall(r"(\d+)%", text)))
-        for text in notes:
-            shares.setdefault(self._word(of_note(text)), [])
+        for remark in filter(None, map(of_note, notes)):
+            shares.setdefault(self._word(remark), [])
         return ", ".join(f"{word} {max(each)} %" if each else word for word, each in shares.items())
 
     def _word(self, remark: Remark) -> str:
@@ -84,7 +85,7 @@ class Remarks:
         # Two notes that begin alike: the second is its own word, whole.
         return self._word(Remark(remark.means, remark.means, remark.warns)) if remark.word != remark.means else other.word
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Remark]:
         return iter(self._found.values())
 
     def texts(self) -> list[str]:

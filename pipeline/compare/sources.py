@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from io import StringIO
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -49,12 +50,13 @@ class Found:
     """The page of its MLflow run."""
 
 
-def read(sources: list[str], uri: str, make: Callable[[Found], Made], ui: str = UI) -> tuple[list[Made], list[str]]:
+def read(sources: list[str], uri: str, make: Callable[[Found], Made], ui: str | None = None) -> tuple[list[Made], list[str]]:
     """What ``make`` makes of the reports of ``sources``, each a file, a folder, or an experiment in the MLflow store
     ``uri``; and why some of them cannot be read.
 
     Of a folder, every report.json below it; where there is none, every other JSON file, as in benchmarks/results.
-    ``ui`` is where the pages of a store without a server are.  Raises :class:`UserError` for a source of which nothing
+    ``ui`` is where the pages of a store without a server are; where it is None, those of an experiment are where
+    `mlflow ui` listens, and a report on disk links to no store of the machine that made it.  Raises :class:`UserError` for a source of which nothing
     can be read.
     """
     made: dict[str, Made] = {}  # a report that is named twice counts once
@@ -76,19 +78,19 @@ def read(sources: list[str], uri: str, make: Callable[[Found], Made], ui: str = 
     return list(made.values()), list(dict.fromkeys(map(str, unreadable)))
 
 
-def _reports_of(source: str, uri: str, ui: str) -> Iterable[Path | Found | UserError]:
+def _reports_of(source: str, uri: str, ui: str | None) -> Iterable[Path | Found | UserError]:
     path = Path(source)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        return read_experiment(source, uri, ui)
+        return read_experiment(source, uri, ui or UI)
     files = sorted(path.rglob(REPORT)) or sorted(p for p in path.rglob("*.json") if p.name not in OTHERS)
     if not files:
         raise UserError(f"{source}: no {REPORT} in this folder; name one that runs have written to")
     return files
 
 
-def read_file(path: Path, ui: str = UI) -> Found:
+def read_file(path: Path, ui: str | None = None) -> Found:
     """The report in ``path``, with the samples beside it; raises :class:`UserError` for what is no whole report."""
     report = parse(path, str(path))
     samples_path = path.with_name(SAMPLES)
@@ -97,8 +99,9 @@ def read_file(path: Path, ui: str = UI) -> Found:
         samples = _object(samples_path, str(samples_path))
     tracked = report.get("mlflow")
     try:
-        link = run_page(tracked["uri"], ui, tracked["experiment_id"], tracked["run_id"]) if tracked else None
-    except (KeyError, TypeError, AttributeError):
+        base = tracked and (ui if _is_local(tracked["uri"]) else redacted(tracked["uri"]))
+        link = run_page(base, tracked["experiment_id"], tracked["run_id"]) if tracked and base else None
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise UserError(f"{path}: mlflow={tracked}: is no run's uri, experiment_id and run_id") from None
     return Found(report, str(path), samples, link)
 
@@ -131,9 +134,20 @@ def _object(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def run_page(uri: str, ui: str, experiment_id: str, run_id: str) -> str:
-    """The address of a run's page: on the server, or where `mlflow ui` shows a store that has none."""
-    base = redacted(uri) if is_server(uri) else ui
+def _is_local(uri: str) -> bool:
+    """Whether only the machine of the run could open the store: it is a file, or a server on that machine."""
+    if not is_server(uri):
+        return True
+    host = urlsplit(uri).hostname or ""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def run_page(base: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page on the server ``base``."""
     return f"{base.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
@@ -161,7 +175,7 @@ def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found | UserE
             raise UserError(f"{name}: this experiment of {redacted(uri)} has no runs")
         for run in kept:
             where = f"run {run.info.run_id}"
-            link = run_page(uri, ui, run.info.experiment_id, run.info.run_id)
+            link = run_page(redacted(uri) if is_server(uri) else ui, run.info.experiment_id, run.info.run_id)
             folder = Path(copies) / run.info.run_id
             report = _artifact(client, run, REPORT, folder)
             if report is None:

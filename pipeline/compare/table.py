@@ -32,7 +32,8 @@ class Table:
 
 
 def table(section: Section, compared: Compared, baseline: str | None, remarks: Remarks | None = None) -> Table:
-    """Rows that have neither a time nor anything else that can be compared are left to the list of those without.
+    """With how many times as fast rows are, where they are compared.  Rows that have neither a time nor anything else
+    that can be compared are left to the list of those without.
 
     ``remarks``: where the words of the last column are collected, for several tables.
     """

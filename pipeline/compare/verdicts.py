@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeline.compare.baseline import Against, told, upstream
 from pipeline.compare.labels import Section, version, versions
@@ -35,23 +36,45 @@ def standing(section: Section, measure: Measure) -> Standing:
     return Standing([best, *close], [(row, times) for row, times in ratios if times.low > 1 + CLOSE])
 
 
+class Faster(NamedTuple):
+    """How many times as fast, with the interval where it says more, and as what."""
+
+    times: str
+    interval: str
+    other: str
+
+
 @dataclass(frozen=True)
 class Verdict:
     question: str
     best: str
     time: str
-    faster: list[tuple[str, str]]
-    """How many times as fast as what; empty where there is nothing else."""
+    faster: list[Faster]
+    """Empty where there is nothing else."""
     close: str = ""
     """What stands against calling it the fastest."""
 
     @property
+    def short(self) -> str:
+        """Without intervals, for two lines beside a chart."""
+        return "; ".join([self.time, *(f"{each.times} as fast as {each.other}" for each in self.faster), *self._close])
+
+    @property
     def said(self) -> str:
-        parts = [f"{times} as fast as {other}" for times, other in self.faster]
-        return ", ".join([self.time, *parts]) + (f" ({self.close})" if self.close else "")
+        parts = [f"{each.times}{each.interval} as fast as {each.other}" for each in self.faster]
+        return "; ".join([self.time, *parts, *self._close])
+
+    @property
+    def _close(self) -> list[str]:
+        return [self.close] if self.close else []
 
     def __str__(self) -> str:
         return f"{self.question}: {self.best}: {self.said}"
+
+
+def _faster(ratio: Ratio, other: str) -> Faster:
+    times, _, interval = ratio.short.partition(" ")
+    return Faster(times, f" {interval}" if interval else "", other)
 
 
 def verdict(
@@ -63,18 +86,18 @@ def verdict(
     best = ranked.leaders[0]
     said = []
     if (against := compared.get(id(best))) and against.time:
-        said.append((against.time.inverse.short, told(best, against, called) or ""))
+        said.append(_faster(against.time.inverse, told(best, against, called) or ""))
     own = upstream(section.timed(measure))
     if not asked and own is not None and own is not best and (against is None or own is not against.baseline):
         faster = ratio([own.timings[measure].time], [best.timings[measure].time])
         other = Against(best, measure, own.label, None, faster, baseline=own)
-        said.append((faster.short, told(best, other, called) or ""))
+        said.append(_faster(faster, told(best, other, called) or ""))
     if not said and ranked.behind:
         row, times = ranked.behind[0]
-        said.append((times.short, f"the next, {called[id(row)]}"))
+        said.append(_faster(times, f"the next, {called[id(row)]}"))
     time = f"{number(best.timings[measure].time.median)} ms"
     close = [called[id(row)] for row in ranked.leaders[1:]]
-    others = f"too close to call: {close[0] if len(close) == 1 else f'{len(close)} others'}" if close else ""
+    others = f"{close[0] if len(close) == 1 else f'{len(close)} others'} too close to call" if close else ""
     return Verdict(measure.question, called[id(best)], time, said, others)
 
 
@@ -111,7 +134,7 @@ def sweep_verdict(sweep: Sweep, reference: Line | None, asked: bool) -> Verdict:
     references = [reference] if reference else []
     if not asked:
         references += [line for line in _upstream_lines(sweep.lines) if line is not reference]
-    said = [(text, line.label) for line in references if (text := _at_the_ends(sweep, best, line))]
+    said = [Faster(text, "", line.label) for line in references if (text := _at_the_ends(sweep, best, line))]
     ends = [size for size in sweep.sizes if size in best.points]
     time = f"{number(best.median(ends[0]))} to {number(best.median(ends[-1]))} ms"
     return Verdict(sweep.title, best.label, time, said, close)
@@ -130,15 +153,20 @@ def _listed(sizes: Sequence[int]) -> str:
     return ", ".join(map(str, sizes[:-1])) + (" and " if len(sizes) > 1 else "") + str(sizes[-1])
 
 
+def unsupported(section: Section) -> str:
+    """What the vendor's silence on this GPU means; empty where it supports it."""
+    if not section.unsupported:
+        return ""
+    names = sorted({version(row, "flavour") for row in section.rows if row.environment.get("flavour")})
+    return (
+        f"The vendor of {', '.join(names) or 'the engines'} does not support this GPU: figures tell how rows compare, not "
+        "what a supported one would reach."
+    )
+
+
 def cautions(section: Section) -> list[str]:
     """What the reader must know before believing any of it."""
     found = []
-    if section.unsupported:
-        names = sorted({version(row, "flavour") for row in section.rows if row.environment.get("flavour")})
-        found.append(
-            f"The vendor of {', '.join(names) or 'the engines'} does not support this GPU: figures tell how rows compare, "
-            "not what a supported one would reach."
-        )
     timed = [row for row in section.rows if row.timings]
     unverified = [row for row in timed if row.accuracy is None or not row.accuracy.passed]
     if timed and not unverified:
