@@ -127,10 +127,15 @@ def _shown(rows: list[Row], asked_baseline: str | None, remarks: Remarks) -> tup
     groups = sections(rows)
     compared = [against_baseline(section, baseline) if baseline else [] for section in groups]
     shown = [
-        page.show(section, found, baseline, f"part-{i}", remarks)
+        page.show(section, found, baseline, f"{i}-{_slug(section.title)}", remarks)
         for i, (section, found) in enumerate(zip(groups, compared, strict=True), 1)
     ]
     return shown, [each for found in compared for each in found if each.same_work]
+
+
+def _slug(title: str) -> str:
+    """For an address: letters, digits and hyphens."""
+    return re.sub(r"[\W_]+", "-", title.lower()).strip("-")
 
 
 def _limit(text: str | None) -> float | None:

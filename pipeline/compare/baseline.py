@@ -196,11 +196,13 @@ def _compare(
 
 
 def told(row: Row, against: Against | None, called: Mapping[int, str]) -> str | None:
-    """What ``row`` is compared with, by its name among these rows; that it has another cache is never left unsaid."""
+    """What ``row`` is compared with, by its name among these rows."""
     if against is None or against.time is None:
         return None
     other = against.baseline
-    if other is None:
-        return against.other
-    name = called.get(id(other), other.label)
+    return disclosed(row, other, called.get(id(other), other.label)) if other else against.other
+
+
+def disclosed(row: Row, other: Row, name: str) -> str:
+    """``name`` of ``other`` beside ``row``: that it has another cache is never left unsaid."""
     return name if cache(row) == cache(other) or cache(other) in name else f"{name} ({cache(other)})"

@@ -40,8 +40,11 @@ class CurveChart:
     """From the top, in per cent."""
 
 
-def curve_chart(sweep: Sweep, reference: Line | None) -> CurveChart:
-    """Times of a prompt are drawn per token: where they are level, time grows with the length."""
+def curve_chart(sweep: Sweep, reference: Line | None, ways: Sequence[str]) -> CurveChart:
+    """Times of a prompt are drawn per token: where they are level, time grows with the length.
+
+    ``ways``: the strategies and rivals of all sweeps of a section, so that each has one colour there.
+    """
     values = {(line.label, size): _value(sweep, line, size) for line in sweep.lines for size in line.points}
     low, high = min(values.values()), max(values.values()) * MARGIN
     logarithmic = high > LOGARITHMIC * low
@@ -52,7 +55,7 @@ def curve_chart(sweep: Sweep, reference: Line | None) -> CurveChart:
         return 100 - 100 * value / high
 
     curves = []
-    for i, line in enumerate(sweep.lines):
+    for line, colour in zip(sweep.lines, _colours(sweep.lines, ways), strict=True):
         points, cells = [], []
         for size in sweep.sizes:
             if size not in line.points:
@@ -60,11 +63,11 @@ def curve_chart(sweep: Sweep, reference: Line | None) -> CurveChart:
                 continue
             faster = over(line, reference, size)
             shown = f"{number(line.median(size))} ms"
-            tip = f"{line.label}, {size} {sweep.words}: {shown}"
+            tip = f"{line.label}, {sweep.at(size)}: {shown}"
             tip += f", {faster} as fast as {reference.label}" if faster and reference else ""
             points.append((_x(sweep.sizes, size), y(values[line.label, size]), tip))
             cells.append((number(line.median(size)), f"{faster.value:.2f}×" if faster else ""))
-        curves.append(Curve(line.label, f"line-{i % COLOURS + 1}", points, cells))
+        curves.append(Curve(line.label, f"line-{colour + 1}", points, cells))
     marks = _decades(low / MARGIN, high) if logarithmic else ticks(high)
     unit = "µs per token of the prompt" if _per_token(sweep) else "ms"
     rows = [row for line in sweep.lines for each in line.points.values() for row in each]
@@ -77,6 +80,16 @@ def curve_chart(sweep: Sweep, reference: Line | None) -> CurveChart:
         [(_x(sweep.sizes, size), str(size)) for size in sweep.sizes],
         [(y(mark), f"{mark:g}") for mark in marks],
     )
+
+
+def _colours(lines: Sequence[Line], ways: Sequence[str]) -> list[int]:
+    """That of its strategy or rival for each line, the next free one where another line has it."""
+    taken: list[int] = []
+    for line in lines:
+        first = ways.index(line.first.how)
+        nearest = [(first + i) % COLOURS for i in range(COLOURS)]
+        taken.append(next((colour for colour in nearest if colour not in taken), first % COLOURS))
+    return taken
 
 
 def _per_token(sweep: Sweep) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,8 @@ from pipeline.compare.rows import Measure, Row
 VERSIONS = ("flavour", "tensorrt", "torch", "torch_tensorrt", "transformers", "driver", "git")
 CACHES = {"none": "no cache", "in_engine": "cache in the engine"}
 NAMES = {
-    "gpu": "", "flavour": "", "tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT", "torch_tensorrt": "Torch-TensorRT",
-    "python": "Python",
+    "gpu": "", "flavour": "", "tensorrt_rtx": "TensorRT-RTX", "tensorrt": "TensorRT",
+    "torch_tensorrt": "Torch-TensorRT", "python": "Python",
 }  # fmt: skip
 """Of what has a version, and of a TensorRT's flavour."""
 SAID = (
@@ -104,9 +105,14 @@ def sections(rows: list[Row]) -> list[Section]:
         section = Section(model, gpu or None, members)
         headline = section.measures[:1]
         members.sort(key=lambda row: (min([row.timings[m].time.median for m in headline if m in row.timings] or
-                                          [float("inf")]), row.status, row.label))  # fmt: skip
+                                          [float("inf")]), row.status, _natural(row.label)))  # fmt: skip
         made.append(section)
     return made
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A key by which 512 comes before 2048."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text)]
 
 
 def label(rows: list[Row]) -> None:
@@ -116,12 +122,16 @@ def label(rows: list[Row]) -> None:
 
 
 def names(rows: Sequence[Row], ignored: Sequence[str] = ()) -> list[str]:
-    """The name of each row: its strategy or rival, then, only where rows would still be called alike, how they
-    differ: in :data:`WORDS`, in other settings, in versions, and at last in the order of their files.
+    """The name of each row: its strategy or rival, its cache where there are several kinds, then, only where rows would
+    still be called alike, how they differ: in :data:`WORDS`, in other settings, in versions, and at last in the order
+    of their files.
 
     ``ignored``: words and settings in which rows that are alike may differ.
     """
     called = [row.how for row in rows]
+    if len({cache(row) for row in rows}) > 1:  # said also where the name would do without: it explains the most
+        said = ["" if cache(row) == "no cache" else f", {cache(row)}" for row in rows]
+        called = [name + more for name, more in zip(called, said, strict=True)]
     for text in _differences(rows, ignored):
         for alike in _alike(called):
             said = [text(rows[i]) for i in alike]

@@ -15,7 +15,7 @@ from pipeline.compare.baseline import Against, against_reference
 from pipeline.compare.curves import CurveChart, curve_chart
 from pipeline.compare.labels import Section, names, versions
 from pipeline.compare.numbers import number
-from pipeline.compare.questions import single, sweeps
+from pipeline.compare.questions import Sweep, single, sweeps
 from pipeline.compare.remarks import Remarks, glossary
 from pipeline.compare.rows import Measure, Row
 from pipeline.compare.table import Table, table
@@ -61,20 +61,25 @@ def show(section: Section, compared: list[Against], wanted: Axes | None, anchor:
     for against in compared if wanted is not None else against_reference(section):
         by_measure[against.measure][id(against.row)] = against
     found = sweeps(section)
+    ways = sorted({line.first.how for sweep in found for line in sweep.lines})
     alone = list(single(section, found))
+    order = {(measure.kind, measure.clock): i for i, measure in reversed(list(enumerate(section.measures)))}
+    asked: list[Measure | Sweep] = sorted([*alone, *found], key=lambda each: order[_kind(each)])
     questions = []
-    for measure in alone:
-        rows, others = section.timed(measure), by_measure[measure]
+    for i, each in enumerate(asked, 1):
+        place = f"{anchor}-{i}"
+        if isinstance(each, Sweep):
+            reference = reference_line(each, wanted)
+            said = sweep_verdict(each, reference, wanted is not None)
+            questions.append(Question(place, said, None, curve_chart(each, reference, ways)))
+            continue
+        rows, others = section.timed(each), by_measure[each]
         called = {id(row): name for row, name in zip(rows, names(rows), strict=True)}
         rest = {id(row) for row in rows} - others.keys() if others else set()
-        ranked = standing(section, measure)
-        said = verdict(section, measure, ranked, others, called, wanted is not None)
-        chart = charts.time_chart(section, measure, ranked, others, rest, called)
-        questions.append(Question(f"{anchor}-{len(questions) + 1}", said, chart, None))
-    for sweep in found:
-        reference = reference_line(sweep, wanted)
-        said = sweep_verdict(sweep, reference, wanted is not None)
-        questions.append(Question(f"{anchor}-{len(questions) + 1}", said, None, curve_chart(sweep, reference)))
+        ranked = standing(section, each)
+        said = verdict(section, each, ranked, others, called, wanted is not None)
+        chart = charts.time_chart(section, each, ranked, others, rest, called)
+        questions.append(Question(place, said, chart, None))
     rest_of_them = [charts.accuracy_chart(section), charts.stage_chart(section)]
     return Shown(
         section,
@@ -85,6 +90,11 @@ def show(section: Section, compared: list[Against], wanted: Axes | None, anchor:
         table(section, by_measure, None, remarks),
         table(section, {}, None, remarks),
     )
+
+
+def _kind(question: Measure | Sweep) -> tuple[str, str]:
+    measure = question.measure if isinstance(question, Sweep) else question
+    return measure.kind, measure.clock
 
 
 def by_question(shown: Sequence[Shown]) -> dict[str, list[tuple[Shown, Question]]]:

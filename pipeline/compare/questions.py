@@ -14,6 +14,7 @@ from pipeline.compare.ratios import Ratio, ratio
 from pipeline.compare.rows import Figure, Measure, Row
 
 Axis = Literal["input_length", "batch"]
+AXES: tuple[Axis, ...] = ("input_length", "batch")
 IGNORED: dict[Axis, tuple[str, ...]] = {
     "input_length": ("lengths", "shape.", "cache.capacity"),
     "batch": ("batch", "shape.batch"),
@@ -71,19 +72,21 @@ class Sweep:
             "by the prompt's length" if self.axis == "input_length" else "by batch")  # fmt: skip
         return ", ".join([what[0].upper() + what[1:], *fixed, by])
 
-    @property
-    def words(self) -> str:
-        """Of a size along the axis."""
-        return "tokens" if self.axis == "input_length" else "at once"
+    def at(self, size: int) -> str:
+        """A size along the axis, in words."""
+        return f"{size} tokens" if self.axis == "input_length" else f"batch {size}"
 
 
 def sweeps(section: Section) -> list[Sweep]:
     """The measures of ``section`` that differ in length alone, then those in batch alone that are in none of these."""
     found: list[Sweep] = []
-    for axis in ("input_length", "batch"):
-        groups: dict[tuple[object, ...], dict[int, Measure]] = defaultdict(dict)
+    for axis in AXES:
+        groups: dict[Measure, dict[int, Measure]] = defaultdict(dict)
         for measure in sorted(section.measures):
-            groups[tuple(measure._replace(**{axis: 0}))][getattr(measure, axis)] = measure
+            if axis == "batch":
+                groups[measure._replace(batch=0)][measure.batch] = measure
+            else:
+                groups[measure._replace(input_length=0)][measure.input_length] = measure
         covered = {measure for sweep in found for measure in sweep.measures.values()}
         for measures in groups.values():
             if len(measures) > 1 and not covered.issuperset(measures.values()):

@@ -1,4 +1,4 @@
-"""What speaks against a row or must be known of it: a word beside the row, and what the word means at the page's end."""
+"""What speaks against a row, or must be known of it: a word beside the row, and what it means at the page's end."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ HELD_BACK = Remark(
 KNOWN: tuple[tuple[str, Remark], ...] = (  # what pipeline.measure and pipeline.host.gpu write, and what it comes to
     (r"clocks held back by (software power cap|the power limit)", HELD_BACK),
     (r"clocks held back by", Remark("clocks held back", "Heat or a fault held the card's clocks back.", True)),
-    (r"host_ms drifted", Remark("host drifted", "The host's times differed between the halves of the measurement; those "
-                                "of the device, which are compared, did not.")),
+    (r"host_ms drifted", Remark("host drifted", "The host's times differed between the halves of the measurement; "
+                                "those of the device, which are compared, did not.")),
     (r"\w+ drifted", Remark("drifted", "The device's times differed between the halves of the measurement.", True)),
     (r"warm-up did not settle", Remark("not settled", "The times still fell when the longest warm-up was over.", True)),
     (r"\d+ other process", Remark("shared card", "Other processes ran on the card.", True)),
@@ -79,11 +79,10 @@ class Remarks:
         return ", ".join(f"{word} {max(each)} %" if each else word for word, each in shares.items())
 
     def _word(self, remark: Remark) -> str:
-        other = self._found.setdefault(remark.word, remark)
-        if other.means == remark.means:
+        if self._found.setdefault(remark.word, remark).means == remark.means or remark.word == remark.means:
             return remark.word
         # Two notes that begin alike: the second is its own word, whole.
-        return self._word(Remark(remark.means, remark.means, remark.warns)) if remark.word != remark.means else other.word
+        return self._word(Remark(remark.means, remark.means, remark.warns))
 
     def __iter__(self) -> Iterator[Remark]:
         return iter(self._found.values())

@@ -50,14 +50,16 @@ class Found:
     """The page of its MLflow run."""
 
 
-def read(sources: list[str], uri: str, make: Callable[[Found], Made], ui: str | None = None) -> tuple[list[Made], list[str]]:
+def read(
+    sources: list[str], uri: str, make: Callable[[Found], Made], ui: str | None = None
+) -> tuple[list[Made], list[str]]:
     """What ``make`` makes of the reports of ``sources``, each a file, a folder, or an experiment in the MLflow store
     ``uri``; and why some of them cannot be read.
 
     Of a folder, every report.json below it; where there is none, every other JSON file, as in benchmarks/results.
     ``ui`` is where the pages of a store without a server are; where it is None, those of an experiment are where
-    `mlflow ui` listens, and a report on disk links to no store of the machine that made it.  Raises :class:`UserError` for a source of which nothing
-    can be read.
+    `mlflow ui` listens, and a report on disk links to no store of the machine that made it.  Raises
+    :class:`UserError` for a source of which nothing can be read.
     """
     made: dict[str, Made] = {}  # a report that is named twice counts once
     unreadable: list[UserError] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -61,9 +61,9 @@ def table(section: Section, compared: Compared, baseline: str | None, remarks: R
                     cells.append(_ratio(row, here.get(kind), compared, baseline, over[kind]))
             timings = [row.timings[here[kind]] if kind in here else None for kind in wholes]
             if timings:
-                cells.append(" / ".join(_or_dash(timing and timing.host_ms, number) for timing in timings))
-                shares = [_or_dash(timing and timing.roofline_fraction, "{:.0%}".format) for timing in timings]
-                cells.append(" / ".join(shares))
+                cells.append(_together(_or_dash(each.host_ms if each else None, number) for each in timings))
+                shares = [each.roofline_fraction if each else None for each in timings]
+                cells.append(_together(_or_dash(share, "{:.0%}".format) for share in shares))
             cells += _of_the_engine(row)
             taints = [taint for measure in here.values() for taint in row.timings[measure].tainted]
             whys = [against.why for m in here.values() if (against := compared.get(m, {}).get(id(row))) and against.why]
@@ -135,6 +135,11 @@ def _of_the_engine(row: Row) -> list[str]:
         _or_dash(row.peak_bytes, lambda size: f"{size / 1e9:.1f}"),
         _or_dash(row.stages_s.get("build"), "{:.1f}".format),
     ]
+
+
+def _together(texts: Iterable[str]) -> str:
+    parts = list(texts)
+    return " / ".join(parts) if set(parts) != {"–"} else "–"
 
 
 def _or_dash(value: float | None, text: Callable[[float], str]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipeline.compare.baseline import Against, told, upstream
+from pipeline.compare.baseline import Against, disclosed, told, upstream
 from pipeline.compare.labels import Section, version, versions
 from pipeline.compare.numbers import number
 from pipeline.compare.questions import Line, Sweep, over
@@ -57,16 +57,16 @@ class Verdict:
     @property
     def short(self) -> str:
         """Without intervals, for two lines beside a chart."""
-        return "; ".join([self.time, *(f"{each.times} as fast as {each.other}" for each in self.faster), *self._close])
+        return "; ".join([*self._first, *(f"{each.times} as fast as {each.other}" for each in self.faster)])
 
     @property
     def said(self) -> str:
         parts = [f"{each.times}{each.interval} as fast as {each.other}" for each in self.faster]
-        return "; ".join([self.time, *parts, *self._close])
+        return "; ".join([*self._first, *parts])
 
     @property
-    def _close(self) -> list[str]:
-        return [self.close] if self.close else []
+    def _first(self) -> list[str]:
+        return [self.time, self.close] if self.close else [self.time]
 
     def __str__(self) -> str:
         return f"{self.question}: {self.best}: {self.said}"
@@ -130,11 +130,15 @@ def sweep_verdict(sweep: Sweep, reference: Line | None, asked: bool) -> Verdict:
     best = next(line for line in sweep.lines if line.label == often[0])
     rest = [size for size in sweep.sizes if size not in won[best.label]]
     there = [name for name in often[1:] if set(won[name]) & set(rest)]
-    close = f"at {_listed(rest)} {sweep.words}: {' or '.join(there[:2])}" if rest else ""
+    close = f"{' or '.join(there[:2])} at {_listed([sweep.at(size) for size in rest])}" if rest else ""
     references = [reference] if reference else []
     if not asked:
         references += [line for line in _upstream_lines(sweep.lines) if line is not reference]
-    said = [Faster(text, "", line.label) for line in references if (text := _at_the_ends(sweep, best, line))]
+    said = [
+        Faster(text, "", disclosed(best.first, line.first, line.label))
+        for line in references
+        if (text := _at_the_ends(sweep, best, line))
+    ]
     ends = [size for size in sweep.sizes if size in best.points]
     time = f"{number(best.median(ends[0]))} to {number(best.median(ends[-1]))} ms"
     return Verdict(sweep.title, best.label, time, said, close)
@@ -145,12 +149,12 @@ def _at_the_ends(sweep: Sweep, best: Line, line: Line) -> str:
     if not found:
         return ""
     (first, low), (last, high) = found[0], found[-1]
-    rest = f" to {high.value:.2f}× at {last}" if len(found) > 1 else ""
-    return f"{low.value:.2f}× at {first}{rest} {sweep.words}"
+    rest = f" to {high.value:.2f}× ({sweep.at(last)})" if len(found) > 1 else ""
+    return f"{low.value:.2f}× ({sweep.at(first)}){rest}"
 
 
-def _listed(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:-1])) + (" and " if len(sizes) > 1 else "") + str(sizes[-1])
+def _listed(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:-1]) + (" and " if len(texts) > 1 else "") + texts[-1]
 
 
 def unsupported(section: Section) -> str:
@@ -159,8 +163,8 @@ def unsupported(section: Section) -> str:
         return ""
     names = sorted({version(row, "flavour") for row in section.rows if row.environment.get("flavour")})
     return (
-        f"The vendor of {', '.join(names) or 'the engines'} does not support this GPU: figures tell how rows compare, not "
-        "what a supported one would reach."
+        f"The vendor of {', '.join(names) or 'the engines'} does not support this GPU: figures tell how rows compare, "
+        "not what a supported one would reach."
     )
 
 

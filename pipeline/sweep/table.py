@@ -46,7 +46,8 @@ def speed_ups(
     for section in sections(rows):
         for found in against_baseline(section, wanted):
             _, kind, clock, _ = timed[found.row.name].split(".")
-            if found.time is not None and found.same_work and (found.measure.kind, found.measure.clock) == (kind, clock):
+            headlined = (found.measure.kind, found.measure.clock) == (kind, clock)
+            if found.time is not None and found.same_work and headlined:
                 speed_up = found.time.inverse
                 ratios[found.row.name] = (speed_up.value, speed_up.low, speed_up.high)
     return ratios
