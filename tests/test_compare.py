@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from reports import REAL, failed, keep, real, timed, varied
+from reports import REAL, failed, generating, keep, real, timed, varied
 
 from pipeline.compare import ratios
 from pipeline.compare.__main__ import main
@@ -57,13 +57,13 @@ def test_every_report_has_a_line_with_its_time_or_its_reason(compare, tmp_path):
         assert "out_of_memory: needs 141.2 GiB" in text
         assert "TensorRT-RTX has no plugins" in text
         assert "no GPU could run it: nothing was timed" in text
-        assert "whole generation, 1 × 2048 + 128 tokens" in text and "time per output token" in text
+        assert "Generation, 2048 tokens in, 128 out" in text and "Time per output token, 2048 tokens in" in text
 
 
 def test_the_page_needs_nothing_from_anywhere_and_escapes_what_reports_say(compare, tmp_path):
     _, html, markdown, _ = compare(varied(tmp_path / "runs"))
 
-    assert not re.search(r"(src|href)=\"?(https?:)?//", html) and "<script" not in html and "@import" not in html
+    assert not re.search(r"(src|href)=\"?(https?:)?//|@import|url\(|fetch\(|XMLHttp|<script [^>]*src|import\(", html)
     assert "free &lt;b&gt;&amp;&#34;quoted&#34; | piped" in html and "<b>&" not in html
     assert 'free &lt;b&gt;&amp;"quoted" \\| piped' in markdown
 
@@ -71,7 +71,9 @@ def test_the_page_needs_nothing_from_anywhere_and_escapes_what_reports_say(compa
 def test_figures_of_an_unsupported_gpu_say_so_beside_every_table(compare):
     _, html, markdown, _ = compare(REAL)
 
-    assert html.count("Measured on a GPU that the vendor does not support") == html.count('class="figures"') == 4
+    assert (
+        html.count("Measured on a GPU that the vendor does not support") == html.count('class="figures sortable"') == 4
+    )
     assert markdown.count("does not support this GPU") == 4
 
 
@@ -106,13 +108,48 @@ def test_labels_say_what_differs_and_no_more():
     bf16["config"]["precision"] = "bf16"
     level = copy.deepcopy(fp16)
     level["config"]["backend"]["optimization_level"] = 5
+    dynamic = copy.deepcopy(fp16)
+    dynamic["config"]["shape"] = {"kind": "dynamic", "batch": 1, "min": 2, "opt": 2048, "max": 2048}
+    longer = copy.deepcopy(dynamic)
+    longer["config"]["shape"]["max"] = 4096
+    elsewhere = copy.deepcopy(fp16)
+    elsewhere["environment"]["git"] = "0123456789abcdef0123456789abcdef01234567-dirty"
 
-    assert [each.label for each in only_section(fp16, real("llama3_1b-eager")).rows] == ["lowering", "eager"]
-    assert {each.label for each in only_section(fp16, bf16).rows} == {"lowering · fp16", "lowering · bf16"}
-    assert {each.label for each in only_section(fp16, level).rows} == {
-        "lowering · optimization_level unset", "lowering · optimization_level 5"
-    }  # fmt: skip
-    assert {each.label for each in only_section(fp16, fp16).rows} == {"lowering · run 1", "lowering · run 2"}
+    def labels(*reports: dict) -> list[str]:
+        return sorted(each.label for each in only_section(*reports).rows)
+
+    assert labels(fp16, real("llama3_1b-eager"), real("llama3_1b-torch_compile")) == [
+        "PyTorch eager", "lowering", "torch.compile"
+    ]  # fmt: skip
+    assert labels(fp16, bf16) == ["lowering, bf16", "lowering, fp16"]
+    assert labels(fp16, level) == ["lowering, optimization level 5", "lowering, optimization level not set"]
+    assert labels(fp16, dynamic, longer) == [
+        "lowering, any length, up to 2048 tokens", "lowering, any length, up to 4096 tokens", "lowering, one length"
+    ]  # fmt: skip
+    assert labels(fp16, elsewhere)[0] == "lowering, git 0123456 with changes"
+    assert labels(fp16, fp16) == ["lowering, run 1", "lowering, run 2"]
+
+
+def test_a_cache_is_named_wherever_rows_have_several_kinds_and_none_needs_no_word():
+    rows = only_section(
+        generating(real("llama3_1b-detect_causal"), "in_engine", 9.0, 1.2),
+        generating(real("llama3_1b-torch_compile"), "static", 10.0, 1.7),
+        generating(real("llama3_1b-upstream"), "none", 21.0, 21.0),
+    ).rows
+
+    assert [each.label for each in rows] == [
+        "detect_causal, cache in the engine", "torch.compile, static cache", "upstream"
+    ]  # fmt: skip
+
+
+def test_what_all_rows_of_a_chart_share_is_said_once_in_its_title(compare, tmp_path):
+    for name in ("lowering", "upstream"):
+        keep(tmp_path / "runs" / name, real(f"llama3_1b-{name}"))
+    _, html, _, _ = compare(tmp_path / "runs")
+
+    (chart,) = re.findall(r'<figure class="time".*?</figure>', html, re.S)
+    assert "A prompt of 2048 tokens" in chart and chart.count("fp16") == chart.count("one length") == 1
+    assert set(re.findall(r'data-row="([^"]*)"', chart)) == {"lowering", "upstream"} and "input_ids" not in html
 
 
 def test_a_strategy_has_no_part_in_a_rival():
@@ -133,10 +170,101 @@ def test_models_and_gpus_are_not_mixed():
 
 
 def test_the_winner_is_named_with_its_lead_and_a_close_second_is_no_loser(compare):
-    _, _, markdown, _ = compare(REAL, "--baseline", "strategy:upstream")
+    _, html, markdown, _ = compare(REAL, "--baseline", "strategy:upstream")
 
-    assert "**detect_causal and lowering** are too close to call, at 9.11 ms. Next: decompose, 1.20" in markdown
-    assert re.search(r"detect_causal is 2\.29 \(2\.2\d–2\.3\d\) times as fast as upstream", markdown)
+    won = r"A prompt of 2048 tokens: \*\*detect_causal\*\*: 9\.11 ms; lowering too close to call; "
+    assert re.search(won + r"2\.29× \(2\.2\d–2\.3\d\) as fast as upstream\.", markdown)
+    assert html.index('id="answers"') < html.index("<nav") < html.index("<section")
+
+
+def test_what_has_no_time_stands_below_the_charts_with_its_reason_once(compare, tmp_path):
+    llama = real("llama3_1b-detect_causal")
+    keep(tmp_path / "runs" / "good", llama)
+    for precision in ("bf16", "fp32"):
+        lost = failed(llama, "build", "out_of_memory", "needs 141.2 GiB")
+        lost["config"]["precision"] = precision
+        keep(tmp_path / "runs" / precision, lost)
+    nowhere = failed(llama, "", "", "") | {"status": "unavailable", "failure": None, "unavailable": "no plugins here"}
+    nowhere["environment"] = llama["environment"] | {"gpu": None}
+    nowhere["config"]["backend"] = {"name": "plugin"}
+    keep(tmp_path / "runs" / "plugin", nowhere)
+    _, html, _, _ = compare(tmp_path / "runs")
+
+    below = html.index("Without a time")
+    assert html.rindex("<figure") < below < html.index("out_of_memory: needs 141.2 GiB")
+    assert (
+        html.count("out_of_memory: needs 141.2 GiB")
+        == html.count("no plugins here")
+        == html.count("<h2>llama3_1b")
+        == 1
+    )
+    assert "detect_causal, bf16; detect_causal, fp32" in html
+
+
+# ---- what speaks against a time: words, and signs only where rows differ by them
+
+POWER = ["clocks held back by software power cap before the measurement",
+         "clocks held back by the power limit for 97% of the measurement"]  # fmt: skip
+DRIFT = "device_ms drifted between the halves of the measurement"
+
+
+def with_taints(folder: Path, **taints: list[str]) -> Path:
+    for name, texts in taints.items():
+        report = real(f"llama3_1b-{name}")
+        report["benchmark"]["prefill"]["tainted"] = texts
+        keep(folder / name, report)
+    return folder
+
+
+def signs(html: str) -> list[str]:
+    return re.findall(r'data-row="([^"]*)\N{NO-BREAK SPACE}⚠"', html)
+
+
+def test_a_power_limit_alone_is_a_remark_and_no_warning(compare, tmp_path):
+    _, html, markdown, _ = compare(with_taints(tmp_path / "runs", lowering=POWER, upstream=[]))
+
+    assert "⚠" not in html
+    for text in (html, markdown):
+        assert "power-limited 97 %" in text and text.count("The card's power limit held its clocks back".replace(
+            "'", "&#39;") if text is html else "The card's power limit held its clocks back") == 1  # fmt: skip
+
+
+def test_a_warning_stands_at_the_rows_that_it_is_of_and_one_that_all_have_is_said_once_above_them(compare, tmp_path):
+    _, some, _, _ = compare(with_taints(tmp_path / "some", lowering=[DRIFT], upstream=POWER))
+    _, every, _, _ = compare(with_taints(tmp_path / "all", lowering=[DRIFT], upstream=[DRIFT, *POWER]))
+
+    assert signs(some) == ["lowering"] and "All rows:" not in some
+    assert signs(every) == [] and every.count("All rows: drifted.") == 1
+
+
+def test_remarks_are_words_and_the_end_of_the_page_explains_each(compare, tmp_path):
+    strange = "the fan was louder than it should be, and somebody had opened the window of the room: see the log"
+    others = ["host_ms drifted between the halves of the measurement", "2 other processes on the GPU"]
+    folder = with_taints(tmp_path / "runs", lowering=[DRIFT, *POWER, *others], upstream=[])
+    noted = real("llama3_1b-decompose")
+    noted["notes"] = [strange, "backend=eager runs the model as it is: strategy has no part in this run"]
+    keep(folder / "decompose", noted)
+    _, html, markdown, _ = compare(folder)
+
+    cells = re.findall(r'<td class="remark">(.*?)</td>', html)
+    assert "drifted, power-limited 97 %, host drifted, shared card" in cells and not any(map(str.isdigit, cells))
+    end = html[html.index('<section id="remarks">') :]
+    for word in ("drifted", "power-limited", "host drifted", "shared card"):
+        assert f"<dt>{word}" in end and f"- {word}: " in markdown
+    assert strange in end and "has no part in this run" not in html
+
+
+def test_revisions_are_seven_characters_and_stand_once(compare, tmp_path):
+    folder = tmp_path / "runs"
+    for name, revision in (("lowering", "a" * 40), ("upstream", "b" * 40), ("decompose", "b" * 40 + "-dirty")):
+        report = real(f"llama3_1b-{name}")
+        report["environment"]["git"] = revision
+        keep(folder / name, report)
+    _, html, markdown, _ = compare(folder)
+
+    for text in (html, markdown):
+        assert not re.search(r"[0-9a-f]{8,}-dirty|a{8}|b{8}", text)
+        assert text.count("aaaaaaa") == text.count("bbbbbbb") == 1 and "bbbbbbb with changes" in text
 
 
 # ---- ratios and baselines
@@ -175,7 +303,7 @@ def test_samples_beside_a_report_are_read(tmp_path):
     assert timing.time.samples == (9.0, 9.1, 9.2)
 
 
-def test_a_baseline_of_other_work_gives_no_speed_up(compare, tmp_path):
+def test_a_baseline_of_another_precision_gives_no_speed_up(compare, tmp_path):
     bf16 = real("llama3_1b-upstream")
     bf16["config"]["precision"] = "bf16"
     keep(tmp_path / "runs" / "fp16", real("llama3_1b-lowering"))
@@ -184,8 +312,68 @@ def test_a_baseline_of_other_work_gives_no_speed_up(compare, tmp_path):
     _, _, other_precision, _ = compare(tmp_path / "runs", "--baseline", "strategy:upstream")
     _, _, asked_for, _ = compare(tmp_path / "runs", "--baseline", "strategy:upstream,precision:bf16")
 
-    assert "times as fast as upstream" not in other_precision and "no baseline of the same precision" in other_precision
-    assert re.search(r"lowering · fp16 is 2\.28 \(2\.2\d–2\.\d\d\) times as fast as upstream · bf16", asked_for)
+    assert "as fast as upstream" not in other_precision and "no baseline of the same precision" in other_precision
+    assert re.search(r"\*\*lowering\*\*: .*2\.28× \(2\.2\d–2\.\d\d\) as fast as upstream", asked_for)
+
+
+def caches(folder: Path) -> Path:
+    """Generations: ours with two caches and without, PyTorch's with two and without, and upstream's without."""
+    for name, cache, ttft, tpot in (
+        ("detect_causal", "in_engine", 9.0, 1.2), ("detect_causal", "static", 9.1, 2.2),
+        ("detect_causal", "none", 11.0, 11.0), ("eager", "static", 13.0, 12.0), ("eager", "dynamic", 14.0, 14.0),
+        ("eager", "none", 12.9, 13.0), ("upstream", "none", 21.0, 21.0),
+    ):  # fmt: skip
+        keep(folder / f"{name}_{cache}", generating(real(f"llama3_1b-{name}"), cache, ttft, tpot))
+    return folder
+
+
+def test_a_winner_with_another_cache_than_the_baselines_still_shows_its_speed_up_and_over_what(compare, tmp_path):
+    _, html, markdown, _ = compare(caches(tmp_path / "runs"), "--baseline", "strategy:upstream")
+
+    expected = (21.0 + 127 * 21.0) / (9.0 + 127 * 1.2)
+    assert re.search(rf"Generation, .*: \*\*detect_causal, cache in the engine\*\*: 161 ms; {expected:.2f}× "
+                     r"\([\d.–]+\) as fast as upstream \(no cache\)", markdown)  # fmt: skip
+    assert f"{expected:.2f}×" in html
+
+
+def test_a_baseline_does_the_same_work_where_there_is_one_and_ratios_over_several_name_theirs(compare, tmp_path):
+    _, html, _, _ = compare(caches(tmp_path / "runs"), "--baseline", "backend:eager")
+
+    chart = next(c for c in re.findall(r'<figure class="time".*?</figure>', html, re.S) if "Generation" in c)
+    rows = dict(re.findall(r'data-row="([^"]*)".*?<span class="ratio">(.*?)</span>', chart, re.S))
+    assert rows["detect_causal, static cache"].endswith("× as fast as PyTorch eager, static cache")
+    assert rows["detect_causal"].endswith("× as fast as PyTorch eager")  # both without a cache
+    # None of PyTorch's has this cache: the fastest of them, by its name.
+    assert rows["detect_causal, cache in the engine"].endswith("× as fast as PyTorch eager, static cache")
+    assert {name for name, ratio in rows.items() if ratio == "baseline"} == {
+        "PyTorch eager", "PyTorch eager, static cache", "PyTorch eager, dynamic cache"
+    }  # fmt: skip
+    assert "a row that names no cache has none" in html
+
+
+def test_without_a_baseline_rows_are_compared_with_the_fastest_rival_and_with_upstream(compare, tmp_path):
+    _, html, markdown, _ = compare(caches(tmp_path / "runs"))
+
+    chart = next(c for c in re.findall(r'<figure class="time".*?</figure>', html, re.S) if "Generation" in c)
+    assert "×: times as fast as PyTorch eager, static cache" in chart and "× as fast as PyTorch" not in re.sub(
+        r'<p class="verdict.*?</p>|<title>.*?</title>|aria-label=".*?"', "", chart, flags=re.S)  # fmt: skip
+    assert re.search(r"cache in the engine\*\*: 161 ms; 9\.5\d× .*as fast as PyTorch eager, static cache; 16\.6\d× "
+                     r"\([\d.–]+\) as fast as upstream \(no cache\)", markdown)  # fmt: skip
+
+
+def test_rows_are_held_only_to_a_baseline_that_does_the_same_work(compare, tmp_path):
+    """A cached baseline makes no row without a cache a regression."""
+    code, _, _, said = compare(
+        caches(tmp_path / "runs"), "--baseline", "strategy:detect_causal,cache:static", "--fail-if-slower", "5%"
+    )
+    assert code == 1 and "eager" in said
+
+    only = tmp_path / "only"
+    keep(only / "ours", generating(real("llama3_1b-detect_causal"), "static", 9.1, 2.2))
+    keep(only / "theirs", generating(real("llama3_1b-eager"), "none", 12.9, 13.0))
+    code, html, _, said = compare(only, "--baseline", "strategy:detect_causal", "--fail-if-slower", "5%")
+    assert (code, said) == (0, "")
+    assert f"{(9.1 + 127 * 2.2) / (12.9 + 127 * 13.0):.2f}×" in html  # shown all the same
 
 
 # ---- the regression check
@@ -247,7 +435,7 @@ def test_without_earlier_reports_rows_are_held_to_the_baseline(compare):
 
     assert code == 1  # torch_compile is, with qwen2_5_0_5b
     assert said.splitlines() == [
-        line for line in said.splitlines() if "qwen2_5_0_5b" in line and "torch_compile" in line
+        line for line in said.splitlines() if "qwen2_5_0_5b" in line and "torch.compile" in line
     ]
 
 
@@ -338,16 +526,32 @@ def test_the_page_lies_where_it_was_asked_for(tmp_path, monkeypatch):
     assert all(Path(name).stat().st_size > 1000 for name in made)
 
 
+PAGE = "#/experiments/1/runs/abc?workflowType=machine_learning"
+
+
+def tracked(folder: Path, **stores: str) -> Path:
+    for name, uri in stores.items():
+        mlflow = {"uri": uri, "experiment_id": "1", "run_id": "abc"}
+        keep(folder / name, real(f"llama3_1b-{name}") | {"mlflow": mlflow})
+    return folder
+
+
 def test_a_report_links_to_its_mlflow_run(compare, tmp_path):
-    tracked = {"uri": "sqlite:////data/mlflow.db", "experiment_id": "1", "run_id": "abc"}
-    keep(tmp_path / "runs" / "local", real("llama3_1b-lowering") | {"mlflow": tracked})
-    keep(tmp_path / "runs" / "server", real("llama3_1b-eager") | {"mlflow": tracked | {"uri": "https://host:5/"}})
+    runs = tracked(tmp_path / "runs", lowering="sqlite:////data/mlflow.db", eager="https://me:secret@host:5/")
+    _, html, markdown, _ = compare(runs, "--mlflow-ui", "http://elsewhere:1")
 
-    _, html, markdown, _ = compare(tmp_path / "runs", "--mlflow-ui", "http://elsewhere:1")
-
-    page = "#/experiments/1/runs/abc?workflowType=machine_learning"
     for text in (html, markdown):
-        assert f"http://elsewhere:1/{page}" in text and f"https://host:5/{page}" in text
+        assert f"http://elsewhere:1/{PAGE}" in text and f"https://me:***@host:5/{PAGE}" in text and "secret" not in text
+
+
+def test_a_kept_report_links_to_no_store_of_the_machine_that_made_it(compare, tmp_path):
+    stores = ("sqlite:////data/mlflow.db", "http://localhost:5000", "http://127.0.0.1:5000", "http://[::1]:5000",
+              "http://0.0.0.0:5000", "file:///data/mlruns", "https://host:5")  # fmt: skip
+    names = ("lowering", "eager", "upstream", "decompose", "mask_input", "detect_causal", "torch_compile")
+    _, html, markdown, _ = compare(tracked(tmp_path / "runs", **dict(zip(names, stores, strict=True))))
+
+    assert set(re.findall(r'href="(http[^"]*)"', html)) == {f"https://host:5/{PAGE}"}
+    assert re.findall(r"\]\((http[^)]*)\)", markdown) == [f"https://host:5/{PAGE}"]
 
 
 # ---- many

@@ -237,7 +237,7 @@ def test_a_speed_up_is_the_one_that_the_comparison_of_the_same_reports_shows(
     assert compare_reports([str(tmp_path / "runs"), "--baseline", "strategy:upstream", "-o", str(page)]) == 0
 
     shown = (page / "comparison.md").read_text()
-    assert f"detect_causal is {value:.2f} ({low:.2f}–{high:.2f}) times as fast as upstream" in shown
+    assert f"**detect_causal**: 9.11 ms; {value:.2f}× ({low:.2f}–{high:.2f}) as fast as upstream" in shown
     entry = {"job": "x", "status": "ok", "speed_up": (value, low, high)}
     assert f"{value:.2f}× ({low:.2f}–{high:.2f})" in table.markdown([entry], "strategy:upstream")
 

@@ -13,7 +13,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
 from pipeline.compare import charts
 from pipeline.compare.baseline import Against, against_reference
 from pipeline.compare.curves import CurveChart, curve_chart
-from pipeline.compare.labels import Section, names, versions
+from pipeline.compare.labels import Section, cache, names, versions
 from pipeline.compare.numbers import number
 from pipeline.compare.questions import Sweep, single, sweeps
 from pipeline.compare.remarks import Remarks, glossary
@@ -145,6 +145,7 @@ def render(
         "unsupported": list(dict.fromkeys(filter(None, (unsupported(one.section) for one in shown)))),
         "remarks": list(remarks),
         "glossary": glossary([*labels, *(row.label for row in rows)]),
+        "caches": len({cache(row) for row in rows}) > 1,
         "baseline": baseline,
         "regressions": regressions,
         "limit": limit,
