@@ -53,20 +53,19 @@ class Verdict:
     """Empty where there is nothing else."""
     close: str = ""
     """What stands against calling it the fastest."""
+    close_short: str = ""
+    """The same without names."""
 
     @property
     def short(self) -> str:
-        """Without intervals, for two lines beside a chart."""
-        return "; ".join([*self._first, *(f"{each.times} as fast as {each.other}" for each in self.faster)])
+        """Without intervals, for two lines beside a chart that has the names."""
+        parts = [f"{each.times} as fast as {each.other}" for each in self.faster]
+        return "; ".join(filter(None, [self.time, self.close_short, *parts]))
 
     @property
     def said(self) -> str:
         parts = [f"{each.times}{each.interval} as fast as {each.other}" for each in self.faster]
-        return "; ".join([*self._first, *parts])
-
-    @property
-    def _first(self) -> list[str]:
-        return [self.time, self.close] if self.close else [self.time]
+        return "; ".join(filter(None, [self.time, self.close, *parts]))
 
     def __str__(self) -> str:
         return f"{self.question}: {self.best}: {self.said}"
@@ -97,8 +96,9 @@ def verdict(
         said.append(_faster(times, f"the next, {called[id(row)]}"))
     time = f"{number(best.timings[measure].time.median)} ms"
     close = [called[id(row)] for row in ranked.leaders[1:]]
-    others = f"{close[0] if len(close) == 1 else f'{len(close)} others'} too close to call" if close else ""
-    return Verdict(measure.question, called[id(best)], time, said, others)
+    others = f"{len(close)} other{'s' if len(close) > 1 else ''}"
+    texts = [f"{who} too close to call" if close else "" for who in (close[0] if len(close) == 1 else others, others)]
+    return Verdict(measure.question, called[id(best)], time, said, *texts)
 
 
 def reference_line(sweep: Sweep, wanted: Axes | None) -> Line | None:
@@ -141,7 +141,7 @@ def sweep_verdict(sweep: Sweep, reference: Line | None, asked: bool) -> Verdict:
     ]
     ends = [size for size in sweep.sizes if size in best.points]
     time = f"{number(best.median(ends[0]))} to {number(best.median(ends[-1]))} ms"
-    return Verdict(sweep.title, best.label, time, said, close)
+    return Verdict(sweep.title, best.label, time, said, close, close)
 
 
 def _at_the_ends(sweep: Sweep, best: Line, line: Line) -> str:
