@@ -361,6 +361,15 @@ def test_without_a_baseline_rows_are_compared_with_the_fastest_rival_and_with_up
                      r"\([\d.–]+\) as fast as upstream \(no cache\)", markdown)  # fmt: skip
 
 
+def test_one_baseline_is_named_once_with_its_cache_where_rows_have_others(compare, tmp_path):
+    _, html, markdown, _ = compare(caches(tmp_path / "runs"), "--baseline", "strategy:upstream")
+
+    chart = next(c for c in re.findall(r'<figure class="time".*?</figure>', html, re.S) if "Generation" in c)
+    assert "×: times as fast as upstream (no cache)</small>" in chart
+    assert all(re.fullmatch(r"[\d.]+×|baseline", each) for each in re.findall(r'class="ratio">(.*?)</span>', chart))
+    assert "| times as fast as upstream (no cache) |" in markdown
+
+
 def test_rows_are_held_only_to_a_baseline_that_does_the_same_work(compare, tmp_path):
     """A cached baseline makes no row without a cache a regression."""
     code, _, _, said = compare(

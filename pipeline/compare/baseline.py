@@ -203,6 +203,17 @@ def told(row: Row, against: Against | None, called: Mapping[int, str]) -> str | 
     return disclosed(row, other, called.get(id(other), other.label)) if other else against.other
 
 
+def baselines(rows: Iterable[Row], compared: Mapping[int, Against], called: Mapping[int, str]) -> list[str]:
+    """The names of what ``rows`` are compared with, each once; with its cache where some row has another."""
+    found: dict[int, str] = {}
+    for row in rows:
+        against = compared.get(id(row))
+        if name := told(row, against, called):
+            place = id(against and against.baseline)
+            found[place] = max(found.get(place, ""), name, key=len)
+    return list(found.values())
+
+
 def disclosed(row: Row, other: Row, name: str) -> str:
     """``name`` of ``other`` beside ``row``: that it has another cache is never left unsaid."""
     return name if cache(row) == cache(other) or cache(other) in name else f"{name} ({cache(other)})"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.compare import remarks
-from pipeline.compare.baseline import Against, told
+from pipeline.compare.baseline import Against, baselines, told
 from pipeline.compare.labels import Section, shared
 from pipeline.compare.numbers import number
 from pipeline.compare.rows import Measure, Row, Timing
@@ -88,7 +88,7 @@ def time_chart(
     timings = [row.timings[measure] for row in rows]
     longest = max(max(timing.time.high, timing.time.median) for timing in timings) * MARGIN
     everywhere = remarks.said_of_all(rows, timings)
-    over = {name: None for row in rows if (name := told(row, compared.get(id(row)), called))}
+    over = baselines(rows, compared, called)
     bars = []
     for row, timing in zip(rows, timings, strict=True):
         time, floor, name = timing.time, timing.floor_ms, called[id(row)]
@@ -110,7 +110,7 @@ def time_chart(
                 ratio,
             )
         )
-    unit = ", ".join(["ms", *shared(rows)]) + (f"; ×: times as fast as {next(iter(over))}" if len(over) == 1 else "")
+    unit = ", ".join(["ms", *shared(rows)]) + (f"; ×: times as fast as {over[0]}" if len(over) == 1 else "")
     note = f"All rows: {', '.join(each.word for each in everywhere)}." if everywhere else ""
     return Chart(measure.question, unit, note, bars, _axis(longest))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-from pipeline.compare.baseline import Against, told
+from pipeline.compare.baseline import Against, baselines, told
 from pipeline.compare.labels import Section
 from pipeline.compare.numbers import number
 from pipeline.compare.remarks import Remarks
@@ -90,13 +90,8 @@ def _written(size: tuple[int, int] | None, here: Mapping[tuple[str, str], Measur
 
 def _over(section: Section, compared: Compared, kind: tuple[str, str]) -> set[str]:
     """The names of what rows are compared with in a column."""
-    return {
-        name
-        for measure in section.measures
-        if (measure.kind, measure.clock) == kind
-        for row in section.timed(measure)
-        if (name := told(row, compared.get(measure, {}).get(id(row)), {}))
-    }
+    measures = [measure for measure in section.measures if (measure.kind, measure.clock) == kind]
+    return {name for m in measures for name in baselines(section.timed(m), compared.get(m, {}), {})}
 
 
 def _faster(names: set[str]) -> str:
