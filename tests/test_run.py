@@ -176,6 +176,19 @@ def test_a_summary_that_is_piped_is_not_wrapped(finished: Outcome) -> None:
     assert narrow.getvalue() == wide.getvalue()
 
 
+def test_notes_are_in_the_summary_where_their_own_stream_goes_elsewhere(
+    finished: Outcome, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hint = "30 masks stay, and could go if the attention mask is all ones, always: strategy.assume=[no_padding]"
+    report = finished.report | {"notes": [hint]}
+    StageDisplay().summary(report, finished.folder, None)  # standard output and standard error are two files here
+    assert f"\nnote        {hint}\n" in capsys.readouterr().out
+
+    both = io.StringIO()
+    StageDisplay(Console(file=both, width=200)).summary(report, finished.folder, None)
+    assert hint not in both.getvalue()  # it was shown when it was found
+
+
 def test_the_summary_of_a_narrow_terminal_keeps_every_letter_of_a_path(finished: Outcome) -> None:
     shown = io.StringIO()
     console = Console(file=shown, width=40, force_terminal=True, color_system=None)

@@ -6,6 +6,8 @@ import io
 import json
 import random
 import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -402,9 +404,25 @@ def test_one_cell_stays_one_cell() -> None:
     assert cell("a|b\nc") == r"a\|b c" and cell("<b>") == "&lt;b&gt;" and cell("[x]*`") == r"\[x\]\*\`"
 
 
+@pytest.mark.parametrize("model", ["plain", 'it\'s (a) [b] {c,d} <e> $HOME `f` "g" h;i&j|k*l?m!n#o~p=q\\r%s\tü', NASTY])
+def test_the_folder_of_a_run_needs_no_quoting_in_a_shell(default: Config, model: str) -> None:
+    named = folder_name(
+        replace(
+            default,
+            model=replace(default.model, name=model, weights="random"),
+            strategy=replace(default.strategy, assume=("no_padding", "contiguous_positions")),
+        )
+    )
+    assert "-assume-no_padding-assume-contiguous_positions-" in named
+    for shell in filter(shutil.which, ("sh", "bash", "zsh")):
+        said = subprocess.run([shell, "-c", f"printf %s 12-30-00_{named}"], capture_output=True, text=True, check=True)
+        assert said.stdout == f"12-30-00_{named}"
+
+
 def test_names_of_a_models_folder_become_names_that_paths_and_the_registry_take(default: Config) -> None:
     named = folder_name(replace(default, model=replace(default.model, name="../a/b\n" + "ü" * 300)))
     assert "/" not in named and "\n" not in named and len(named.encode()) <= 200
+    assert folder_name(default) == "detect_causal-smollm2_135m-fp16-dynamic-2..2048"
 
     from pipeline.sweep.jobs import Row
 

@@ -57,6 +57,9 @@ class StageDisplay:
         """What ``report`` says, in a few lines; the last one is the path of report.json and nothing else.  Where it is
         piped, no line is wrapped."""
         rows = [(label, Text.assemble(*parts)) for label, *parts in _summary_rows(report)]
+        together = self._found is self.console or (self._found.is_terminal and self.console.is_terminal)
+        if not together:  # notes went to another file, or to none: what to do next is among them
+            rows += [("note", Text(note)) for note in report["notes"]]
         if tracked:
             rows.append(("MLflow", Text(tracked)))
         self.console.print()

@@ -45,9 +45,10 @@ def run_name(config: Config) -> str:
 
 
 def folder_name(config: Config) -> str:
-    """:func:`run_name` as part of a path: no separator in it, and no longer than file systems take beside a time."""
-    name = re.sub(r"[/\x00-\x1f\x7f]", "_", "-".join(run_name(config).replace(" · ", "-").split()))
-    return name.encode()[:200].decode(errors="ignore")
+    """:func:`run_name` as part of a path that no shell needs quoted: letters, digits and ``_ . + -`` alone, and no
+    longer than file systems take beside a time."""
+    name = re.sub(r"[^\w.+-]+", "-", re.sub(r"[()]", "", run_name(config)))
+    return name.encode()[:200].decode(errors="ignore").strip("-")
 
 
 def parameters(config: Config) -> dict[str, str]:
