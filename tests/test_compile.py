@@ -170,9 +170,9 @@ def test_a_mask_of_any_form_reaches_the_layer(name: str, static: bool) -> None:
 
 def test_a_layer_that_dropped_its_mask_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     # What TensorRT itself does with a mask that is assigned to a causal layer: nothing, and says nothing.
-    add_layer = attention._add_layer
+    add_layer = attention.add_layer
     monkeypatch.setattr(
-        attention, "_add_layer", lambda stack, net, qkv, causal: add_layer(stack, net, qkv, "upper_left")
+        attention, "add_layer", lambda stack, net, qkv, causal: add_layer(stack, net, qkv, "upper_left")
     )
     given = small(lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=MASKS["bool, 4-D"](q)))
     with pytest.raises(
