@@ -103,6 +103,8 @@ def test_the_layer_alone_is_refused_exactly_where_the_whole_network_is(
         assert build_engine(load_stack(), made, on).engine.bytes > 10_000
     (layer,) = made.native_layers
     assert layer.fused == fused == (layer.why_unfused is None)
+    assert layer.form.keys == ((12, 12) if static else (1, 32)) and layer.form.heads == (heads, heads)
+    assert layer.form.queries == ((1, 1) if attention is last_query else layer.form.keys)
     assert (made.contents.iattention_fused, len(made.contents.notes)) == (int(fused), int(not fused))
 
 
@@ -110,7 +112,7 @@ def test_what_is_not_fused_is_said_with_its_layers_its_form_and_tensorrts_reason
     made = network(tiny.traced("llama"), "lowering", "keep", "fp32").contents
     (found,) = made.unfused
     assert len(found.layers) == 2 and all("scaled_dot_product" in name for name in found.layers)
-    assert found.form == "fp32, causal, 4 query and 2 key heads of 16, batch 1, any x any tokens"
+    assert found.form == "fp32, causal, 4 query and 2 key heads of 16, batch 1, 1..64 x 1..64 tokens"
     assert found.reason.startswith("IBuilder::buildSerializedNetwork: Error Code 1")
     (note,) = made.notes
     assert note.startswith("2 of 2 attention layers have no fused kernel ") and found.form in note
@@ -208,7 +210,7 @@ def test_answers_are_kept_for_the_next_process_and_hold_for_the_same_settings(tm
     def asked(low: compile.Lowered) -> tuple[int, str | None]:
         with kernel_cache.fused_kernels(path) as kernels:
             kernels.configure = counted = Counted()
-            asked_for = Asked("fp32", (1, 2, 12, 16), (1, 2, 12, 16), "upper_left", None)
+            asked_for = Asked("fp32", (1, 1), (2, 2), (12, 12), (12, 12), 16, "upper_left", None)
             return_value = kernels.why_not(load_stack(), low.settings, asked_for)
             return counted.count, return_value
 

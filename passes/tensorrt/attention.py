@@ -85,7 +85,8 @@ def convert(
         mask = _normalised_mask(stack, ctx, as_tensor(ctx, mask, f"{node.name} [mask]"), query, key, node)
         mask = _written_out(stack, ctx, mask, node)
         layer.mask = mask
-    form = Asked.of(stack, query, key, causal, mask)
+    traced = (shape, node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    form = Asked.of(stack, query, key, causal, mask, traced)
     why_unfused = (kernels or of_this_process()).why_not(stack, ctx.compilation_settings, form)
     layer.decomposable = why_unfused is not None
     built = NativeLayer(

@@ -25,10 +25,10 @@ from passes.tensorrt.versions import Stack, stderr_held, tensorrt_errors
 
 _log = logging.getLogger(__name__)
 
-Shape = tuple[int, ...]
-"""-1 for a size that is known when the engine runs."""
-RANGE = (1, 64, 128)
-"""Of such a size: from one token, that of a decode step, to as many as make no difference any more."""
+Extent = tuple[int, int]
+"""Least and most of a size: the same where it is known, and a range where it is when the engine runs."""
+UNBOUNDED = (1, 128)
+"""Of a size without an upper bound: from one token, that of a decode step, to a short prompt."""
 
 
 @dataclass(frozen=True)
@@ -37,29 +37,73 @@ class Asked:
 
     dtype: str
     """The precision's name; TensorRT's where no run has it."""
-    query: Shape
-    """[B, Hq, L, D]."""
-    key: Shape
-    """[B, Hkv, S, D], and the values'."""
+    batch: Extent
+    heads: tuple[int, int]
+    """Of the queries; of keys and values."""
+    queries: Extent
+    keys: Extent
+    size: int
+    """Channels of a head."""
     causal: str
-    mask: tuple[str, Shape] | None
-    """Its type, and [B or 1, Hq or 1, L, S]."""
+    mask: tuple[str, bool, bool] | None
+    """Its type, and whether there is one for each sequence and for each head."""
 
     @classmethod
-    def of(cls, stack: Stack, query: Any, key: Any, causal: str, mask: Any) -> Asked:
-        """Of a network's tensors; ``mask`` may be None."""
-        shown = None if mask is None else (_type_name(stack.trt, mask.dtype), tuple(mask.shape))
-        return cls(_type_name(stack.trt, query.dtype), tuple(query.shape), tuple(key.shape), causal, shown)
+    def of(cls, stack: Stack, query: Any, key: Any, causal: str, mask: Any, traced: tuple[Any, Any]) -> Asked:
+        """Of a network's tensors: query [B, Hq, L, D], key [B, Hkv, S, D], and mask [B or 1, Hq or 1, L, S] or None.
+        ``traced``: the shapes of query and key in the graph, whose symbols have bounds."""
+        return cls(
+            dtype=_type_name(stack.trt, query.dtype),
+            batch=_extent(query.shape[0], traced[0][0]),
+            heads=(query.shape[1], key.shape[1]),
+            queries=_extent(query.shape[2], traced[0][2]),
+            keys=_extent(key.shape[2], traced[1][2]),
+            size=query.shape[3],
+            causal=causal,
+            mask=mask if mask is None else (_type_name(stack.trt, mask.dtype), mask.shape[0] != 1, mask.shape[1] != 1),
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[Extent, ...]]:
+        """Of each tensor, [batch, heads, length, channels]."""
+        (queries, keys), size = self.heads, (self.size, self.size)
+        past = (self.batch, (keys, keys), self.keys, size)
+        found: dict[str, tuple[Extent, ...]] = {}
+        found |= {"query": (self.batch, (queries, queries), self.queries, size), "key": past, "value": past}
+        if self.mask is not None:
+            _, batch, heads = self.mask
+            one = (1, 1)
+            found["mask"] = (
+                self.batch if batch else one,
+                (queries, queries) if heads else one,
+                self.queries,
+                self.keys,
+            )
+        return found
 
     def __str__(self) -> str:
         kind = {"none": "no mask", "upper_left": "causal", "lower_right": "causal from the lower right"}[self.causal]
         if self.mask is not None:
             kind = "bool mask" if self.mask[0] == "BOOL" else "added mask"
         batch, queries, keys = (
-            str(size) if size >= 0 else "any" for size in (self.query[0], self.query[2], self.key[2])
+            str(least) if least == most else f"{least}..{most}" for least, most in (self.batch, self.queries, self.keys)
         )
-        heads = f"{self.query[1]} query and {self.key[1]} key heads of {self.query[3]}"
-        return f"{self.dtype}, {kind}, {heads}, batch {batch}, {queries} x {keys} tokens"
+        heads = "{} query and {} key heads".format(*self.heads)
+        return f"{self.dtype}, {kind}, {heads} of {self.size}, batch {batch}, {queries} x {keys} tokens"
+
+
+def _extent(size: int, traced: Any) -> Extent:
+    """Of the network's ``size``, -1 where it is not known, which is ``traced`` in the graph."""
+    if size >= 0:
+        return size, size
+    if isinstance(traced, torch.SymInt) and traced.node.shape_env is not None:
+        bounds = traced.node.shape_env.bound_sympy(traced.node.expr)
+        if bounds.lower.is_Integer and bounds.upper.is_Integer and bounds.upper < 2**31:  # TensorRT has no longer ones
+            least = int(bounds.lower)
+            return least if least > 2 else 1, int(
+                bounds.upper
+            )  # torch.export writes 2 where it only means "no constant"
+    return UNBOUNDED
 
 
 def _type_name(trt: Any, dtype: Any) -> str:
@@ -117,29 +161,32 @@ class FusedKernels:
             empty = torch.fx.GraphModule({}, torch.fx.Graph())
             interpreter = TRTInterpreter(empty, [], compilation_settings=settings)
             network, config = interpreter.ctx.net, self.configure(interpreter)
-            shapes = {"query": asked.query, "key": asked.key, "value": asked.key}
-            inputs = [network.add_input(name, _type(stack.trt, asked.dtype), shape) for name, shape in shapes.items()]
-            layer = add_layer(stack, network, (inputs[0], inputs[1], inputs[2]), asked.causal)
-            if layer is not None and asked.mask is not None:
-                inputs.append(network.add_input("mask", _type(stack.trt, asked.mask[0]), asked.mask[1]))
-                layer.mask = inputs[-1]
+            inputs = []
+            for name, extents in asked.shapes.items():
+                dtype = asked.mask[0] if name == "mask" and asked.mask else asked.dtype
+                shape = tuple(least if least == most else -1 for least, most in extents)
+                inputs.append(network.add_input(name, _type(stack.trt, dtype), shape))
+            query, key, value, *mask = inputs
+            layer = add_layer(stack, network, (query, key, value), asked.causal)
             if layer is not None:
+                if mask:
+                    layer.mask = mask[0]
                 layer.decomposable = decomposable
                 network.mark_output(layer.get_output(0))
-                _add_profile(interpreter.builder, config, inputs)
+                _add_profile(interpreter.builder, config, asked)
                 if interpreter.builder.build_serialized_network(network, config) is not None:
                     return None
         return message_line(errors[0]) if errors else "TensorRT gave no reason"
 
 
-def _add_profile(builder: Any, config: Any, inputs: list[Any]) -> None:
-    """The range of the sizes that are not known, if there are any."""
-    if all(size >= 0 for tensor in inputs for size in tensor.shape):
+def _add_profile(builder: Any, config: Any, asked: Asked) -> None:
+    """The ranges of the sizes that are not known, if there are any."""
+    if all(least == most for least, most in (asked.batch, asked.queries, asked.keys)):
         return
     profile = builder.create_optimization_profile()
-    for tensor in inputs:
-        shapes = (tuple(size if size >= 0 else each for size in tensor.shape) for each in RANGE)
-        profile.set_shape(tensor.name, *shapes)
+    for name, extents in asked.shapes.items():
+        least, most = zip(*extents, strict=True)
+        profile.set_shape(name, least, most, most)
     config.add_optimization_profile(profile)
 
 
