@@ -53,7 +53,7 @@ def generation_tables(reports: Iterable[dict[str, Any]]) -> str:
 def _table(model: str, reports: list[dict[str, Any]]) -> str:
     reports = sorted(reports, key=lambda report: _ms(report) or float("inf"))
     eager_ms = next((ms for report in reports if _key(report) == EAGER and (ms := _ms(report))), None)
-    environment = next((r["environment"] for r in reports if (r["environment"] or {}).get("gpu")), {})
+    environment: dict[str, Any] = next((r["environment"] for r in reports if (r["environment"] or {}).get("gpu")), {})
     rows = (_row(model, report, eager_ms, environment) for report in reports)
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
     table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
