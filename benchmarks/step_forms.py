@@ -243,7 +243,8 @@ class StepNet(Net):
             places = (0, self.heads), (self.heads, self.kv_heads)
             turned = [self.slice(turned[0], (0, at, 0, 0), (1, count, 1, d)) for at, count in places]
         new = [turned[1], v]
-        out = self.attend(turned[0], *self.caches(i, new), new)
+        key, value = self.caches(i, new)
+        out = self.attend(turned[0], key, value, new)
         x = self.binary(x, self.product(self.keep(out, "a"), layer["o"]))
         gate, up = self.siblings(x, layer["norm2"], [layer["gate"], layer["up"]])
         gate = self.binary(gate, self.net.add_activation(gate, self.trt.ActivationType.SIGMOID).get_output(0), "PROD")
@@ -308,11 +309,11 @@ def step_inputs(model: str, form: str, keys: int) -> tuple[dict[str, torch.Tenso
         q, k, v = ((row @ layer[name].T).view(1, -1, 1, size) for name in "qkv")
         if "q_norm" in layer:
             q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
-        seen = [
+        k, v = (
             torch.cat([o[:, :, :position].to(device).float(), new], 2)
             for o, new in zip(old, (rotated(k), v), strict=True)
-        ]
-        out = torch.nn.functional.scaled_dot_product_attention(rotated(q), *seen, enable_gqa=True)
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(rotated(q), k, v, enable_gqa=True)
         x = x + out.reshape(1, -1) @ layer["o"].T
         row = norm(x, layer["norm2"])
         x = x + (torch.nn.functional.silu(row @ layer["gate"].T) * (row @ layer["up"].T)) @ layer["down"].T

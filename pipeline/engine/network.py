@@ -30,6 +30,7 @@ from passes.tensorrt.network_passes import PASSES
 from passes.tensorrt.registry import Converter, registered
 from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
 from pipeline.config.schema import BackendConfig
+from pipeline.engine import profiles
 from pipeline.engine.sections import Engine
 from pipeline.trace.call_form import InputSpec
 
@@ -48,8 +49,6 @@ class Network:
     interpreter: Any
     native_layers: tuple[converters.NativeLayer, ...]
     contents: Engine
-    exact: tuple[int, ...] = ()
-    """Lengths (tokens) with an optimization profile of their own."""
 
 
 def lower(
@@ -69,9 +68,6 @@ def lower(
     )
     with quiet(), torch.no_grad():
         table = {**get_decompositions(), **DECOMPOSITIONS}
-        for target in (*converters.CONVERTED, *cache.CONVERTED):
-            if any(node.target is target for node in program.graph.nodes):
-                table.pop(target, None)
         try:
             program = pre_export_lowering(program, settings)
             graph = post_lowering(program.run_decompositions(table).module(), settings)
@@ -124,9 +120,8 @@ def interpret(stack: Stack, lowered: Lowered, conversion: Conversion) -> Network
             at = _place(interpreter.ctx.current_node)
             raise RunError("conversion", f"TensorRT refuses {at} ({reason}); {AS_IT_IS}") from error
     calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
-    exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
     contents = replace(_contents(stack, interpreter.ctx.net, made, calls), passes=tuple(done))
-    return Network(interpreter, tuple(made), contents, exact)
+    return Network(interpreter, tuple(made), contents)
 
 
 def _refuse_what_is_missing(graph: GraphModule) -> None:
@@ -154,13 +149,7 @@ def _trt_input(stack: Stack, spec: InputSpec) -> Any:
     dtype = getattr(torch, spec.dtype)
     if not spec.dynamic:
         return stack.torch_tensorrt.Input(shape=spec.shape(spec.max), dtype=dtype, name=spec.name)
-    return stack.torch_tensorrt.Input(
-        min_shape=spec.shape(spec.min),
-        opt_shape=spec.shape(spec.opt),
-        max_shape=spec.shape(spec.max),
-        dtype=dtype,
-        name=spec.name,
-    )
+    return stack.torch_tensorrt.Input(profiles=profiles.of(spec), dtype=dtype, name=spec.name)
 
 
 def _converters(stack: Stack, made: list[converters.NativeLayer], in_place: bool, fused_rows: bool) -> list[Converter]:
