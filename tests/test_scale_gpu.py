@@ -42,7 +42,7 @@ def run_causal_layer(form: str, head_size: int, length: int) -> float:
     elif form == "scalar":
         factor = attention.as_tensor(ctx, torch.full((1, 1, 1, 1), scale).half(), "factor")
         query = network.add_elementwise(query, factor, trt.ElementWiseOperation.PROD).get_output(0)
-    layer = attention._add_layer(stack, network, (query, *tensors[1:]), "upper_left")
+    layer = attention.add_layer(stack, network, (query, *tensors[1:]), "upper_left")
     layer.decomposable = False
     layer.get_output(0).name = "out"
     network.mark_output(layer.get_output(0))

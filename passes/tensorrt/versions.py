@@ -56,10 +56,17 @@ def _device_stood_in() -> Iterator[None]:
         yield
         return
     answers: dict[str, Callable[..., Any]] = {"get_device_capability": lambda *_: (8, 0), "current_device": lambda: 0}
-    with contextlib.ExitStack() as back, Path(os.devnull).open("w") as nothing:
+    with contextlib.ExitStack() as back, stderr_held():
         for name, answer in answers.items():
             back.callback(setattr, torch.cuda, name, getattr(torch.cuda, name))
             setattr(torch.cuda, name, answer)
+        yield
+
+
+@contextlib.contextmanager
+def stderr_held() -> Iterator[None]:
+    """What libraries write to the file descriptor of stderr while the block runs, past every logger, is dropped."""
+    with contextlib.ExitStack() as back, Path(os.devnull).open("w") as nothing:
         kept = os.dup(2)
         back.callback(os.close, kept)
         back.callback(os.dup2, kept, 2)

@@ -79,6 +79,8 @@ class StrategyConfig:
     """Passes that are left out, to see what they are worth: :data:`OPTIONAL_PASSES`."""
     guard: bool | None = None
     """The engine's runtime checks those conditions on its inputs and refuses to run outside them."""
+    require_fused: bool | None = None
+    """A native attention layer for which TensorRT has no fused kernel ends the run; else it may run in pieces."""
 
 
 @dataclass
