@@ -80,7 +80,8 @@ class StrategyConfig:
     guard: bool | None = None
     """The engine's runtime checks those conditions on its inputs and refuses to run outside them."""
     require_fused: bool | None = None
-    """A native attention layer for which TensorRT has no fused kernel ends the run; else it may run in pieces."""
+    """A native attention layer for which TensorRT has no fused kernel ends the run; null: it may run in pieces, and the
+    report says so."""
 
 
 @dataclass
