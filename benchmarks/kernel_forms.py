@@ -81,12 +81,12 @@ class Net:
         x.name = name
         self.net.mark_output(x)
 
-    def build(self, profile: Sequence[tuple[str, Shape, Shape, Shape]] = ()) -> bytes:
+    def build(self, profile: Sequence[tuple[str, Sequence[Shape]]] = ()) -> bytes:
         """``profile``: the least, best and largest shape of each input whose shape is open."""
         config = self.builder.create_builder_config()
         if profile:
             shapes = self.builder.create_optimization_profile()
-            for name, *bounds in profile:
+            for name, bounds in profile:
                 shapes.set_shape(name, *bounds)
             config.add_optimization_profile(shapes)
         data = self.builder.build_serialized_network(self.net, config)

@@ -42,7 +42,7 @@ def build(layout: str, lengths: str) -> bytes:
     weight = weights()
     y = net.matmul(x, net.const(weight[None] if layout == "out x in" else weight.T[None]), tb=layout == "out x in")
     net.output(y, "out")
-    return net.build() if profile is None else net.build([("x", *((1, n, INNER) for n in profile))])
+    return net.build() if profile is None else net.build([("x", [(1, n, INNER) for n in profile])])
 
 
 def row_of(layout: str, lengths: str) -> dict[str, Any]:
