@@ -14,10 +14,11 @@ import torch
 
 from pipeline.host.plain_json import to_json
 from pipeline.record.environment import environment, git_commit, module_version, supported_by_vendor
+from pipeline.record.own_code import BESIDE_A_FIGURE, code_hash
 
 KEYS = [
     "gpu", "compute_capability", "supported_by_vendor", "driver", "torch", "torch_tensorrt", "tensorrt", "flavour",
-    "transformers", "python", "git",
+    "transformers", "python", "git", "code",
 ]  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def test_the_section_has_the_reports_keys_and_the_installed_versions() -> None:
     assert section.torch == metadata.version("torch")
     assert section.transformers == metadata.version("transformers")
     assert section.python == platform.python_version()
+    assert section.code == code_hash(beside=BESIDE_A_FIGURE)
     if section.flavour is not None:
         assert section.flavour in ("tensorrt", "tensorrt_rtx")
         assert section.torch_tensorrt and section.tensorrt

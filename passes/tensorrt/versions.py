@@ -1,4 +1,4 @@
-"""The one place that imports Torch-TensorRT and TensorRT, and the only one that compares versions.
+"""The one place that imports Torch-TensorRT and TensorRT.
 
 Two flavours share the import names: ``torch-tensorrt`` (TensorRT) and ``torch-tensorrt-rtx``
 (TensorRT-RTX, aliased to ``tensorrt`` by Torch-TensorRT itself).  Neither is imported before a stage
@@ -27,7 +27,7 @@ from passes.private import of_torch_tensorrt
 
 @dataclass(frozen=True)
 class Stack:
-    """The imported libraries and what of them differs between versions."""
+    """The imported libraries."""
 
     trt: ModuleType
     torch_tensorrt: ModuleType
@@ -37,7 +37,7 @@ class Stack:
     @property
     def replays_itself(self) -> bool:
         """An execution context can capture and replay a CUDA graph of its own: TensorRT-RTX."""
-        return hasattr(self.trt, "CudaGraphStrategy")
+        return self.flavour == "tensorrt_rtx"
 
     def versions(self) -> dict[str, str]:
         return {

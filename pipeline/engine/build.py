@@ -40,8 +40,6 @@ def build_engine(
     """
     interpreter, net = network.interpreter, network.interpreter.ctx.net
     config = network.configure(interpreter)
-    added = profiles.add(interpreter.builder, net, config, network.exact)
-    every = [*(interpreter.optimization_profiles or []), *added]
     with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
         config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
         data = interpreter.builder.build_serialized_network(net, config)
@@ -55,7 +53,7 @@ def build_engine(
         bytes=data.nbytes,
         sha256=hashlib.sha256(data).hexdigest(),
         target=target(config),
-        profiles=tuple(profiles.lengths(net, profile) for profile in every),
+        profiles=tuple(profiles.lengths(net, profile) for profile in interpreter.optimization_profiles or ()),
     )
     return Built(data, engine)
 

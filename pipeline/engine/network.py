@@ -32,7 +32,7 @@ from passes.tensorrt.network_passes import PASSES
 from passes.tensorrt.registry import Converter, registered
 from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
 from pipeline.config.schema import BackendConfig
-from pipeline.engine import unfused
+from pipeline.engine import profiles, unfused
 from pipeline.engine.sections import Engine
 from pipeline.trace.call_form import InputSpec
 
@@ -51,8 +51,6 @@ class Network:
     interpreter: Any
     native_layers: tuple[converters.NativeLayer, ...]
     contents: Engine
-    exact: tuple[int, ...] = ()
-    """Lengths (tokens) with an optimization profile of their own."""
     configure: Callable[[Any], Any] = builder_config
     """Makes the builder's configuration, of the interpreter."""
 
@@ -74,9 +72,6 @@ def lower(
     )
     with quiet(), torch.no_grad():
         table = {**get_decompositions(), **DECOMPOSITIONS}
-        for target in (*converters.CONVERTED, *cache.CONVERTED):
-            if any(node.target is target for node in program.graph.nodes):
-                table.pop(target, None)
         try:
             program = pre_export_lowering(program, settings)
             graph = post_lowering(program.run_decompositions(table).module(), settings)
@@ -132,13 +127,12 @@ def interpret(stack: Stack, lowered: Lowered, conversion: Conversion) -> Network
             at = _place(interpreter.ctx.current_node)
             raise RunError("conversion", f"TensorRT refuses {at} ({reason}); {AS_IT_IS}") from error
     calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
-    exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
     contents = replace(_contents(stack, interpreter.ctx.net, made, calls), passes=tuple(done))
     configure = conversion.kernels.configure
     if missing := unfused.unfused(made):
         notes = unfused.notes(missing, len(made), target(configure(interpreter)))
         contents = replace(contents, unfused=missing, notes=tuple(notes))
-    return Network(interpreter, tuple(made), contents, exact, configure)
+    return Network(interpreter, tuple(made), contents, configure)
 
 
 def target(config: Any) -> str:
@@ -176,13 +170,7 @@ def _trt_input(stack: Stack, spec: InputSpec) -> Any:
     dtype = getattr(torch, spec.dtype)
     if not spec.dynamic:
         return stack.torch_tensorrt.Input(shape=spec.shape(spec.max), dtype=dtype, name=spec.name)
-    return stack.torch_tensorrt.Input(
-        min_shape=spec.shape(spec.min),
-        opt_shape=spec.shape(spec.opt),
-        max_shape=spec.shape(spec.max),
-        dtype=dtype,
-        name=spec.name,
-    )
+    return stack.torch_tensorrt.Input(profiles=profiles.of(spec), dtype=dtype, name=spec.name)
 
 
 def _converters(
