@@ -139,7 +139,7 @@ def generation_picture(of: Figures) -> str | None:
 
 
 def mask_picture(of: Figures) -> str | None:
-    """Time and memory of a prompt by its length; None where no model ran several lengths."""
+    """Time and memory of a prompt by its length; None where no model ran several lengths, or all failed."""
     found = sweeps(of.rows)
     if not found:
         return None
@@ -156,6 +156,8 @@ def mask_picture(of: Figures) -> str | None:
             for name in SWEPT
         }
         lines = [line_chart.Line(names[name], css[name], those) for name, those in points.items() if those]
+        if not lines:
+            return None
         panels.append(line_chart.Panel(title, unit, lines, log))
     note = f"{task.model}, {task.weights} weights, fp16, batch {task.batch}; each engine is of its one length."
     legend = {css[name]: names[name] + " (Torch-TensorRT as it ships)" * (name == "upstream") for name in SWEPT}
