@@ -61,14 +61,6 @@ def compiled(program: ExportedProgram) -> Callable[[Tensor], Tensor]:
     return torch_tensorrt.dynamo.compile(program, inputs=inputs, min_block_size=1)
 
 
-WAYS: dict[str, tuple[Callable[[ExportedProgram], ExportedProgram], Callable[[], Any]]] = {
-    "before": (lambda program: program, contextlib.nullcontext),
-    "rewrite": (lambda program: passes.rewrite(program).program, contextlib.nullcontext),
-    "native_attention": (lambda program: passes.rewrite(program).program, passes.native_attention),
-    "register": (lambda program: program, lambda: _registered()),
-}
-
-
 @contextlib.contextmanager
 def _registered() -> Iterator[None]:
     passes.register()
@@ -76,6 +68,14 @@ def _registered() -> Iterator[None]:
         yield
     finally:
         passes.unregister()
+
+
+WAYS: dict[str, tuple[Callable[[ExportedProgram], ExportedProgram], Callable[[], Any]]] = {
+    "before": (lambda program: program, contextlib.nullcontext),
+    "rewrite": (lambda program: passes.rewrite(program).program, contextlib.nullcontext),
+    "native_attention": (lambda program: passes.rewrite(program).program, passes.native_attention),
+    "register": (lambda program: program, _registered),
+}
 
 
 def measure(engine: Callable[[Tensor], Tensor], tokens: Tensor, runs: int = RUNS) -> list[float]:

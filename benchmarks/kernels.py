@@ -84,19 +84,19 @@ def work(tasks: Any, rows: Any, turn: Any, build_only: bool) -> None:
             data = KINDS[kind][0](model, form, size).build()
             row["build_s"] = time.perf_counter() - start
             if not build_only:
+                case_data = KINDS[kind][1](model, form, size)
                 with turn:
-                    run_case(row, data)
+                    run_case(row, data, *case_data)
         except Exception as error:
             row["failed"] = first_line(error)
         rows.put(row)
 
 
-def run_case(row: dict[str, Any], data: bytes) -> None:
-    """Check and time a built case, in place, alone on the GPU."""
+def run_case(row: dict[str, Any], data: bytes, inputs: dict[str, torch.Tensor], wanted: torch.Tensor) -> None:
+    """Check a built case against ``wanted`` and time it over ``inputs``, in place, alone on the GPU."""
     stack = load_stack()
     engine = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER).deserialize_cuda_engine(data)
     context, stream = engine.create_execution_context(), torch.cuda.Stream()
-    inputs, wanted = KINDS[row["kind"]][1](row["model"], row["form"], row["size"])
     held = {name: tensor.cuda() for name, tensor in inputs.items()}
     held["out"] = torch.full(wanted.shape, float("nan"), dtype=torch.float16, device="cuda")
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]

@@ -335,15 +335,13 @@ def test_products_of_parallel_blocks_become_one_in_an_order_that_runs(name: str,
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows_and_a_square_a_product() -> None:
+def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows() -> None:
     _, traced, rewritten = programs("llama", "in_engine", 1, vocab_size=row_converters.VOCABULARY)
     stack = load_stack()
     lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
-    assert any(node.target is torch.ops.aten.pow.Tensor_Scalar for node in lowered.graph.graph.nodes)
 
     network = compile.interpret(stack, lowered, compile.ours(in_place=True))
 
-    assert not any(node.target is torch.ops.aten.pow.Tensor_Scalar for node in lowered.graph.graph.nodes)
     net = network.interpreter.ctx.net
     products = [layer for layer in map(net.get_layer, range(net.num_layers)) if str(layer.type).endswith("MULTIPLY")]
     assert [tuple(layer.get_output(0).shape) for layer in products] == [(8, row_converters.VOCABULARY)]

@@ -199,13 +199,3 @@ def test_channels_that_are_split_into_more_than_heads_stay_apart() -> None:
         around=2,
     )
     assert found[aten.neg.default] == 2
-
-
-def test_a_whole_number_to_the_power_of_two_point_zero_stays_a_fraction() -> None:
-    class Square(torch.nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x.pow(2.0)
-
-    graph = torch.export.export(Square(), (torch.tensor([3]),)).run_decompositions({}).module()
-    tiny.with_fused_rows(graph)
-    assert torch.equal(graph(torch.tensor([3])), torch.tensor([9.0]))
