@@ -192,16 +192,35 @@ def prompts(folder: Path) -> str:
     return _table(("a prompt, us", *found), lines)
 
 
-def prompt_attention(path: Path) -> str:
-    """Microseconds a layer of causal attention over a whole prompt, by form and model."""
-    rows = [row for row in rows_of(path) if "us" in row]
+def products(path: Path, where: str) -> str:
+    """Microseconds of a prompt's rows times weights, by how the weights lie and what the network is for."""
+    every = rows_of(path)
+    times = {(row["layout"], row["lengths"]): row["us"] for row in every if "us" in row}
+    lengths = list(dict.fromkeys(name for _, name in times))
+    lines = [
+        [f"`{layout}`", *(f"{times[layout, n]:.1f}" if (layout, n) in times else "–" for n in lengths)]
+        for layout in dict.fromkeys(layout for layout, _ in times)
+    ]
+    return f"{_where(every, where)}\n\n" + _table(("weights as", *lengths), lines)
+
+
+def _where(rows: Iterable[Mapping[str, Any]], otherwise: str) -> str:
+    on = environment_of(rows)
+    return f"{caption(on) if on else otherwise}.{aged(on)}"
+
+
+def prompt_attention(path: Path, where: str) -> str:
+    """Microseconds a layer of causal attention over a whole prompt, by form and model; ``where``: what rows of no
+    environment were measured on."""
+    every = rows_of(path)
+    rows = [row for row in every if "us" in row]
     times = {(row["form"], row["model"]): row["us"] for row in rows}
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [
         [f"`{form}`", *(f"{times[form, m]:.1f}" if (form, m) in times else "–" for m in models)]
         for form in dict.fromkeys(row["form"] for row in rows)
     ]
-    return _table(("attention of a prompt, us a layer", *models), lines)
+    return f"{_where(every, where)}\n\n" + _table(("attention of a prompt, us a layer", *models), lines)
 
 
 def profiles(folder: Path, part: str) -> dict[str, Any]:

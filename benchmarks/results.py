@@ -90,28 +90,32 @@ def parts(of: Figures, pictures: set[str]) -> dict[str, Any]:
         "prompt_races": race_tables(races["prefill"], environment),
         "prompts": prompt_tables(of.rows, environment),
     }
-    for name, (file, text) in RAW.items():
+    for name, part, text in (
+        ("step", "decode", profile_tables.steps),
+        ("prompt", "prompt", profile_tables.prompts),
+    ):
+        made[name] = "\n".join(text(folder) for folder in one.folders if profile_tables.profiles(folder, part))
+    for name, (file, made_of) in RAW.items():
         paths = [folder / file for folder in one.folders if (folder / file).exists()]
-        made[name] = "\n".join(map(text, paths)).rstrip()
+        made[name] = "\n".join(made_of(path, of.where) for path in paths).rstrip()
     return made
 
 
-def _kernels(path: Path) -> str:
+def _kernels(path: Path, _: str) -> str:
     from benchmarks import kernels  # which has torch imported
 
     return kernels.tables(path)
 
 
-RAW: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "drop_in": ("drop_in.jsonl", profile_tables.drop_in),
+RAW: dict[str, tuple[str, Callable[[Path, str], str]]] = {
+    "drop_in": ("drop_in.jsonl", lambda path, _: profile_tables.drop_in(path)),
     "attention": ("kernels.jsonl", _kernels),
     "layers": ("steps.jsonl", _kernels),
     "layers_together": ("steps_together.jsonl", _kernels),
     "prompt_attention": ("prompt_attention.jsonl", profile_tables.prompt_attention),
-    "step": ("llama3_1b-decode.json", lambda path: profile_tables.steps(path.parent)),
-    "prompt": ("llama3_1b-prompt.json", lambda path: profile_tables.prompts(path.parent)),
+    "products": ("products.jsonl", profile_tables.products),
 }
-"""Part of the page -> the file that it is made of, and how."""
+"""Part of the page -> the file that it is made of, and how; the latter takes what the stack's rows were measured on."""
 
 
 def speed_up_picture(of: Figures) -> str | None:

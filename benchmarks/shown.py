@@ -67,7 +67,16 @@ class Shown:
         return f"{self.label(row)} {number(was.ms)} → {number(row.time.median)}"
 
     def _doubts(self, row: Row) -> list[str]:
-        return [*row.taints, *[OLDER] * any(is_older(each.report["environment"]) for each in row.found)]
+        unfused = row.median("iattention_fused", of="engine")
+        layers = row.median("iattention", of="engine")
+        apart = (
+            f"{layers - unfused:.0f} attention layers without a fused kernel" if layers and unfused is not None else ""
+        )
+        return [
+            *row.taints,
+            *[apart] * (apart[:2] not in ("", "0 ")),
+            *[OLDER] * any(is_older(each.report["environment"]) for each in row.found),
+        ]
 
     def _elsewhere(self, row: Row) -> str:
         """What a row ran on, where that is not what stands over the table."""

@@ -198,7 +198,9 @@ def test_two_lengths_are_no_sweep_and_nothing_is_said_where_nothing_was_measured
     empty = figures_of([])
     assert all(make(empty) is None for make in results.MADE.values())
     shown = results.parts(empty, set())
-    assert not any(shown[name] for name in ("generation", "batches", "lengths", "prompts", *results.RAW))
+    assert not any(
+        shown[name] for name in ("generation", "batches", "lengths", "prompts", "step", "prompt", *results.RAW)
+    )
 
 
 def test_generations_of_several_sequences_stand_beside_those_of_one() -> None:
@@ -389,3 +391,21 @@ def test_a_way_of_the_drop_in_that_failed_stays_in_its_table_with_the_reason(tmp
     assert "logits of the last token" in text and stacks.caption(environment) in text
     assert "| – | – | RuntimeError: a \\| b | – |" in text
     assert re.search(r"\| 2\.000 \(2\.000–2\.000\) \| 2\.00 \(.*\| 0\.020 \| 9\.0 \|", text)
+
+
+def test_products_of_a_prompt_are_a_table_by_how_the_weights_lie(tmp_path: Path) -> None:
+    cases = {("out x in", "static"): 112.0, ("in x out", "static"): 108.0, ("out x in", "range"): 145.0}
+    rows_ = [{"environment": CARD}, *({"layout": a, "lengths": b, "us": us} for (a, b), us in cases.items())]
+    path = tmp_path / "products.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    text = profile_tables.products(path, "elsewhere")
+    assert stacks.caption(CARD) in text and "older code" in text and "elsewhere" not in text
+    assert "| `out x in` | 112.0 | 145.0 |" in text and "| `in x out` | 108.0 | – |" in text
+
+
+def test_layers_without_a_fused_kernel_are_remarked() -> None:
+    report = of_this_code(real("llama3_1b-detect_causal"))
+    report["engine"]["iattention_fused"] = report["engine"]["iattention"]
+    assert "without a fused kernel" not in prompt_tables(rows_of(report), CARD)
+    report["engine"]["iattention_fused"] = 3
+    assert "13 attention layers without a fused kernel" in prompt_tables(rows_of(report), CARD)
