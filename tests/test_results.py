@@ -405,7 +405,7 @@ def test_products_of_a_prompt_are_a_table_by_how_the_weights_lie(tmp_path: Path)
 
 def test_layers_without_a_fused_kernel_are_remarked() -> None:
     report = of_this_code(real("llama3_1b-detect_causal"))
-    report["engine"]["iattention_fused"] = report["engine"]["iattention"]
+    report["engine"]["unfused"] = []
     assert "without a fused kernel" not in prompt_tables(rows_of(report), CARD)
-    report["engine"]["iattention_fused"] = 3
-    assert "13 attention layers without a fused kernel" in prompt_tables(rows_of(report), CARD)
+    report["engine"]["unfused"] = [{"layers": ["a", "b"], "form": "x", "reason": "y"}, {"layers": ["c"]}]
+    assert "3 attention layers without a fused kernel" in prompt_tables(rows_of(report), CARD)
