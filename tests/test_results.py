@@ -393,6 +393,17 @@ def test_a_way_of_the_drop_in_that_failed_stays_in_its_table_with_the_reason(tmp
     assert re.search(r"\| 2\.000 \(2\.000–2\.000\) \| 2\.00 \(.*\| 0\.020 \| 9\.0 \|", text)
 
 
+def test_kernels_that_no_role_knows_are_shown_by_their_names(tmp_path: Path) -> None:
+    profile = json.loads((KEPT_PROFILES / "llama3_1b-decode.json").read_text())
+    longest = profile["kernels"][0]
+    longest["name"] = "__myl_NewAndUnheardOf_0x1234"
+    (tmp_path / "llama3_1b-decode.json").write_text(json.dumps(profile))
+    text = profile_tables.steps(tmp_path)
+    assert f"| `NewAndUnheardOf` | {longest['us']:.1f} ({longest['launches']}) |" in text
+    named = sum(float(us) for us in re.findall(r"^\| (?:`.*`|everything else) \| ([\d.]+) \(", text, re.MULTILINE))
+    assert named == pytest.approx(profile["kernels_us"], rel=0.001) and "gate and up" not in text
+
+
 def test_products_of_a_prompt_are_a_table_by_how_the_weights_lie(tmp_path: Path) -> None:
     cases = {("out x in", "static"): 112.0, ("in x out", "static"): 108.0, ("out x in", "range"): 145.0}
     rows_ = [{"environment": CARD}, *({"layout": a, "lengths": b, "us": us} for (a, b), us in cases.items())]
