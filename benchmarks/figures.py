@@ -21,17 +21,18 @@ import ast
 import json
 import operator
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.profile_tables import GROUPS, by_group
+from benchmarks.profile_tables import PROMPT_ROLES, by_group, by_role
 from benchmarks.stacks import ROOT, environment_of, is_older, measured, rows_of
 
 NUMBER = r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?"
 UNIT = r"(?:ms|us|[µμ]s|ns|s|minutes|[TG]B/s|TFLOP/s|[KMG]i?B|W|%|per cent|times|×(?! ?\d))(?![\w/])"
-JOINED = r"(?: ?[–/] ?|, | and | to | or )"
+JOINED = r"(?: ?[-–/] ?|, | and | to | or )"
 FIGURES = re.compile(rf"({NUMBER}(?:{JOINED}\d[\d.,]*)*)[ -]?({UNIT})")
 NAMES = re.compile(r"95 %|NVIDIA H\d+ \d+GB")
 """What an interval, or a card, is called: no figures."""
@@ -169,12 +170,15 @@ def evaluated(expression: str, folders: list[Path]) -> Value:
         tree = ast.parse(re.sub(r"\[([^\]]+)\]", kept, expression), mode="eval")
     except SyntaxError:
         raise NotThere(f"{expression}: is no arithmetic") from None
-    return Value(of(tree.body), any(value.older for value in found))
+    number = of(tree.body)
+    if not found:
+        raise NotThere(f"{expression}: names no report")
+    return Value(number, any(value.older for value in found))
 
 
 def referred(text: str, folders: list[Path]) -> Value:
     """What stands between brackets."""
-    name, *rest = text.split()
+    name, *rest = shlex.split(text)
     wanted = dict(part.split("=", 1) for part in rest if "=" in part)
     path = " ".join(part for part in rest if "=" not in part)
     file = _file(name, folders)
@@ -189,8 +193,15 @@ def referred(text: str, folders: list[Path]) -> Value:
         content = json.loads(file.read_text(encoding="utf-8"))
         environment = content.get("environment") or {}
         if "kernels" in content:
-            content |= {group.partition(" ")[0]: us for group, us in by_group(content).items()}
+            content |= _parts(content, prompt="-prompt" in file.name)
     return Value(_number(content, path, text), is_older(environment))
+
+
+def _parts(profile: Mapping[str, Any], prompt: bool) -> dict[str, float]:
+    """Microseconds of what the tables put together, by the first word of its name: ``products``, ``gaps``."""
+    roles = by_role(profile["kernels"], PROMPT_ROLES) if prompt else {}
+    groups = {role: sums["us"] for role, sums in roles.items()} or by_group(profile)
+    return {re.split(r"\W", name)[0]: us for name, us in groups.items()}
 
 
 def _file(name: str, folders: list[Path]) -> Path:
@@ -211,5 +222,4 @@ def _number(content: Mapping[str, Any], path: str, text: str) -> float:
             value = value[int(part)] if isinstance(value, list) else value[part]
         return float(value)
     except (KeyError, IndexError, TypeError, ValueError):
-        groups = [group.partition(" ")[0] for group in GROUPS]
-        raise NotThere(f"[{text}]: no number there{f', nor one of {groups}' if 'kernels' in content else ''}") from None
+        raise NotThere(f"[{text}]: no number there") from None

@@ -42,7 +42,7 @@ from benchmarks.kernel_forms import (
     linear_net,
     linear_weights,
 )
-from benchmarks.stacks import caption, environment_of, rows_of
+from benchmarks.stacks import aged, caption, environment_of, rows_of
 from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
 from passes.errors import first_line
 from passes.tensorrt.versions import load_stack
@@ -145,7 +145,7 @@ WRONG = 1e-2
 def tables(path: Path) -> str:
     """Microseconds a layer of attention, and GB/s of the linear layers, as Markdown; ✗ where the result is wrong."""
     every = rows_of(path)
-    rows, where = [row for row in every if "us" in row], caption(environment_of(every))
+    rows, where = [row for row in every if "us" in row], caption(on := environment_of(every)) + f".{aged(on)}"
     text = []
     for model in dict.fromkeys(row["model"] for row in rows if row["kind"] == "attention"):
         found = {(r["form"], r["size"]): r for r in rows if r["model"] == model and r["kind"] == "attention"}
@@ -174,7 +174,8 @@ def tables(path: Path) -> str:
     steps = {(row["form"], row["model"]): row for row in rows if row["kind"] == "step"}
     if steps:
         models = list(dict.fromkeys(model for _, model in steps))
-        made = [form for form in STEP if any(form == each for each, _ in steps)]
+        measured = dict.fromkeys(form for form, _ in steps)
+        made = sorted(measured, key=lambda form: list(STEP).index(form) if form in STEP else len(STEP))
         lines = [
             (
                 f"`{form}`",

@@ -93,15 +93,21 @@ def by_role(kernels: Iterable[Kernel], roles: Roles) -> dict[str, Kernel]:
     sums: dict[str, Kernel] = {role: {"us": 0.0, "launches": 0} for role, _ in roles}
     seen: dict[str, int] = {}
     for kernel in kernels:
-        name = kernel["name"].removeprefix("__myl_").rpartition("_0x")[0] or kernel["name"]
-        if kernel["name"].startswith(("cudnn_", "_gemm")):
-            name = kernel["name"]
+        name = _name(kernel)
         nth = seen.get(name, 0)
         seen[name] = nth + 1
         role = next(role for role, takes in roles if takes(name, nth))
         sums[role]["us"] += kernel["us"]
         sums[role]["launches"] += kernel["launches"]
     return sums
+
+
+def _name(kernel: Kernel) -> str:
+    """What TensorRT calls a kernel, without the hash behind it."""
+    name: str = kernel["name"]
+    if name.startswith(("cudnn_", "_gemm")):
+        return name
+    return name.removeprefix("__myl_").rpartition("_0x")[0] or name
 
 
 GROUPS = ("products with the weights", "attention and its cache", "norms and everything else", "gaps between kernels")
@@ -163,9 +169,20 @@ def _share(groups: Mapping[str, float], group: str) -> str:
     return f"{groups[group] / sum(groups.values()):.0%}"
 
 
+UNKNOWN, LEAST = 0.25, 0.03
+"""Of the time of all kernels: with more than so much in no role, names say more than roles do; of those with less than
+so much no name is shown."""
+
+
 def _roles(found: Mapping[str, Any], roles: Roles, shown: str) -> list[list[str]]:
-    """A line for each role that a kernel has."""
+    """A line for each role that a kernel has; where the roles, which go by names, miss too much, one for each name."""
     sums = {model: by_role(profile["kernels"], roles) for model, profile in found.items()}
+    rest = roles[-1][0]
+    if any(sums[model][rest]["us"] > UNKNOWN * profile["kernels_us"] for model, profile in found.items()):
+        every = [(_name(k), k["us"] / profile["kernels_us"]) for profile in found.values() for k in profile["kernels"]]
+        names = dict.fromkeys(name for name, share in every if share > LEAST)
+        roles = tuple((f"`{name}`", lambda one, _, name=name: one == name) for name in names) + roles[-1:]
+        sums = {model: by_role(profile["kernels"], roles) for model, profile in found.items()}
     return [
         [role, *(shown.format(**sums[model][role]) for model in found)]
         for role, _ in roles
@@ -192,16 +209,35 @@ def prompts(folder: Path) -> str:
     return _table(("a prompt, us", *found), lines)
 
 
-def prompt_attention(path: Path) -> str:
-    """Microseconds a layer of causal attention over a whole prompt, by form and model."""
-    rows = [row for row in rows_of(path) if "us" in row]
+def products(path: Path, where: str) -> str:
+    """Microseconds of a prompt's rows times weights, by how the weights lie and what the network is for."""
+    every = rows_of(path)
+    times = {(row["layout"], row["lengths"]): row["us"] for row in every if "us" in row}
+    lengths = list(dict.fromkeys(name for _, name in times))
+    lines = [
+        [f"`{layout}`", *(f"{times[layout, n]:.1f}" if (layout, n) in times else "–" for n in lengths)]
+        for layout in dict.fromkeys(layout for layout, _ in times)
+    ]
+    return f"{_where(every, where)}\n\n" + _table(("weights as", *lengths), lines)
+
+
+def _where(rows: Iterable[Mapping[str, Any]], otherwise: str) -> str:
+    on = environment_of(rows)
+    return f"{caption(on) if on else otherwise}.{aged(on)}"
+
+
+def prompt_attention(path: Path, where: str) -> str:
+    """Microseconds a layer of causal attention over a whole prompt, by form and model; ``where``: what rows of no
+    environment were measured on."""
+    every = rows_of(path)
+    rows = [row for row in every if "us" in row]
     times = {(row["form"], row["model"]): row["us"] for row in rows}
     models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [
         [f"`{form}`", *(f"{times[form, m]:.1f}" if (form, m) in times else "–" for m in models)]
         for form in dict.fromkeys(row["form"] for row in rows)
     ]
-    return _table(("attention of a prompt, us a layer", *models), lines)
+    return f"{_where(every, where)}\n\n" + _table(("attention of a prompt, us a layer", *models), lines)
 
 
 def profiles(folder: Path, part: str) -> dict[str, Any]:

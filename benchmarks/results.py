@@ -90,28 +90,32 @@ def parts(of: Figures, pictures: set[str]) -> dict[str, Any]:
         "prompt_races": race_tables(races["prefill"], environment),
         "prompts": prompt_tables(of.rows, environment),
     }
-    for name, (file, text) in RAW.items():
+    for name, part, text in (
+        ("step", "decode", profile_tables.steps),
+        ("prompt", "prompt", profile_tables.prompts),
+    ):
+        made[name] = "\n".join(text(folder) for folder in one.folders if profile_tables.profiles(folder, part))
+    for name, (file, made_of) in RAW.items():
         paths = [folder / file for folder in one.folders if (folder / file).exists()]
-        made[name] = "\n".join(map(text, paths)).rstrip()
+        made[name] = "\n".join(made_of(path, of.where) for path in paths).rstrip()
     return made
 
 
-def _kernels(path: Path) -> str:
+def _kernels(path: Path, _: str) -> str:
     from benchmarks import kernels  # which has torch imported
 
     return kernels.tables(path)
 
 
-RAW: dict[str, tuple[str, Callable[[Path], str]]] = {
-    "drop_in": ("drop_in.jsonl", profile_tables.drop_in),
+RAW: dict[str, tuple[str, Callable[[Path, str], str]]] = {
+    "drop_in": ("drop_in.jsonl", lambda path, _: profile_tables.drop_in(path)),
     "attention": ("kernels.jsonl", _kernels),
     "layers": ("steps.jsonl", _kernels),
     "layers_together": ("steps_together.jsonl", _kernels),
     "prompt_attention": ("prompt_attention.jsonl", profile_tables.prompt_attention),
-    "step": ("llama3_1b-decode.json", lambda path: profile_tables.steps(path.parent)),
-    "prompt": ("llama3_1b-prompt.json", lambda path: profile_tables.prompts(path.parent)),
+    "products": ("products.jsonl", profile_tables.products),
 }
-"""Part of the page -> the file that it is made of, and how."""
+"""Part of the page -> the file that it is made of, and how; the latter takes what the stack's rows were measured on."""
 
 
 def speed_up_picture(of: Figures) -> str | None:
@@ -139,7 +143,7 @@ def generation_picture(of: Figures) -> str | None:
 
 
 def mask_picture(of: Figures) -> str | None:
-    """Time and memory of a prompt by its length; None where no model ran several lengths."""
+    """Time and memory of a prompt by its length; None where no model ran several lengths, or all failed."""
     found = sweeps(of.rows)
     if not found:
         return None
@@ -156,6 +160,8 @@ def mask_picture(of: Figures) -> str | None:
             for name in SWEPT
         }
         lines = [line_chart.Line(names[name], css[name], those) for name, those in points.items() if those]
+        if not lines:
+            return None
         panels.append(line_chart.Panel(title, unit, lines, log))
     note = f"{task.model}, {task.weights} weights, fp16, batch {task.batch}; each engine is of its one length."
     legend = {css[name]: names[name] + " (Torch-TensorRT as it ships)" * (name == "upstream") for name in SWEPT}
@@ -195,6 +201,8 @@ def files() -> dict[Path, str]:
     shown = [parts(of, {name for name, owner in owners.items() if owner is of}) for of in stacks]
     jinja = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(stacks=shown)
+    if "speed-up.svg" not in owners:
+        raise ValueError("benchmarks/results: no stack has a generation of ours and of a rival, for README's picture")
     source = owners["speed-up.svg"].source
     picture = f"![How many times as fast generation with proved attention is; {source}](docs/pictures/speed-up.svg)\n"
     return {

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.before import Before, earlier
 from benchmarks.stacks import is_older, stack_of, versions
-from benchmarks.ways import Row
+from benchmarks.ways import Row, at
 from pipeline.compare.numbers import number
 from pipeline.compare.rows import Figure
 from pipeline.record import markdown
@@ -67,7 +67,12 @@ class Shown:
         return f"{self.label(row)} {number(was.ms)} → {number(row.time.median)}"
 
     def _doubts(self, row: Row) -> list[str]:
-        return [*row.taints, *[OLDER] * any(is_older(each.report["environment"]) for each in row.found)]
+        said = list(row.taints)
+        if count := sum(len(form["layers"]) for form in at(row.report, "engine", "unfused") or ()):
+            said.append(f"{counted(count, 'attention layer', 'attention layers')} without a fused kernel")
+        if any(is_older(each.report["environment"]) for each in row.found):
+            said.append(OLDER)
+        return said
 
     def _elsewhere(self, row: Row) -> str:
         """What a row ran on, where that is not what stands over the table."""
