@@ -10,6 +10,7 @@ from passes.tensorrt import network_form, products, rows
 PASSES: tuple[Pass[GraphModule], ...] = (
     Pass("write_known_sizes", network_form.prepare),
     Pass("transpose_weights", products.transpose_weights, optional=True),
+    Pass("write_squares", rows.write_squares, optional=True),
     Pass("fuse_rows", rows.fuse, optional=True),
     Pass("join_queries_and_keys", rows.join, optional=True),
 )

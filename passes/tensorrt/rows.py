@@ -50,6 +50,17 @@ def _row(node: Node) -> Node | None:
     return row if all(isinstance(size, int) for size in sizes) and prod(sizes) == 1 else None
 
 
+def write_squares(graph: GraphModule) -> int:
+    """Write squares as products, in place; returns how many.  A power keeps a norm out of the kernel of the product
+    behind it."""
+    changed = 0
+    for node in graph.graph.nodes:
+        if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2 and _keeps_type(node):
+            node.target, node.args = aten.mul.Tensor, (node.args[0], node.args[0])
+            changed += 1
+    return changed
+
+
 def fuse(graph: GraphModule) -> int:
     """Bring ``graph`` into the form in which TensorRT fuses what becomes of a row, in place; returns how many rows are
     multiplied with weights that were put together."""
@@ -65,6 +76,11 @@ def fuse(graph: GraphModule) -> int:
 def join(graph: GraphModule) -> int:
     """Compute once what is done alike to the queries and the keys of a row, in place; returns how many pairs."""
     return query_key_joining.join(graph, [node for node in graph.graph.nodes if _row(node) is not None])
+
+
+def _keeps_type(node: Node) -> bool:
+    """Whether ``node`` is of the type of what it reads: the power 2.0 of a whole number is not."""
+    return bool(node.meta["val"].dtype == node.args[0].meta["val"].dtype)  # type: ignore[union-attr]
 
 
 def _constants(graph: GraphModule, product: Node) -> list[Tensor | None]:

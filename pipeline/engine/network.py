@@ -93,7 +93,7 @@ class Conversion:
     """What is known of TensorRT's fused attention kernels."""
 
 
-ROWS = ("fuse_rows", "join_queries_and_keys")
+ROWS = ("write_squares", "fuse_rows", "join_queries_and_keys")
 """What ``backend.fused_rows=false`` leaves out."""
 UPSTREAM = Conversion((), lambda stack, made: [])
 """Nothing: what the installed Torch-TensorRT does by itself."""
