@@ -21,6 +21,7 @@ WAYS = {
     "before": "the script as it is",
     "rewrite": "`rewrite` before an unchanged compile",
     "native_attention": "`rewrite`, and `native_attention`",
+    "profiles": "`rewrite`, and a profile for the length",
     "register": "the script as it is, after `register()`",
 }
 LOGITS = {"all": "logits of every token", "last": "logits of the last token"}
