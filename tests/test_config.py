@@ -324,8 +324,8 @@ def test_the_help_asks_for_no_setting_that_does_not_exist() -> None:
     ("arguments", "code"), [(["--help"], 0), (["precision=fp8"], 2), (["-m", "strategy=lowering,foo"], 2)]
 )
 def test_help_and_a_mistake_answer_within_three_seconds(arguments: list[str], code: int, tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(2):  # the first may have to read the files from disk
+    seconds: list[float] = []
+    while len(seconds) < 2 and min(seconds, default=9) > 3:  # the first may have to read the files from disk
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = command(*arguments, cwd=tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -142,7 +142,7 @@ FORMS = {
 }
 
 
-IN_CI = ("static, two batches and heads", "static, with past keys, broadcast", "dynamic, one query head")
+IN_CI = ("static, with past keys, broadcast", "dynamic, one query head")
 
 
 class Found(NamedTuple):
