@@ -459,11 +459,17 @@ def test_a_sweep_makes_a_run_of_each_combination_and_a_job_that_is_refused_does_
 
     code = _main(["-m", "strategy=detect_causal,lowering", *settings])
 
-    reports = [json.loads(path.read_text()) for path in sorted((cwd / "outputs").glob("*/*/report.json"))]
-    assert code == 1
-    assert [report["config"]["strategy"]["name"] for report in reports] == [*["detect_causal"] * 2, *["lowering"] * 2]
-    assert [report["status"] for report in reports] == ["ok", "failed"] * 2
-    assert reports[1]["failure"]["kind"] == "refused" and reports[1]["failure"]["stage"] == "load"
+    reports = [json.loads(path.read_text()) for path in (cwd / "outputs").glob("*/*/report.json")]
+    found = {(each["config"]["strategy"]["name"], Path(each["config"]["model"]["path"])): each for each in reports}
+    assert code == 1 and len(reports) == 4
+    for strategy in ("detect_causal", "lowering"):
+        assert found[strategy, tiny]["status"] == "ok"
+        failed = found[strategy, folder]
+        assert (failed["status"], failed["failure"]["kind"], failed["failure"]["stage"]) == (
+            "failed",
+            "refused",
+            "load",
+        )
     assert "holds no weights" in capsys.readouterr().err
 
 

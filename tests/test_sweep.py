@@ -116,8 +116,8 @@ MlflowClient(sys.argv[1]).search_runs(["0"])
 def test_skipping_costs_twice_what_the_libraries_take_and_the_parent_of_a_running_job_next_to_nothing(
     ten: Ten,
 ) -> None:
-    # Ten jobs that are finished take 6 s on a quiet machine, of which Hydra's compositions and MLflow's import are
-    # 4; and all of it is longer where other tests run beside this one.
+    # Most of what finished jobs take is Hydra's compositions and MLflow's import; and all of it is longer where other
+    # tests run beside this one.
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     settings = [each for each in ten.sweep.arguments if not each.startswith("seed=")]
     program = [sys.executable, "-c", HYDRA_AND_MLFLOW, ten.uri, *settings]
