@@ -182,7 +182,7 @@ def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_l
     strategy: str, store: str, tmp_path: Path, one_layer: Path
 ) -> None:
     """The mask of the first row stood for all of them, and no case with ``input_ids`` alone had two lengths."""
-    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", f"strategy={strategy}"]
+    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", f"strategy={strategy}", "shape.exact=[]"]
     report = report_of(store, tmp_path, one_layer, *batch, "benchmark.shapes=[]")
 
     assert (report["status"], report["failure"]) == (DONE, None)
@@ -203,7 +203,7 @@ def test_rows_that_get_each_others_places_fail_the_verification(
 
     monkeypatch.setattr(cached_forms, "_mask_of_rows", of_the_first_row)
     monkeypatch.setattr(cached_forms, "_reads_first_row", lambda program: False)
-    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose"]
+    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose", "shape.exact=[]"]
     report = report_of(store, tmp_path, one_layer, *batch, "benchmark.shapes=[]")
 
     assert (report["failure"]["stage"], report["failure"]["kind"]) == ("verify", "accuracy")

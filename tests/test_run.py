@@ -480,7 +480,7 @@ def is_closed_as_interrupted(outcome: Outcome, by: str, store: str) -> None:
     assert "report.json" in artifacts(store, kept.info.run_id)
 
 
-@pytest.mark.slow  # as at six moments in test_endings
+@pytest.mark.slow  # as at four moments in test_endings
 def test_ctrl_c_ends_a_run_with_code_130_and_its_report_and_mlflow_run_are_closed(
     store: str, one_layer: Path, tmp_path: Path
 ) -> None:
