@@ -102,7 +102,7 @@ def hugging_face(name: str, tokens: Tensor, new_tokens: int, padding: Tensor | N
 
 
 @pytest.mark.parametrize("mode", ["in_engine", "static"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_it_generates_what_hugging_face_generates(name: str, mode: str) -> None:
     tokens = tiny.tokens(1, 11)
     engine = generator(name, mode)
@@ -132,16 +132,25 @@ def test_rows_of_different_lengths_generate_what_each_would_alone(mode: str, sid
 WINDOWED = {"sliding_window": 6}
 
 
-@pytest.mark.parametrize("mode", ["in_engine", "static"])
+WRITTEN_OUT: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "decomposed": ("llama", "decompose", {}),
+    "window": ("mistral", "detect_causal", WINDOWED),
+    "window decomposed": ("mistral", "decompose", WINDOWED),
+}
+
+
 @pytest.mark.parametrize(
-    ("name", "strategy", "changes"),
-    [("llama", "decompose", {}), ("mistral", "detect_causal", WINDOWED), ("mistral", "decompose", WINDOWED)],
-    ids=["decomposed", "window", "window decomposed"],
+    ("how", "mode"),
+    [
+        pytest.param(how, mode, marks=pytest.mark.slow if (how, mode) not in quick else ())
+        for quick in ([("decomposed", "static"), ("window", "in_engine"), ("window decomposed", "in_engine")],)
+        for how in WRITTEN_OUT
+        for mode in ("in_engine", "static")
+    ],
 )
-def test_rows_of_different_lengths_are_right_where_the_decode_mask_is_written_out(
-    name: str, strategy: str, changes: dict[str, Any], mode: str
-) -> None:
+def test_rows_of_different_lengths_are_right_where_the_decode_mask_is_written_out(how: str, mode: str) -> None:
     """A mask that was made for the first row's place stood for all of them."""
+    name, strategy, changes = WRITTEN_OUT[how]
     lengths, decoded = (4, 13, 9), 8
     tokens, padding = tiny.tokens(3, 13), torch.arange(13) < 13 - torch.tensor(lengths).unsqueeze(1)
     engine = generator(name, mode, batch=3, strategy=strategy, **changes)

@@ -467,7 +467,7 @@ def test_a_run_waits_for_the_process_that_builds_its_engine_and_then_takes_it(
     built, key = Store(twice.engines, 1e9), twice.miss.report["store"]["key"]
     shared = Store(tmp_path / "engines", 1e9)
     model = twice.miss.report["config"]["model"]["path"]
-    settings = ["model=local", f"model.path={model}", *ASSUMED, *SMALL, f"store.folder={shared.root}"]
+    settings = ["model=local", f"model.path={model}", *ASSUMED, *SMALL, f"store.folder={shared.root}", "until=build"]
     shared.root.mkdir()
 
     with shared.locked(key, print):  # this process is the one that builds
