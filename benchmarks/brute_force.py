@@ -98,7 +98,7 @@ class MaskGraph:
         for node in self.nodes:
             if node.op == "call_function":
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
         return [None if call.mask is None else values[call.mask].expand(_scores(call, sizes)) for call in self.calls]
 
 

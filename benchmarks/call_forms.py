@@ -171,7 +171,7 @@ def contents(form: CallForm, queries: int, past: int, most: int = 1000) -> Itera
     positions = _batches(_positions(queries)) if POSITIONS in form.inputs else [None]
     longest = max(len(masks), len(positions))
     for turn in range(min(most, longest if 1 in (len(masks), len(positions)) else 2 * longest)):
-        made = {IDS: torch.ones(BATCH, queries, dtype=torch.int64)}
+        made: dict[str, Any] = {IDS: torch.ones(BATCH, queries, dtype=torch.int64)}
         if PADDED in form.inputs:
             made[PADDED] = masks[turn % len(masks)]
         if POSITIONS in form.inputs:

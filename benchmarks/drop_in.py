@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.drop_in MODEL... --to FILE`` needs a GPU.  One JSON line for each way: the script as it is
 (``before``), with ``passes.rewrite`` in front of an unchanged ``torch_tensorrt.dynamo.compile`` (``rewrite``), that
-with our converter (``native_attention``), and the script as it is after ``passes.register()`` (``register``).
+with our converter (``native_attention``), ``rewrite`` with one argument more, a profile for the length that is timed
+beside that for all lengths (``profiles``), and the script as it is after ``passes.register()`` (``register``).
 ``--logits last`` (what generation needs) or ``all``.
 """
 
@@ -55,18 +56,15 @@ def program_of(form: nn.Module, device: str) -> ExportedProgram:
         return export(form, (tokens,), dynamic_shapes=({1: Dim("length", min=2, max=LENGTH)},), strict=False)
 
 
-def compiled(program: ExportedProgram) -> Callable[[Tensor], Tensor]:
+RANGE = {"min_shape": (1, 2), "opt_shape": (1, LENGTH), "max_shape": (1, LENGTH)}
+EXACT = dict.fromkeys(RANGE, (1, LENGTH))
+
+
+def compiled(program: ExportedProgram, exact: bool = False) -> Callable[[Tensor], Tensor]:
     torch_tensorrt = passes.load_torch_tensorrt()
-    inputs = [torch_tensorrt.Input(min_shape=(1, 2), opt_shape=(1, LENGTH), max_shape=(1, LENGTH), dtype=torch.int64)]
+    shapes = {"profiles": [EXACT, RANGE]} if exact else RANGE  # Torch-TensorRT keeps to the first that fits
+    inputs = [torch_tensorrt.Input(**shapes, dtype=torch.int64)]
     return torch_tensorrt.dynamo.compile(program, inputs=inputs, min_block_size=1)
-
-
-WAYS: dict[str, tuple[Callable[[ExportedProgram], ExportedProgram], Callable[[], Any]]] = {
-    "before": (lambda program: program, contextlib.nullcontext),
-    "rewrite": (lambda program: passes.rewrite(program).program, contextlib.nullcontext),
-    "native_attention": (lambda program: passes.rewrite(program).program, passes.native_attention),
-    "register": (lambda program: program, lambda: _registered()),
-}
 
 
 @contextlib.contextmanager
@@ -76,6 +74,15 @@ def _registered() -> Iterator[None]:
         yield
     finally:
         passes.unregister()
+
+
+WAYS: dict[str, tuple[Callable[[ExportedProgram], ExportedProgram], Callable[[], Any]]] = {
+    "before": (lambda program: program, contextlib.nullcontext),
+    "rewrite": (lambda program: passes.rewrite(program).program, contextlib.nullcontext),
+    "native_attention": (lambda program: passes.rewrite(program).program, passes.native_attention),
+    "profiles": (lambda program: passes.rewrite(program).program, contextlib.nullcontext),
+    "register": (lambda program: program, _registered),
+}
 
 
 def measure(engine: Callable[[Tensor], Tensor], tokens: Tensor, runs: int = RUNS) -> list[float]:
@@ -107,7 +114,7 @@ def rows(name: str, logits: str, ways: list[str], to: Path) -> None:
         try:
             started = time.perf_counter()
             with context():
-                engine = compiled(change(program))
+                engine = compiled(change(program), exact=way == "profiles")
             row["build_s"] = time.perf_counter() - started
             row["relative_error"] = error(engine(tokens), truth)
             row["first_ms"] = statistics.median(measure(engine, tokens, 10))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from benchmarks.stacks import caption, versions
+from benchmarks.shown import Shown, counted, ms, table, times_of
+from benchmarks.stacks import caption
+from benchmarks.ways import Row, Task, Way, at, faster
 
 REPORT_MS: dict[str, dict[tuple[str, str, str], int]] = {
     # pytorch/TensorRT issue 4129: A100 80GB PCIe, fp16, 2048 tokens in, 128 out, batch 1; ms for the whole generation.
@@ -29,8 +32,8 @@ REPORT_MS: dict[str, dict[tuple[str, str, str], int]] = {
         "llama3_1b": (7053, 5466, 8283, 1379, 465),
     }.items()
 }
+REPORT_SIZE = (1, 2048, 128)
 EAGER = ("eager", "none", "")
-CACHES = {"none": "no cache", "dynamic": "DynamicCache", "static": "static cache", "in_engine": "cache in the engine"}
 COLUMNS = (
     "row", "whole generation, ms (95 %)", "first token, ms", "prompts back to back, ms", "per token, ms",
     "of the roofline", "times as fast as eager without cache", "the report's, A100", "device memory at its peak, GB",
@@ -38,105 +41,103 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def is_generation(report: dict[str, Any]) -> bool:
-    return bool(report["config"]["benchmark"].get("generate"))
+def generation_tables(rows: Iterable[Row], environment: Mapping[str, Any]) -> str:
+    """The generations of one sequence among ``rows``, a Markdown table for each task, fastest first; rows without a
+    time last, with their reason.  ``environment`` is what stands over the tables."""
+    alone = [row for row in rows if row.task.kind == "generate" and row.task.batch == 1]
+    return "\n".join(_table(task, list(group), environment) for task, group in groupby(alone, lambda row: row.task))
 
 
-def generation_tables(reports: Iterable[dict[str, Any]]) -> str:
-    """Every model of ``reports`` as a Markdown table, fastest first; rows without a time last, with their reason."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for report in filter(is_generation, reports):
-        found.setdefault(report["config"]["model"]["name"], []).append(report)
-    return "".join(_table(model, rows) for model, rows in found.items())
+def _table(task: Task, rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
+    shown = Shown(rows, environment)
+    eager = next((row for row in rows if row.time and _key(row.way) == EAGER), None)
+    precisions = "/".join(dict.fromkeys(row.way.precision for row in rows))
+    heading = f"**{task.model}**, {task.weights} weights, {precisions}, {task.size}; {caption(environment)}"
+    published = REPORT_MS.get(task.model, {}) if task[3:] == REPORT_SIZE else {}
+    lines = [_line(row, eager, published, shown) for row in rows]
+    return f"{heading}.{shown.above}\n\n{table(COLUMNS, lines)}{shown.below}"
 
 
-def _table(model: str, reports: list[dict[str, Any]]) -> str:
-    reports = sorted(reports, key=lambda report: _ms(report) or float("inf"))
-    eager_ms = next((ms for report in reports if _key(report) == EAGER and (ms := _ms(report))), None)
-    environment = next((r["environment"] for r in reports if (r["environment"] or {}).get("gpu")), {})
-    rows = (_row(model, report, eager_ms, environment) for report in reports)
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
-    table = "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
-    return f"{_heading(model, reports, environment)}\n\n{table}\n"
-
-
-def _heading(model: str, reports: list[dict[str, Any]], environment: Mapping[str, Any]) -> str:
-    config, shape = reports[0]["config"], reports[0]["config"]["benchmark"]["generate"]
-    return (
-        f"**{model}**, {config['model']['weights']} weights, {config['precision']}, {shape['input_length']} tokens in, "
-        f"{shape['output_length']} out, batch {shape['batch']}; {caption(environment)}"
-    )
-
-
-def _row(model: str, report: dict[str, Any], eager_ms: float | None, environment: Mapping[str, Any]) -> list[str]:
-    own_ms, published = _ms(report), REPORT_MS.get(model, {})
-    then = published.get(_key(report))
+def _line(row: Row, eager: Row | None, published: Mapping[tuple[str, str, str], int], shown: Shown) -> list[str]:
+    then = published.get(_key(row.way))
     ratio_then = f"{published[EAGER] / then:.1f}" if then else "–"
-    if own_ms is None:
-        return [label(report), *["–"] * 6, ratio_then, *["–"] * 3, _reason(report) + _elsewhere(report, environment)]
-    generate, memory = report["benchmark"]["generate"], report["benchmark"]["memory"]
-    low, high = generate["device_ms"]["ci95"]
-    engine, prompt = report["engine"] or {}, report["benchmark"].get("prefill")
-    decode = (report["decode"] or {}).get("engine") or {}
-    fraction = generate["roofline_fraction"]
-    stages = {**report["stages_s"], **(report.get("store") or {}).get("stages_s", {})}  # of a stored engine: when built
-    build_s = stages.get("build")
-    doubts = ["launch-bound"] * generate["launch_bound"]
-    doubts += ["power-limited"] * any("power" in taint for taint in generate["tainted"])
+    if row.time is None:
+        return [shown.label(row), *["–"] * 6, ratio_then, *["–"] * 3, shown.remarks(row)]
+    fraction = row.median("generate", "roofline_fraction")
+    memory = row.median("memory", "peak_bytes")
     return [
-        label(report),
-        f"{own_ms:.1f} ({low:.1f}–{high:.1f})",
-        f"{generate['ttft_ms']['median']:.2f}",
-        "–" if prompt is None else f"{prompt['device_ms']['median']:.2f}",
-        f"{generate['tpot_ms']['median']:.3f}",
+        shown.label(row),
+        f"{row.time.median:.1f} ({row.time.low:.1f}–{row.time.high:.1f})",
+        ms(row.median("generate", "ttft_ms", "median"), 2),
+        ms(row.median("prefill", "device_ms", "median"), 2),
+        ms(row.median("generate", "tpot_ms", "median"), 3),
         "–" if fraction is None else f"{fraction:.0%}",
-        "–" if eager_ms is None else f"{eager_ms / own_ms:.1f}",
+        "–" if eager is None else f"{faster(row, eager).value:.1f}",
         ratio_then,
-        "–" if memory is None else f"{memory['peak_bytes'] / 1e9:.1f}",
-        f"{(engine['bytes'] + decode.get('bytes', 0)) / 1e6:.0f}" if engine.get("bytes") else "–",
-        "–" if build_s is None else f"{build_s:.0f}",
-        ", ".join(doubts) + _elsewhere(report, environment),
+        ms(None if memory is None else memory / 1e9, 1),
+        ms(engine_mb(row.report), 0),
+        ms(build_s(row.report), 0),
+        shown.remarks(row),
     ]
 
 
-def _elsewhere(report: dict[str, Any], environment: Mapping[str, Any]) -> str:
-    """What a row ran on, where that is not what stands over the table."""
-    own = report["environment"] or {}
-    if all(own.get(key) in (None, environment.get(key)) for key in ("flavour", "tensorrt", "torch")):
-        return ""
-    return f" ({versions(own)}{'' if own.get('gpu') else ', without a GPU'})"
+def engine_mb(report: Mapping[str, Any]) -> float | None:
+    """Of all engines of a run together."""
+    sizes = [at(report, "engine", "bytes"), at(report, "decode", "engine", "bytes")]
+    return sum(size or 0 for size in sizes) / 1e6 if sizes[0] else None
 
 
-def _ms(report: dict[str, Any]) -> float | None:
-    """Median device time of the whole generation; None where the row has none, or one of a failed run."""
-    if report["status"] != "ok":
-        return None
-    return ((report["benchmark"] or {}).get("generate") or {}).get("device_ms", {}).get("median")
+def build_s(report: Mapping[str, Any]) -> float | None:
+    """Of an engine out of the store: when it was built."""
+    stored: float | None = (at(report, "store", "stages_s") or {}).get("build")
+    return stored if stored is not None else (report["stages_s"] or {}).get("build")
 
 
-def _key(report: dict[str, Any]) -> tuple[str, str, str]:
-    config = report["config"]
-    backend = config["backend"]["name"]
-    return backend, config["cache"]["name"], config["strategy"]["name"] if backend == "tensorrt" else ""
+def _key(way: Way) -> tuple[str, str, str]:
+    return way.backend, way.cache, way.strategy
 
 
-def label(report: dict[str, Any]) -> str:
-    """What a row of these tables is called."""
-    backend, cache, strategy = _key(report)
-    mode = report["config"]["backend"].get("mode")
-    name = {
-        "eager": "PyTorch eager",
-        "torch_compile": f"torch.compile ({mode})",
-        "plugin": "attention plugin",
-    }.get(backend, f"`{strategy}`")
-    if backend == "plugin":
-        return name
-    decodes = backend == "tensorrt" and cache != "none"
-    plain = decodes and report["config"]["backend"].get("fused_rows", False) is False
-    return f"{name}, {CACHES[cache]}" + (", `backend.fused_rows=false`" if plain else "")
+BATCHES = ("sequences at once", "row", "whole generation, ms (95 %)", "tokens a second", "times as fast (95 %)",
+           "per token, ms", "device memory at its peak, GB", "")  # fmt: skip
 
 
-def _reason(report: dict[str, Any]) -> str:
-    if report["failure"]:
-        return "{kind}: {message}".format(**report["failure"])
-    return f"{report['status']}: {report['unavailable']}" if report["unavailable"] else str(report["status"])
+def batch_table(rows: Iterable[Row], environment: Mapping[str, Any]) -> str:
+    """Generations of several sequences at once, of each model that has some: each row beside the slowest of its
+    batch; empty where there are none."""
+    made = []
+    generating = [row for row in rows if row.task.kind == "generate"]
+    several = {row.task._replace(batch=0) for row in generating if row.task.batch > 1}
+    for common in sorted(several):
+        ways = {row.way for row in generating if row.task.batch > 1 and row.task._replace(batch=0) == common}
+        chosen = [row for row in generating if row.task._replace(batch=0) == common and row.way in ways]
+        shown = Shown(chosen, environment)
+        lines = [
+            [str(batch), *line] for batch, group in groupby(chosen, lambda row: row.task.batch)
+            for line in _of_one_batch(list(group), shown)
+        ]  # fmt: skip
+        heading = (
+            f"**{common.model}**, {common.weights} weights, {common.input_length} tokens in, {common.output_length} "
+            f"out, {counted(len({row.task.batch for row in chosen}), 'batch', 'batches')}; {caption(environment)}"
+        )
+        made.append(f"{heading}.{shown.above}\n\n{table(BATCHES, lines)}")
+    return "\n".join(made)
+
+
+def _of_one_batch(rows: Sequence[Row], shown: Shown) -> list[list[str]]:
+    slowest = [row for row in rows if row.time][-1:]
+    lines = []
+    for row in rows:
+        memory, task = row.median("memory", "peak_bytes"), row.task
+        rate = None if row.time is None else task.batch * task.output_length / row.time.median * 1e3
+        lines.append(
+            [
+                shown.label(row),
+                times_of(row.time),
+                ms(rate, 0),
+                str(faster(row, slowest[0])) if row.time and slowest != [row] else "–",
+                ms(row.median("generate", "tpot_ms", "median"), 3),
+                ms(None if memory is None else memory / 1e9, 1),
+                shown.remarks(row),
+            ]
+        )
+    return lines

@@ -5,6 +5,7 @@ A form is a network, its inputs, and what it should give in fp32; :mod:`benchmar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ SIZES = {  # hidden, q+k+v, attention output, intermediate, vocabulary
     "qwen2_5_0_5b": (896, 1152, 896, 4864, 151936),
     "qwen3_0_6b": (1024, 4096, 2048, 3072, 151936),
 }
-KEYS = (512, 1024, 2048, 2304, 3072, 4096, 8192)
-ATTENTION = ("native", "native_folded", "rows", "rows_bias", "matmul", "chunks8", "chunks16", "chunks32")
-LINEAR = ("nt", "nn", "column", "rows8", "rows16", "split4", "split8", "conv", "reduce")
+KEYS = (512, 1024, 2048, 2176, 3072, 4096, 8192)
+ATTENTION = ("native", "native_mask", "native_folded", "rows", "rows_mask", "rows_bias", "matmul", "chunks16")
+LINEAR = ("nt", "nn", "rows8", "reduce")
 CHAIN = 8
+Shape = tuple[int, ...]
 FOLDED = 8
 """Channels that hold the mask: head sizes with fused kernels are multiples of 8."""
 BLOCKED = -30000.0
@@ -79,8 +81,15 @@ class Net:
         x.name = name
         self.net.mark_output(x)
 
-    def build(self) -> bytes:
-        data = self.builder.build_serialized_network(self.net, self.builder.create_builder_config())
+    def build(self, profile: Sequence[tuple[str, Sequence[Shape]]] = ()) -> bytes:
+        """``profile``: the least, best and largest shape of each input whose shape is open."""
+        config = self.builder.create_builder_config()
+        if profile:
+            shapes = self.builder.create_optimization_profile()
+            for name, bounds in profile:
+                shapes.set_shape(name, *bounds)
+            config.add_optimization_profile(shapes)
+        data = self.builder.build_serialized_network(self.net, config)
         if data is None:
             raise RuntimeError("TensorRT refused to build it")
         return bytes(data)
@@ -129,7 +138,8 @@ def attention_net(model: str, form: str, keys: int) -> Net:
     width = size + (FOLDED if folded else 0)
     q = net.input("q", (1, heads, 1, size))
     bias = net.input("bias", (1, 1, 1, keys)) if has_bias(form) else None
-    mask = net.input("mask", (1, 1, group, keys), "bool") if form == "rows_mask" else None
+    rows = 1 if form.startswith("native") else group
+    mask = net.input("mask", (1, 1, rows, keys), "bool") if form.endswith("_mask") else None
     ones = np.zeros((1, heads, 1, FOLDED), np.float16)
     ones[..., 0] = 1
     query = q
@@ -191,8 +201,9 @@ def attention_inputs(model: str, form: str, keys: int) -> tuple[dict[str, torch.
         bias = torch.zeros(1, 1, 1, keys).half()
         bias[..., seen:] = BLOCKED
         inputs["bias"] = bias
-    if form == "rows_mask":
-        inputs["mask"] = (torch.arange(keys) < seen).expand(1, 1, group, keys).contiguous()
+    if form.endswith("_mask"):
+        rows = 1 if form.startswith("native") else group
+        inputs["mask"] = (torch.arange(keys) < seen).expand(1, 1, rows, keys).contiguous()
     return inputs, out
 
 

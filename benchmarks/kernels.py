@@ -42,7 +42,7 @@ from benchmarks.kernel_forms import (
     linear_net,
     linear_weights,
 )
-from benchmarks.stacks import caption, environment_of, rows_of
+from benchmarks.stacks import aged, caption, environment_of, rows_of
 from benchmarks.step_forms import STEP, STEP_LAYERS, step_inputs, step_net
 from passes.errors import first_line
 from passes.tensorrt.versions import load_stack
@@ -84,19 +84,19 @@ def work(tasks: Any, rows: Any, turn: Any, build_only: bool) -> None:
             data = KINDS[kind][0](model, form, size).build()
             row["build_s"] = time.perf_counter() - start
             if not build_only:
+                case_data = KINDS[kind][1](model, form, size)
                 with turn:
-                    run_case(row, data)
+                    run_case(row, data, *case_data)
         except Exception as error:
             row["failed"] = first_line(error)
         rows.put(row)
 
 
-def run_case(row: dict[str, Any], data: bytes) -> None:
-    """Check and time a built case, in place, alone on the GPU."""
+def run_case(row: dict[str, Any], data: bytes, inputs: dict[str, torch.Tensor], wanted: torch.Tensor) -> None:
+    """Check a built case against ``wanted`` and time it over ``inputs``, in place, alone on the GPU."""
     stack = load_stack()
     engine = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER).deserialize_cuda_engine(data)
     context, stream = engine.create_execution_context(), torch.cuda.Stream()
-    inputs, wanted = KINDS[row["kind"]][1](row["model"], row["form"], row["size"])
     held = {name: tensor.cuda() for name, tensor in inputs.items()}
     held["out"] = torch.full(wanted.shape, float("nan"), dtype=torch.float16, device="cuda")
     names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
@@ -145,7 +145,7 @@ WRONG = 1e-2
 def tables(path: Path) -> str:
     """Microseconds a layer of attention, and GB/s of the linear layers, as Markdown; ✗ where the result is wrong."""
     every = rows_of(path)
-    rows, where = [row for row in every if "us" in row], caption(environment_of(every))
+    rows, where = [row for row in every if "us" in row], caption(on := environment_of(every)) + f".{aged(on)}"
     text = []
     for model in dict.fromkeys(row["model"] for row in rows if row["kind"] == "attention"):
         found = {(r["form"], r["size"]): r for r in rows if r["model"] == model and r["kind"] == "attention"}
@@ -174,7 +174,8 @@ def tables(path: Path) -> str:
     steps = {(row["form"], row["model"]): row for row in rows if row["kind"] == "step"}
     if steps:
         models = list(dict.fromkeys(model for _, model in steps))
-        made = [form for form in STEP if any(form == each for each, _ in steps)]
+        measured = dict.fromkeys(form for form, _ in steps)
+        made = sorted(measured, key=lambda form: list(STEP).index(form) if form in STEP else len(STEP))
         lines = [
             (
                 f"`{form}`",

@@ -24,8 +24,8 @@ NOTE = 122
 """Letters of a note in one line."""
 ROW, BAR = 22, 14
 FONT = 'system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif'
-FILLS = ("engine", "rival", "fastest", "stage-strategy")
-"""Classes of bars that are drawn here; the page has them under the same names."""
+FILLS = ("engine", "rival", "fastest", "stage-strategy", "stage-lower")
+"""Classes of bars and lines that are drawn here; the page has them under the same names."""
 
 
 def colours() -> tuple[dict[str, str], dict[str, str]]:
@@ -49,32 +49,42 @@ def svg(title: str, notes: Sequence[str], charts: Sequence[Chart], legend: Mappi
     """One picture of ``charts``, one under the other; ``legend``: class of a bar -> what it stands for."""
     left = round(EDGE + 10 + LETTER * max(len(bar.label) for chart in charts for bar in chart.bars))
     plot = _Plot(left, WIDTH - EDGE - VALUE - left)
-    body: list[str] = [_text(EDGE, 34, title, "title")]
-    y = 40
-    for note in (line for text in notes for line in wrap(text, NOTE)):
-        y += 17
-        body.append(_text(EDGE, y, note, "dim"))
-    y += 26
-    x = EDGE
-    for css, text in legend.items():
-        body += [f'<rect class="{css}" x="{x}" y="{y - 10}" width="11" height="11"/>', _text(x + 17, y, text)]
-        x += 40 + 7 * len(text)
+    body, y = head(title, notes, legend)
     for chart in charts:
         y += 34
-        body.append(_text(EDGE, y, f"{chart.title}{', ' if chart.unit else ''}{chart.unit}", "head"))
+        body.append(text(EDGE, y, f"{chart.title}{', ' if chart.unit else ''}{chart.unit}", "head"))
         y += 8
         bottom = y + ROW * len(chart.bars)
-        for at, text in chart.ticks:
-            body.append(_line("grid", plot.x(at), y, plot.x(at), bottom))
-            body.append(_text(plot.x(at), bottom + 15, text, "dim", "middle"))
+        for at, said in chart.ticks:
+            body.append(line("grid", plot.x(at), y, plot.x(at), bottom))
+            body.append(text(plot.x(at), bottom + 15, said, "dim", "middle"))
         for bar in chart.bars:
             body += _bar(bar, plot, y)
             y += ROW
         y += 16
-    height = y + EDGE
     described = " ".join(
         f"{chart.title}: {'; '.join(f'{bar.label} {bar.value}' for bar in chart.bars)}." for chart in charts
     )
+    return framed(title, described, body, y + EDGE)
+
+
+def head(title: str, notes: Sequence[str], legend: Mapping[str, str]) -> tuple[list[str], int]:
+    """Title, notes and legend at the top of a picture, and where what follows may begin."""
+    body = [text(EDGE, 34, title, "title")]
+    y = 40
+    for note in (part for said in notes for part in wrap(said, NOTE)):
+        y += 17
+        body.append(text(EDGE, y, note, "dim"))
+    y += 26 if legend else 0
+    x = EDGE
+    for css, said in legend.items():
+        body += [f'<rect class="{css}" x="{x}" y="{y - 10}" width="11" height="11"/>', text(x + 17, y, said)]
+        x += 40 + 7 * len(said)
+    return body, y
+
+
+def framed(title: str, described: str, body: Sequence[str], height: int) -> str:
+    """The whole file; ``described`` is for whom the picture is read out."""
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
@@ -91,7 +101,7 @@ def svg(title: str, notes: Sequence[str], charts: Sequence[Chart], legend: Mappi
 
 def _bar(bar: Bar, plot: _Plot, y: float) -> Iterator[str]:
     middle = y + ROW / 2
-    yield _text(plot.left - 10, middle + 4, bar.label, anchor="end")
+    yield text(plot.left - 10, middle + 4, bar.label, anchor="end")
     for segment in bar.segments:
         css = segment.css.split()[-1]
         yield (
@@ -100,22 +110,22 @@ def _bar(bar: Bar, plot: _Plot, y: float) -> Iterator[str]:
         )
     if bar.whisker:
         low, high = map(plot.x, bar.whisker)
-        yield _line("whisker", low, middle, high, middle)
+        yield line("whisker", low, middle, high, middle)
         for end in (low, high):
-            yield _line("whisker", end, middle - 4, end, middle + 4)
+            yield line("whisker", end, middle - 4, end, middle + 4)
     if bar.mark is not None:
-        yield _line("mark", plot.x(bar.mark), y, plot.x(bar.mark), y + ROW)
-    yield _text(WIDTH - EDGE, middle + 4, bar.value, "value", "end")
+        yield line("mark", plot.x(bar.mark), y, plot.x(bar.mark), y + ROW)
+    yield text(WIDTH - EDGE, middle + 4, bar.value, "value", "end")
 
 
-def _line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
+def line(css: str, x1: float, y1: float, x2: float, y2: float) -> str:
     return f'<line class="{css}" x1="{x1:.2f}" y1="{y1:g}" x2="{x2:.2f}" y2="{y2:g}"/>'
 
 
-def _text(x: float, y: float, text: str, css: str = "", anchor: str = "start") -> str:
+def text(x: float, y: float, said: str, css: str = "", anchor: str = "start") -> str:
     kind = f' class="{css}"' if css else ""
     place = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text{kind} x="{x:.2f}" y="{y:g}"{place}>{escape(text)}</text>'
+    return f'<text{kind} x="{x:.2f}" y="{y:g}"{place}>{escape(said)}</text>'
 
 
 def _style() -> str:
@@ -124,12 +134,18 @@ def _style() -> str:
 text {{ font: 13px {FONT}; }} .title {{ font-size: 18px; font-weight: 600; }} .head {{ font-weight: 600; }}
 .dim {{ font-size: 12px; }} .value {{ font-variant-numeric: tabular-nums; }}
 .whisker {{ stroke-width: 1.5; }} .mark {{ stroke-width: 1.5; stroke-dasharray: 3 2; }}
+.curve {{ fill: none; stroke-width: 2.5; }} .curve.rival {{ stroke-dasharray: 7 4; }}
+.curve.stage-strategy {{ stroke-dasharray: 2 4; stroke-linecap: round; }}
 """
     return f"{fixed}{_rules(light)}@media (prefers-color-scheme: dark) {{\n{_rules(dark)}}}\n"
 
 
 def _rules(colour: Mapping[str, str]) -> str:
-    fills = "".join(f".{css} {{ fill: {colour[css.removeprefix('stage-')]}; }} " for css in FILLS)
+    fills = "".join(
+        f".{css} {{ fill: {colour[css.removeprefix('stage-')]}; }} "
+        f".curve.{css} {{ fill: none; stroke: {colour[css.removeprefix('stage-')]}; }} "
+        for css in FILLS
+    )
     return (
         f".ground {{ fill: {colour['card']}; stroke: {colour['line']}; }} text {{ fill: {colour['ink']}; }} "
         f".dim {{ fill: {colour['dim']}; }}\n{fills}\n.grid {{ stroke: {colour['grid']}; }} "

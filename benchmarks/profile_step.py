@@ -2,14 +2,15 @@
 
 Opens ``decode.trt`` and ``engine.trt`` of a run with a KV cache, runs each once over zeros (what they hold changes no
 kernel), ``engine.trt`` over a prompt of ``shape.opt`` tokens, and writes ``decode-profile.json`` and
-``engine-profile.json`` beside them: name, launches and microseconds of every kernel, the sum, the time as a CUDA graph
-(null where the engine cannot be captured), and so what the launches cost between the kernels.
+``engine-profile.json`` beside them: what they ran on; name, launches and microseconds of every kernel, the sum, the
+time as a CUDA graph (null where the engine cannot be captured), and so what the launches cost between the kernels.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from passes.errors import RunError
 from passes.tensorrt.versions import load_stack
 from pipeline.engine.file import read_engine
 from pipeline.engine.session import Session, captured
+from pipeline.record.environment import environment
 
 
 def profile(path: Path) -> dict[str, Any]:
@@ -52,6 +54,7 @@ def profile(path: Path) -> dict[str, Any]:
         for e in sorted(events, key=lambda e: -e.self_device_time_total)
     ]
     return {
+        "environment": asdict(environment(load_stack().versions())),
         "step_us": graph_us(session, stream),
         "kernels_us": sum(kernel["us"] for kernel in kernels),
         "launches": sum(kernel["launches"] for kernel in kernels),

@@ -1,7 +1,8 @@
 """Causal attention over a whole prompt: the native layer in four forms, and PyTorch's kernels beside it.
 
 ``python -m benchmarks.prompt_attention > prompt_attention.jsonl`` builds a chain of layers for each form, checks it
-against PyTorch in fp32 and prints one JSON row a form: microseconds a layer, relative error, kernels.
+against PyTorch in fp32 and prints what it ran on, then one JSON row a form: microseconds a layer, relative error,
+kernels.
 
 ``causal`` hands grouped heads over as they are, ``repeated`` as many key-value heads as query heads, ``turned`` has the
 heads behind the tokens in memory, as a projection leaves them, and ``full`` sees every key.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.kernel_forms import HEADS, Net
 from benchmarks.kernels import kernel_times
 from passes.tensorrt.versions import load_stack
+from pipeline.record.environment import environment
 
 MODELS = ("llama3_1b", "qwen2_5_0_5b", "qwen3_0_6b")
 FORMS = ("causal", "causal.repeated", "causal.turned", "causal.repeated.turned", "full")
@@ -120,6 +123,7 @@ def median_us(launch: Any) -> float:
 
 
 def main() -> int:
+    print(json.dumps({"environment": asdict(environment(load_stack().versions()))}), flush=True)
     for model in MODELS:
         for form in FORMS:
             print(json.dumps(row_of(model, form)), flush=True)

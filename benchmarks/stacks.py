@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.compare.sources import Found, read
+from pipeline.record.own_code import BESIDE_A_FIGURE, code_hash
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PROFILES = ROOT / "benchmarks" / "results", ROOT / "benchmarks" / "profiles"
@@ -68,6 +70,21 @@ def caption(environment: Mapping[str, Any]) -> str:
     return f"{card}, {versions(environment)}"
 
 
+def is_older(environment: Mapping[str, Any] | None) -> bool:
+    """Whether other code than this made, judged or timed it; what does not say is older than the code that does."""
+    return (environment or {}).get("code") != this_code()
+
+
+@cache
+def this_code() -> str:
+    return code_hash(beside=BESIDE_A_FIGURE)
+
+
+def aged(environment: Mapping[str, Any] | None) -> str:
+    """A sentence for behind a caption where what is below is of older code, else nothing."""
+    return " Measured by older code than this." if is_older(environment) else ""
+
+
 def versions(environment: Mapping[str, Any]) -> str:
     name = NAMES.get(environment.get("flavour") or "", "TensorRT")
     return f"{name} {environment.get('tensorrt')}, torch {str(environment.get('torch')).partition('+')[0]}"
@@ -102,7 +119,11 @@ def measured() -> list[Measured]:
         held.folders.append(folder)
     for folder in sorted(path for path in PROFILES.iterdir() if path.is_dir()):
         environments = [environment_of(rows_of(path)) for path in sorted(folder.glob("*.jsonl"))]
-        environment = next(each for each in environments if each)
+        profiles = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+        environments += [profile["environment"] for profile in profiles if "environment" in profile]
+        environment = next((each for each in environments if each), None)
+        if environment is None:
+            raise ValueError(f"{folder.name}: no row says what it was measured on")
         stack = stack_of(environment)
         found.setdefault(stack, Measured(stack, environment)).folders.append(folder)
     return [found[stack] for stack in sorted(found, reverse=True)]

@@ -2,11 +2,13 @@
 
 A form is three words with dots between them, ``PRODUCTS.ATTENTION.KEPT``:
 
-*products*: ``mix`` multiplies siblings (query, key and value; gate and up) as matrix products and the others element by
-element, with sums; ``merged`` puts siblings' weights together into one product, element by element.
-*attention*: ``mm16`` is matrix products over 16 pieces of the keys, each with a softmax of its own (Flash-Decoding);
-``ms16`` has its scores element by element; ``whole`` is one softmax over all keys, scores and values element by
-element, the cache of the values with the keys' axis last; ``wide`` is the same with fp32 sums.
+*products*: ``plain`` is matrix products; ``eight`` the same of eight rows, seven of them zero; ``mix`` multiplies
+siblings (query, key and value; gate and up) as matrix products and the others element by element, with sums; ``merged``
+puts siblings' weights together into one product, element by element.
+*attention*: ``native`` is the attention layer with a bool mask; ``mm16`` is matrix products over 16 pieces of the keys,
+each with a softmax of its own (Flash-Decoding); ``ms16`` has its scores element by element; ``whole`` is one softmax
+over all keys, scores and values element by element, the cache of the values with the keys' axis last; ``wide`` is the
+same with fp32 sums; ``turned`` is ``wide`` with the cache of the values as that of the keys, turned when it is read.
 *kept*: what is not computed anew in every block of the product that reads it, but written by a scatter, which TensorRT
 does not fuse into what follows: ``n`` normed rows, ``s`` the activated row of the gate, ``q`` rotated queries, ``a``
 the result of attention; ``-`` for none.  ``o``: the new token is left out of the cache, its attention is added, and its
@@ -27,15 +29,23 @@ from benchmarks.kernel_forms import BLOCKED, HEADS, SIZES, Net, put_together
 
 STEP_LAYERS = {"llama3_1b": 4, "qwen2_5_0_5b": 8, "qwen3_0_6b": 8}
 STEP = (
-    "mix.mm16.-",
-    "mix.ms16.-",
+    "plain.native.-",
+    "plain.mm16.-",
+    "plain.wide.-",
+    "plain.wide.j",
+    "eight.native.-",
+    "eight.wide.-",
+    "eight.wide.j",
+    "eight.wide.jg",
+    "mix.wide.-",
+    "merged.native.j",
+    "merged.native.jg",
     "merged.mm16.-",
     "merged.ms16.-",
-    "merged.ms16.o",
-    "merged.ms16.n",
-    "merged.ms16.nsqa",
+    "merged.turned.-",
     "merged.whole.-",
     "merged.wide.-",
+    "merged.wide.p",
     "merged.wide.q",
     "merged.wide.d",
     "merged.wide.j",
@@ -67,7 +77,7 @@ class StepNet(Net):
 
     @property
     def in_rows(self) -> bool:
-        return self.attention in ("whole", "wide")
+        return self.attention in ("whole", "wide", "turned")
 
     def half(self, value: float, rank: int) -> Any:
         return self.const(np.full((1,) * rank, value, np.float16))
@@ -86,7 +96,9 @@ class StepNet(Net):
     def root(self, x: Any) -> Any:
         """The reciprocal root of the mean square of x's last axis, fp32."""
         wide = self.cast(x, "float")
-        mean = self.reduce(self.binary(wide, wide, "PROD"), "AVG", len(x.shape) - 1)
+        two = self.const(np.full((1,) * len(x.shape), 2, np.float32))
+        square = self.binary(wide, two, "POW") if "p" in self.flags else self.binary(wide, wide, "PROD")
+        mean = self.reduce(square, "AVG", len(x.shape) - 1)
         epsilon = self.const(np.full((1,) * len(mean.shape), EPSILON, np.float32))
         return self.unary(self.unary(self.binary(mean, epsilon), "SQRT"), "RECIP")
 
@@ -98,7 +110,10 @@ class StepNet(Net):
 
     def product(self, x: Any, weight: np.ndarray, summed: bool = True, kind: str = "half") -> Any:
         """x [1, in] times weight [out, in] transposed, added up in ``kind``: [1, out]."""
-        if not summed:
+        if self.products == "eight":
+            rows = self.cat([x, self.const(np.zeros((7, x.shape[1]), np.float16))], 0)
+            return self.slice(self.matmul(rows, self.const(weight), tb=True), (0, 0), (1, weight.shape[0]))
+        if not summed or self.products == "plain":
             return self.matmul(x, self.const(weight), tb=True)
         terms = self.cast(self.binary(self.const(weight), x, "PROD"), kind)
         return self.reshape(self.reduce(terms, "SUM", 1, keep=False), (1, weight.shape[0]))
@@ -118,7 +133,7 @@ class StepNet(Net):
             merged = self.product(row, folded.astype(np.float16))
         else:
             row = self.keep(self.norm(x, gain), "n")
-            if self.products == "mix":
+            if self.products in ("mix", "plain"):
                 return [self.product(row, weight, summed=False) for weight in weights]
             merged = self.product(row, np.concatenate(weights))
         return [self.slice(merged, (0, int(at)), (1, len(w))) for at, w in zip(starts, weights, strict=False)]
@@ -137,17 +152,33 @@ class StepNet(Net):
         return self.net.add_select(unseen, low, zero).get_output(0)
 
     def attend(self, q: Any, key: Any, value: Any, new: list[Any]) -> Any:
-        """q [1, Hq, 1, D] over key and value [1, Hkv, keys, D] (``in_rows``: value [1, Hkv * D, keys, 1]), and over the
-        new token where the cache lacks it: [1, Hq * D]."""
+        """q [1, Hq, 1, D] over key and value [1, Hkv, keys, D] (``whole`` and ``wide``: value [1, Hkv * D, keys, 1]),
+        and over the new token where the cache lacks it: [1, Hq * D]."""
         q = self.keep(
             self.binary(q, self.const(np.full((1, 1, 1, self.size), self.size**-0.5, np.float16)), "PROD"), "q"
         )
-        attended = self.over_rows(q, key, value) if self.in_rows else self.over_pieces(q, key, value, new)
+        if self.attention == "native":
+            attended = self.natively(q, key, value)
+        else:
+            attended = self.over_rows(q, key, value) if self.in_rows else self.over_pieces(q, key, value, new)
         return self.reshape(attended, (1, self.heads * self.size))
+
+    def natively(self, q: Any, key: Any, value: Any) -> Any:
+        kinds = self.trt.CausalMaskKind
+        softmax = self.trt.AttentionNormalizationOp.SOFTMAX
+        layer = self.net.add_attention_v2(q, key, value, softmax, kinds.NONE)
+        seen = self.net.add_unary(self.unseen, self.trt.UnaryOperation.NOT).get_output(0)
+        layer.mask = self.reshape(seen, (1, 1, 1, self.keys))
+        layer.decomposable = False
+        return layer.get_output(0)
 
     def over_rows(self, q: Any, key: Any, value: Any) -> Any:
         h, g, d, keys = self.kv_heads, self.heads // self.kv_heads, self.size, self.keys
-        kind = "float" if self.attention == "wide" else "half"
+        kind = "half" if self.attention == "whole" else "float"
+        if self.attention == "turned":
+            turned = self.net.add_shuffle(value)
+            turned.first_transpose = (0, 1, 3, 2)
+            value = turned.get_output(0)
 
         def summed(a: Any, b: Any) -> Any:
             return self.reduce(self.cast(self.binary(a, b, "PROD"), kind), "SUM", 3, keep=False)
@@ -180,7 +211,7 @@ class StepNet(Net):
     def caches(self, i: int, new: list[Any]) -> list[Any]:
         """The caches of keys and values, with the new token updated where they are, or without it."""
         shapes = [(1, self.kv_heads, self.keys, self.size)] * 2
-        if self.in_rows:
+        if self.in_rows and self.attention != "turned":
             shapes[1] = (1, self.kv_heads * self.size, self.keys, 1)
             new = [new[0], self.reshape(new[1], (1, self.kv_heads * self.size, 1, 1))]
         caches = [self.input(f"{name}{i}", shape) for name, shape in zip("kv", shapes, strict=True)]
@@ -212,7 +243,8 @@ class StepNet(Net):
             places = (0, self.heads), (self.heads, self.kv_heads)
             turned = [self.slice(turned[0], (0, at, 0, 0), (1, count, 1, d)) for at, count in places]
         new = [turned[1], v]
-        out = self.attend(turned[0], *self.caches(i, new), new)
+        key, value = self.caches(i, new)
+        out = self.attend(turned[0], key, value, new)
         x = self.binary(x, self.product(self.keep(out, "a"), layer["o"]))
         gate, up = self.siblings(x, layer["norm2"], [layer["gate"], layer["up"]])
         gate = self.binary(gate, self.net.add_activation(gate, self.trt.ActivationType.SIGMOID).get_output(0), "PROD")
@@ -277,11 +309,11 @@ def step_inputs(model: str, form: str, keys: int) -> tuple[dict[str, torch.Tenso
         q, k, v = ((row @ layer[name].T).view(1, -1, 1, size) for name in "qkv")
         if "q_norm" in layer:
             q, k = norm(q, layer["q_norm"]), norm(k, layer["k_norm"])
-        seen = [
+        k, v = (
             torch.cat([o[:, :, :position].to(device).float(), new], 2)
             for o, new in zip(old, (rotated(k), v), strict=True)
-        ]
-        out = torch.nn.functional.scaled_dot_product_attention(rotated(q), *seen, enable_gqa=True)
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(rotated(q), k, v, enable_gqa=True)
         x = x + out.reshape(1, -1) @ layer["o"].T
         row = norm(x, layer["norm2"])
         x = x + (torch.nn.functional.silu(row @ layer["gate"].T) * (row @ layer["up"].T)) @ layer["down"].T

@@ -26,9 +26,6 @@ class Precision:
     """Of one element."""
     epsilon: float
     """The distance from 1 to the next larger number; source: IEEE 754, and for bf16 its eight bits of precision."""
-    has_fused_attention: bool
-    """Whether TensorRT has kernels for a whole attention call in it: :func:`passes.tensorrt.attention.has_fused_kernel`
-    has the head sizes."""
     rtx_products: Products | None = None
     """How TensorRT-RTX multiplies matrices, where that is not PyTorch's own way: :mod:`pipeline.verify.arithmetic`."""
 
@@ -66,16 +63,9 @@ def _torch_type(name: str) -> torch.dtype:
 PRECISIONS = {
     each.name: each
     for each in (
-        Precision(
-            "fp16", "float16", "float32", 2, 2.0**-10, has_fused_attention=True, rtx_products="fp16_accumulation"
-        ),
-        Precision("bf16", "bfloat16", "float32", 2, 2.0**-7, has_fused_attention=True),
-        Precision("fp32", "float32", "float64", 4, 2.0**-23, has_fused_attention=False, rtx_products="tf32"),
+        Precision("fp16", "float16", "float32", 2, 2.0**-10, rtx_products="fp16_accumulation"),
+        Precision("bf16", "bfloat16", "float32", 2, 2.0**-7),
+        Precision("fp32", "float32", "float64", 4, 2.0**-23, rtx_products="tf32"),
     )
 }
 """By name, the default first."""
-
-
-def of_dtype(dtype: torch.dtype) -> Precision | None:
-    """The precision whose weights are of that type, if there is one."""
-    return next((each for each in PRECISIONS.values() if each.dtype == dtype), None)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.engine.sections import Engines
     from pipeline.model.load import LoadedModel
     from pipeline.record.environment import Environment
+    from pipeline.store.reuse import Place
     from pipeline.tracking.runs import Tracked
     from pipeline.verify.candidate import Machine, Wanted
     from pipeline.verify.sections import Verification
@@ -127,7 +128,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
             record.note(*engines.notes)
             record.display.done("store", place.seconds, f"hit {place.key[:12]}, built {kept.built}")
         else:
-            engines, made_from = _build(record, folder, loaded, stack, place.timing_cache)
+            engines, made_from = _build(record, folder, loaded, stack, place)
 
         if kept is not None and not on_gpu:
             record.stop_before("verify")
@@ -151,12 +152,12 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
 
 
 def _build(
-    record: Record, folder: Path, loaded: Loaded, stack: Stack, timing_cache: Path | None
+    record: Record, folder: Path, loaded: Loaded, stack: Stack, place: Place
 ) -> tuple[Engines, dict[str, Program]]:
     """export → strategy → lower → interpret → build, for each of the run's programs; returns what the engines in
     ``folder`` are, and the programs that they were made from."""
     from passes.graph.rewrite import rewrite
-    from pipeline.engine import network, programs
+    from pipeline.engine import kernel_cache, network, programs, unfused
     from pipeline.engine.build import build_engine
     from pipeline.engine.file import write_engine
     from pipeline.engine.sections import attention_of, engines_of
@@ -186,19 +187,21 @@ def _build(
             for name, each in rewritten.items()
         }
 
-    with record.stage("interpret"):
+    with record.stage("interpret"), kernel_cache.fused_kernels(place.fused_kernels) as kernels:
         networks, conversion = {}, network.UPSTREAM
         if asked.name != "upstream":
             without = asked.without if config.backend.fused_rows is not False else [*asked.without, *network.ROWS]
-            conversion = network.ours(cache is not None and cache.mode == "in_engine", without)
+            conversion = network.ours(cache is not None and cache.mode == "in_engine", without, kernels)
         for name, low in lowered.items():
             networks[name] = network.interpret(stack, low, conversion)
             record.put_engine(name, networks[name].contents)
+        if asked.require_fused:
+            unfused.refuse({name: each.contents for name, each in networks.items()})
 
     with record.stage("build"):
         built = {}
         for name in list(networks):
-            made = build_engine(stack, networks.pop(name), record.display.steps, timing_cache, f"{name}.trt")
+            made = build_engine(stack, networks.pop(name), record.display.steps, place.timing_cache, f"{name}.trt")
             built[name] = made.engine
             record.put_engine(name, made.engine)
             conditions, inputs = rewritten[name].assumed, traced[name].inputs

@@ -10,6 +10,7 @@ In the programs ``L`` and ``S`` are the numbers of queries and keys, ``q`` [L, 1
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -313,13 +314,12 @@ class Inputs(NamedTuple):
     t: Tensor
 
 
-def mask_of(program: str, queries: Any, keys: Any, inputs: Inputs) -> Tensor:
-    """The mask that ``program`` makes, of any rank up to 4."""
+def masks_of(programs: Iterable[str], queries: Any, keys: Any, inputs: Inputs) -> list[Tensor]:
+    """The masks that ``programs`` make, of any rank up to 4; what they are all made of is made once."""
     q, k = torch.arange(queries)[:, None], torch.arange(keys)[None]
     names = {
         "torch": torch, "inf": float("inf"), "LEAST": torch.finfo(torch.float32).min, "L": queries, "S": keys,
         "q": q, "k": k, "C": k <= q, **inputs._asdict(),
     }  # fmt: skip
     with quiet():
-        mask: Tensor = eval(program, names)
-    return mask
+        return [eval(program, names) for program in programs]

@@ -17,7 +17,8 @@ from pipeline.run import Outcome, run
 GPU = torch.cuda.is_available()
 DONE = "ok" if GPU else "not_executed"
 APART = ["store.enabled=false"]  # from the user's engines, and from those of other tests
-SMALL = ["shape.max=64", "benchmark=none"]
+SMALL = ["shape.max=64", "shape.exact=[]", "benchmark=none"]
+"""One range of lengths and no exact one, which costs a build as much again."""
 
 
 def do(store: str, output: Path, model: Path, *overrides: str, display: StageDisplay | None = None) -> Outcome:

@@ -93,9 +93,18 @@ def test_every_choice_of_a_group_composes_with_the_defaults_of_the_others(group:
 
 
 @pytest.mark.parametrize("groups", [("strategy", "backend", "shape"), ("model", "shape")], ids=" × ".join)
-def test_every_combination_of_groups_that_know_of_each_other_composes(groups: tuple[str, ...]) -> None:
-    combinations = list(itertools.product(*map(choices, groups)))
+def test_every_pair_of_groups_that_know_of_each_other_composes(groups: tuple[str, ...]) -> None:
+    """Of three groups each two choices meet in every second combination; one takes a third of a second."""
+    places = itertools.product(*(enumerate(choices(group)) for group in groups))
+    combinations = [
+        tuple(choice for _, choice in each)
+        for each in places
+        if len(groups) < 3 or sum(place for place, _ in each) % 2 == 0
+    ]
     assert len(combinations) >= 10
+    for first, second in itertools.combinations(range(len(groups)), 2):
+        met = {(each[first], each[second]) for each in combinations}
+        assert met == set(itertools.product(choices(groups[first]), choices(groups[second])))
     for combination in combinations:
         if "local" in combination:
             continue
@@ -203,6 +212,10 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["strategy=upstream", "strategy.guard=true"], ["strategy.guard=True", "strategy=upstream", "strategy=lowering"]),
     (["strategy.guard=null"], ["strategy.guard=null", "true or false"]),
     (["strategy.guard=often"], ["strategy.guard=often", "true or false"]),
+    (["strategy=decompose", "strategy.require_fused=true"], ["strategy.require_fused=True", "strategy=decompose"]),
+    (["strategy=upstream", "strategy.require_fused=false"], ["strategy.require_fused=False", "strategy=upstream"]),
+    (["backend=eager", "strategy.require_fused=true"], ["strategy.require_fused=true", "backend=eager"]),
+    (["strategy.require_fused=perhaps"], ["strategy.require_fused=perhaps", "true or false"]),
     (["backend=eager", "backend.cuda_graph=true"], ["backend.cuda_graph=True", "backend=tensorrt", "backend=eager"]),
     (["backend=eager", "backend.optimization_level=3"], ["backend.optimization_level=3", "backend=tensorrt"]),
     (["backend.mode=default"], ["backend.mode=default", "torch_compile"]),
@@ -324,8 +337,8 @@ def test_the_help_asks_for_no_setting_that_does_not_exist() -> None:
     ("arguments", "code"), [(["--help"], 0), (["precision=fp8"], 2), (["-m", "strategy=lowering,foo"], 2)]
 )
 def test_help_and_a_mistake_answer_within_three_seconds(arguments: list[str], code: int, tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(2):  # the first may have to read the files from disk
+    seconds: list[float] = []
+    while len(seconds) < 2 and min(seconds, default=9) > 3:  # the first may have to read the files from disk
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = command(*arguments, cwd=tmp_path)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -126,13 +126,13 @@ def interrupted(command: Command, place: Place, moment: float, before: set[Path]
     return "interrupted" if statuses == {"failed"} else "closed"
 
 
-def test_ctrl_c_at_six_moments_leaves_a_closed_run_or_none(place: Place, warm: Warm) -> None:
+def test_ctrl_c_at_four_moments_leaves_a_closed_run_or_none(place: Place, warm: Warm) -> None:
     """The first two fall among the imports, which only a fresh interpreter has."""
     chance = random.Random(13)
     for longest in (1, 4):
         moment, before = chance.uniform(0, longest), set(place.folders())
         interrupted(start(place.cwd, *place.arguments, "until=strategy"), place, moment, before)
-    for _ in range(4):
+    for _ in range(2):
         moment, before = chance.uniform(0, 3), set(place.folders())
         interrupted(warm.start(place.cwd, *place.arguments, "until=strategy"), place, moment, before)
 

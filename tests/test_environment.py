@@ -14,10 +14,11 @@ import torch
 
 from pipeline.host.plain_json import to_json
 from pipeline.record.environment import environment, git_commit, module_version, supported_by_vendor
+from pipeline.record.own_code import BESIDE_A_FIGURE, code_hash
 
 KEYS = [
     "gpu", "compute_capability", "supported_by_vendor", "driver", "torch", "torch_tensorrt", "tensorrt", "flavour",
-    "transformers", "python", "git",
+    "transformers", "python", "git", "code",
 ]  # fmt: skip
 
 
@@ -46,6 +47,7 @@ def test_the_section_has_the_reports_keys_and_the_installed_versions() -> None:
     assert section.torch == metadata.version("torch")
     assert section.transformers == metadata.version("transformers")
     assert section.python == platform.python_version()
+    assert section.code == code_hash(beside=BESIDE_A_FIGURE)
     if section.flavour is not None:
         assert section.flavour in ("tensorrt", "tensorrt_rtx")
         assert section.torch_tensorrt and section.tensorrt
@@ -90,16 +92,25 @@ torch.cuda._lazy_init = initialise
 """
 
 
-@pytest.mark.parametrize(
-    ("visible", "name"),
-    [(None, "card 0"), ("1", "card 1"), ("1,0", "card 1"), ("GPU-8f", "card GPU-8f"), ("MIG-8f", None)],
-)
-def test_which_card_it_is_can_be_told_without_cuda(visible: str | None, name: str | None) -> None:
-    variables = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"} | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
-    script = A_CARD + "from pipeline.host import gpu; print(gpu.card().name)"
-    surroundings = {key: value for key, value in os.environ.items() if not key.startswith("CUDA_")} | variables
-    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=surroundings)
-    assert ran.stdout.strip() == (name or "") and ("CUDA was initialised" in ran.stderr) == (name is None)
+CARDS = """
+from pipeline.host import gpu
+for visible in sys.argv[1:]:
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if visible != "all":
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
+    try:
+        print(gpu.card().name)
+    except SystemExit as initialised:
+        print(initialised)
+"""
+
+
+def test_which_card_it_is_can_be_told_without_cuda() -> None:
+    names = {"all": "card 0", "1": "card 1", "1,0": "card 1", "GPU-8f": "card GPU-8f", "MIG-8f": "CUDA was initialised"}
+    surroundings = {**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    command = [sys.executable, "-c", A_CARD + CARDS, *names]
+    ran = subprocess.run(command, capture_output=True, text=True, env=surroundings)
+    assert dict(zip(names, ran.stdout.splitlines(), strict=True)) == names, ran.stderr
 
 
 def test_what_a_sweeps_jobs_are_forked_from_does_not_initialise_cuda() -> None:

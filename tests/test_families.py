@@ -145,7 +145,7 @@ def test_a_family_goes_from_its_config_to_an_engine_that_is_verified(
 # Mixtures of experts
 
 
-@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=slow), "deepseek_v3", "gpt_oss"])
 @pytest.mark.parametrize("tokens", [1, 9], ids=["gathered", "every expert"])
 def test_experts_as_plain_products_are_the_experts(name: str, tokens: int) -> None:
     made = eager(name)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from conftest import save_tiny_llama
 from runs import DONE, GPU, do
 from transformers import AutoModelForCausalLM, Lfm2Config
 
@@ -38,11 +39,16 @@ def report_of(store: str, output: Path, model: Path, *overrides: str) -> dict[st
     return generated(store, output, model, *overrides).report
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_llama(tmp_path_factory.mktemp("models") / "one-layer", num_hidden_layers=1)
+
+
 @pytest.mark.parametrize("mode", ["in_engine", pytest.param("static", marks=pytest.mark.slow)])
 def test_two_engines_are_built_and_what_they_generate_is_judged(
-    mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path
+    mode: str, store: str, tmp_path: Path, one_layer: Path
 ) -> None:
-    outcome = generated(store, tmp_path, tiny_llama_dir, f"cache={mode}")
+    outcome = generated(store, tmp_path, one_layer, f"cache={mode}")
     report = outcome.report
 
     assert (report["status"], report["failure"]) == (DONE, None)
@@ -68,19 +74,17 @@ def test_two_engines_are_built_and_what_they_generate_is_judged(
             open_engine(outcome.folder / "decode.trt")
 
 
-def test_a_folder_without_a_cache_has_no_generator(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
-    outcome = do(store, tmp_path / "out", tiny_llama_dir, "shape.max=32", "benchmark=none", "until=build")
+def test_a_folder_without_a_cache_has_no_generator_and_an_engine_of_another_tensorrt_is_refused(
+    store: str, tmp_path: Path, one_layer: Path
+) -> None:
+    outcome = do(store, tmp_path / "out", one_layer, "shape.max=32", "benchmark=none", "until=build")
     with pytest.raises(UserError, match="no KV cache; make one with cache=in_engine"):
         open_generator(outcome.folder)
 
-
-def test_an_engine_of_another_tensorrt_is_refused(store: str, tmp_path: Path, tiny_llama_dir: Path) -> None:
-    outcome = do(store, tmp_path / "out", tiny_llama_dir, "shape.max=32", "benchmark=none", "until=build")
     manifest_path = outcome.folder / "engine.json"
     manifest = json.loads(manifest_path.read_text())
     manifest["environment"]["tensorrt"] = "9.9.9"
     manifest_path.write_text(json.dumps(manifest))
-
     with pytest.raises(UserError, match=r"engine.trt: was built by \w+ 9.9.9, and this is .*; build it again"):
         open_engine(outcome.folder / "engine.trt")
 
@@ -175,11 +179,11 @@ def test_a_model_that_keeps_more_than_keys_is_refused_before_anything_is_created
 
 @pytest.mark.parametrize("strategy", ["detect_causal", pytest.param("decompose", marks=pytest.mark.slow)])
 def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_lengths(
-    strategy: str, store: str, tmp_path: Path, tiny_llama_dir: Path
+    strategy: str, store: str, tmp_path: Path, one_layer: Path
 ) -> None:
     """The mask of the first row stood for all of them, and no case with ``input_ids`` alone had two lengths."""
-    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", f"strategy={strategy}"]
-    report = report_of(store, tmp_path, tiny_llama_dir, *batch, "benchmark.shapes=[]")
+    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", f"strategy={strategy}", "shape.exact=[]"]
+    report = report_of(store, tmp_path, one_layer, *batch, "benchmark.shapes=[]")
 
     assert (report["status"], report["failure"]) == (DONE, None)
     ragged = [case for case in report["verify"]["cases"] if case["padding"] == "ragged"]
@@ -190,7 +194,7 @@ def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_l
 
 
 def test_rows_that_get_each_others_places_fail_the_verification(
-    store: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, tmp_path: Path, one_layer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     honest = cached_forms._mask_of_rows
 
@@ -199,8 +203,8 @@ def test_rows_that_get_each_others_places_fail_the_verification(
 
     monkeypatch.setattr(cached_forms, "_mask_of_rows", of_the_first_row)
     monkeypatch.setattr(cached_forms, "_reads_first_row", lambda program: False)
-    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose"]
-    report = report_of(store, tmp_path, tiny_llama_dir, *batch, "benchmark.shapes=[]")
+    batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose", "shape.exact=[]"]
+    report = report_of(store, tmp_path, one_layer, *batch, "benchmark.shapes=[]")
 
     assert (report["failure"]["stage"], report["failure"]["kind"]) == ("verify", "accuracy")
     assert {case["padding"] for case in report["verify"]["cases"] if not case["passed"]} == {"ragged"}

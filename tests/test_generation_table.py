@@ -6,13 +6,13 @@ from typing import Any
 
 from test_benchmark_generate import MS, SimulatedGenerator, measured
 
-from benchmarks.generation_table import REPORT_MS, generation_tables, is_generation
-from benchmarks.results import prefill_tables
-from benchmarks.stacks import RESULTS
+from benchmarks import generation_table
+from benchmarks.generation_table import REPORT_MS
+from benchmarks.prompt_table import prompt_tables
+from benchmarks.stacks import this_code
+from benchmarks.ways import rows
 from pipeline.__main__ import compose_config
-from pipeline.compare.labels import sections
-from pipeline.compare.rows import row
-from pipeline.compare.sources import read
+from pipeline.compare.sources import Found
 from pipeline.host.plain_json import to_json
 from pipeline.record.sections import new_report
 
@@ -20,9 +20,20 @@ from pipeline.record.sections import new_report
 def report(row: str, step_ms: int = 2, model: str = "llama3_1b", **changes: Any) -> dict[str, Any]:
     """A report of ``row`` whose generation took 20 ms and 4 steps of ``step_ms`` of simulated time."""
     made = to_json(new_report(compose_config(["experiment=issue_4129", f"model={model}", f"row={row}"])))
-    gpu = {"gpu": "Some GPU", "supported_by_vendor": False, "torch": "2.x", "tensorrt": "1.x", "flavour": "rtx"}
-    benchmark = measured(SimulatedGenerator(step_ns=lambda k: step_ms * MS)).report
-    return made | {"status": "ok", "environment": gpu, "benchmark": benchmark} | changes
+    verify = {"executed": "engine", "passed": True, "cases": []}
+    benchmark = to_json(measured(SimulatedGenerator(step_ns=lambda k: step_ms * MS)).report)
+    benchmark["generate"] |= made["config"]["benchmark"]["generate"]  # the simulated one is shorter
+    return made | {"status": "ok", "environment": GPU, "verify": verify, "benchmark": benchmark} | changes
+
+
+GPU = {
+    "gpu": "Some GPU", "supported_by_vendor": False, "torch": "2.1", "tensorrt": "1.2", "flavour": "tensorrt_rtx",
+    "code": this_code(),
+}  # fmt: skip
+
+
+def generation_tables(reports: list[dict[str, Any]]) -> str:
+    return generation_table.generation_tables(rows(Found(each, str(i)) for i, each in enumerate(reports)), GPU)
 
 
 def cells(text: str, label: str) -> list[str]:
@@ -84,22 +95,19 @@ def test_every_model_of_the_issue_has_its_five_figures() -> None:
 
 
 def test_a_row_of_other_versions_says_so() -> None:
-    newer = {"gpu": None, "torch": "3.x", "tensorrt": "2.x", "flavour": "rtx"}
+    newer = {"gpu": None, "torch": "3.1", "tensorrt": "2.2", "flavour": "tensorrt_rtx"}
     text = generation_tables(
         [report("eager"), report("plugin", status="unavailable", unavailable="no", environment=newer)]
     )
 
-    assert cells(text, "attention plugin")[-1] == "unavailable: no (TensorRT 2.x, torch 3.x, without a GPU)"
-    assert "TensorRT 1.x, torch 2.x" in text.splitlines()[0]
+    assert cells(text, "attention plugin")[-1] == "unavailable: no (TensorRT-RTX 2.2, torch 3.1, without a GPU)"
+    assert "TensorRT-RTX 1.2, torch 2.1" in text.splitlines()[0]
 
 
-def test_prefill_reports_are_no_generations_and_keep_their_tables() -> None:
-    kept, unreadable = read([str(RESULTS)], "", lambda found: found)
-    prefill = [found for found in kept if not is_generation(found.report)]
+def test_prompts_and_generations_have_tables_of_their_own() -> None:
+    prompt = to_json(new_report(compose_config(["experiment=prefill", "row=prefill/torch_compile"])))
+    both = rows([Found(prompt, "prompt"), Found(report("eager"), "generation")])
 
-    assert prefill and not unreadable
-    assert generation_tables(found.report for found in prefill) == ""
-    tables = "".join(prefill_tables(sections(list(map(row, prefill))), "a card"))
-    models = {found.report["config"]["model"]["name"] for found in prefill}
-    rows = [line for line in tables.splitlines() if line.startswith("| ") and not line.startswith(("| row", "| ---"))]
-    assert all(f"**{model}" in tables for model in models) and len(rows) == len(prefill)
+    assert generation_table.generation_tables(both[1:], GPU) == "" and prompt_tables(both[:1], GPU) == ""
+    assert "| torch.compile | – |" in prompt_tables(both, GPU)
+    assert "PyTorch eager, no cache" in generation_table.generation_tables(both, GPU)

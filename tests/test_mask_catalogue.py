@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from mask_catalogue import CATALOGUE, SETTINGS, UNDECIDED, Inputs, mask_of
+from mask_catalogue import CATALOGUE, SETTINGS, UNDECIDED, Inputs, masks_of
 from mask_tables import CLASSES, DROPPED, is_true, table_of
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def proved(setting: str) -> dict[str, Proof]:
     every = {name: program for programs in CATALOGUE[setting].values() for name, program in programs.items()}
 
     def attention(query: Tensor, key: Tensor, *inputs: Tensor) -> list[Tensor]:
-        masks = [mask_of(each, query.shape[2], key.shape[2], Inputs(*inputs)) for each in every.values()]
+        masks = masks_of(every.values(), query.shape[2], key.shape[2], Inputs(*inputs))
         return [torch.nn.functional.scaled_dot_product_attention(query, key, key), *masks]
 
     keys = 7 + past
@@ -77,7 +77,7 @@ def masks(setting: str, program: str) -> Iterator[tuple[Tensor, int, int]]:
     for queries in LENGTHS if low != high else (low,):
         keys = queries + SETTINGS[setting].past
         for inputs in contents(keys):
-            yield mask_of(program, queries, keys, inputs), queries, keys
+            yield *masks_of([program], queries, keys, inputs), queries, keys
 
 
 def holds(kind: str, setting: str, program: str) -> bool:

@@ -5,6 +5,8 @@ The networks are made by Torch-TensorRT's own interpreter, as for any script: no
 
 from __future__ import annotations
 
+import copy
+import functools
 import operator
 from typing import Any
 
@@ -32,7 +34,13 @@ CALLS = {registry.SDPA, registry.EFFICIENT, registry.CUDNN, registry.FLASH}
 
 
 def lowered(family: Family) -> tuple[GraphModule, Any]:
-    """Torch-TensorRT's own lowering of the family's program, and the settings."""
+    """Torch-TensorRT's own lowering of the family's program, the caller's own copy, and the settings."""
+    graph, settings = _lowered(family)
+    return copy.deepcopy(graph), settings
+
+
+@functools.cache
+def _lowered(family: Family) -> tuple[GraphModule, Any]:
     torch_tensorrt = passes.load_torch_tensorrt()
     from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
 

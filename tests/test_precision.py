@@ -11,7 +11,7 @@ import torch
 from conftest import CONF
 from imports import modules
 
-from passes.precision import PRECISIONS, Precision, of_dtype
+from passes.precision import PRECISIONS, Precision
 
 EVERY = [pytest.param(each, id=name) for name, each in PRECISIONS.items()]
 
@@ -22,11 +22,6 @@ def test_an_entry_says_of_its_type_what_torch_says(precision: Precision) -> None
     assert (precision.bytes, precision.epsilon) == (precision.dtype.itemsize, limits.eps)
     assert precision.unit_roundoff == limits.eps / 2
     assert wider.eps < limits.eps and wider.bits == max(32, 2 * limits.bits)
-    assert of_dtype(precision.dtype) is precision
-
-
-def test_a_type_that_no_run_has_is_no_precision() -> None:
-    assert of_dtype(torch.float64) is None and of_dtype(torch.int64) is None
 
 
 def test_names_of_precisions_cost_no_import_of_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from passes.errors import UserError
 from passes.graph.rewrite import rewrite
+from passes.private.of_torch_tensorrt import builder_config
 from passes.tensorrt.versions import Stack, load_stack
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig, VerifyConfig
@@ -34,31 +36,32 @@ SLOW = pytest.mark.slow
 # What is built
 
 
-def network(traced: Traced, in_place: bool = False) -> Network:
+def lowered(traced: Traced) -> compile.Lowered:
     program = rewrite(traced.program, "detect_causal", "mask").program
-    lowered = compile.lower(load_stack(), program, traced.inputs, BackendConfig("tensorrt"), "fp16")
-    return compile.interpret(load_stack(), lowered, compile.ours(in_place))
+    return compile.lower(load_stack(), program, traced.inputs, BackendConfig("tensorrt"), "fp16")
+
+
+def network(traced: Traced, in_place: bool = False) -> Network:
+    return compile.interpret(load_stack(), lowered(traced), compile.ours(in_place))
 
 
 def test_every_exact_length_is_a_profile_of_each_open_input() -> None:
     made = network(tiny.traced("llama", "fp16", ("input_ids", "attention_mask"), 2, exact=(16, 33)))
-    builder, net = made.interpreter.builder, made.interpreter.ctx.net
-    config = builder.create_builder_config()
-    added = profiles.add(builder, net, config, made.exact)
-
-    assert config.num_optimization_profiles == len(added) == 2 and all(added)
-    for profile, length in zip(added, (16, 33), strict=True):
+    every = made.interpreter.optimization_profiles
+    assert builder_config(made.interpreter).num_optimization_profiles == len(every) == 3 and all(every)
+    for profile, lengths in zip(every, ((1, 64, 64), (16,) * 3, (33,) * 3), strict=True):
         for name in ("input_ids", "attention_mask"):
-            assert [tuple(shape) for shape in profile.get_shape(name)] == [(2, length)] * 3
-        assert profiles.lengths(net, profile) == (length,) * 3
+            assert [tuple(shape) for shape in profile.get_shape(name)] == [(2, length) for length in lengths]
+        assert profiles.lengths(made.interpreter.ctx.net, profile) == lengths
 
 
 def test_the_engine_holds_kernels_of_every_profile() -> None:
-    made = network(tiny.traced("llama", "fp16", exact=(16, 33)))
-    built = [
-        build_engine(load_stack(), dataclasses.replace(made, exact=exact), lambda *_: True).engine
-        for exact in ((), (16,), made.exact)
-    ]
+    once, built = lowered(tiny.traced("llama", "fp16")), []
+    for exact in ((), (16,), (16, 33)):
+        asked = tuple(dataclasses.replace(spec, exact=exact) for spec in once.inputs)
+        copied = dataclasses.replace(once, graph=copy.deepcopy(once.graph), inputs=asked)
+        made = compile.interpret(load_stack(), copied, compile.ours())
+        built.append(build_engine(load_stack(), made, lambda *_: True).engine)
 
     whole, short, long = (1, 64, 64), (16,) * 3, (33,) * 3
     assert [engine.profiles for engine in built] == [(whole,), (whole, short), (whole, short, long)]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,5 +21,6 @@ def test_the_examples_about_masks_print_what_the_document_shows() -> None:
     page = (ROOT / "docs" / "masks.md").read_text()
     code = "".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     shown = "".join(re.findall(r"```text\n(.*?)```", page, re.DOTALL))
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert re.sub(r"\bs\d+\b", "s", printed) == re.sub(r"\bs\d+\b", "s", shown)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        exec(code, {"__name__": "a script"})
+    assert re.sub(r"\bs\d+\b", "s", printed.getvalue()) == re.sub(r"\bs\d+\b", "s", shown)

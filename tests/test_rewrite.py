@@ -76,7 +76,7 @@ def test_a_causal_model_is_computed_as_pytorch_does(
         assert_as_pytorch(graph, "llama", {"input_ids": tiny.tokens(1, length)})
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("name", [pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 @pytest.mark.parametrize(
     ("strategy", "unproven"), [("detect_causal", "mask"), ("lowering", "keep"), ("decompose", None)]
 )

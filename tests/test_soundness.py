@@ -132,7 +132,8 @@ def refused_by_none(program: Program, form: Form) -> Program:
 
 
 STATEMENTS = 180
-"""Some 90 to 150 of them are masks; one export takes them all."""
+"""Half of them and more are masks; one export takes them all."""
+IN_CI_STATEMENTS = 120
 FORMS = {
     "static": (Form(0, True), 2),
     "static, two batches and heads": (Form(0, True, (2, 2), (2, 2)), 2),
@@ -142,7 +143,7 @@ FORMS = {
 }
 
 
-IN_CI = ("static, two batches and heads", "static, with past keys, broadcast", "dynamic, one query head")
+IN_CI = ("static, with past keys, broadcast", "dynamic, one query head")
 
 
 class Found(NamedTuple):
@@ -176,31 +177,31 @@ def judged(program: Program, form: Form) -> dict[str, Found]:
 )
 def test_what_is_proved_of_a_random_mask_is_so(form: Form, examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hundreds of masks in all; a sixth and more of them causal or full."""
-    check_many(form, monkeypatch, max_examples=examples, derandomize=True)
+    check_many(form, monkeypatch, IN_CI_STATEMENTS, max_examples=examples, derandomize=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", [form for form, _ in FORMS.values()], ids=FORMS)
 def test_what_is_proved_of_a_random_mask_is_so_for_random_seeds(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each night others; a failure prints the program."""
-    check_many(form, monkeypatch, max_examples=60, print_blob=True)
+    check_many(form, monkeypatch, STATEMENTS, max_examples=60, print_blob=True)
 
 
-def check_many(form: Form, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
+def check_many(form: Form, monkeypatch: pytest.MonkeyPatch, statements: int, **how: Any) -> None:
     monkeypatch.setattr(counterexample, "find", lambda *_, **__: None)  # decides nothing, and takes most of the time
     found = {kind: Found(0, 0) for kind in "mfw"}
 
     @settings(
         deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck), **how
     )  # fmt: skip
-    @given(programs(STATEMENTS))
+    @given(programs(statements))
     def check(program: Program) -> None:
         for kind, more in judged(program, form).items():
             found[kind] += more
 
     check()
     # The first program that hypothesis draws is the simplest: hardly any masks.
-    assert sum(each.checked for each in found.values()) >= 80 * (how["max_examples"] - 1)
+    assert sum(each.checked for each in found.values()) >= statements * 4 // 9 * (how["max_examples"] - 1)
     assert sum(each.dropped for each in found.values()) >= sum(each.checked for each in found.values()) // 6
     assert found["w"].dropped >= found["w"].checked // 12, "nothing that is broadcast is proved"
 

@@ -32,10 +32,11 @@ from pipeline.engine.runner import open_engine
 from pipeline.host.files import sha256_of
 from pipeline.model.load import LoadedModel, load
 from pipeline.record.console import StageDisplay
+from pipeline.record.own_code import BESIDE_A_FIGURE, BESIDE_THE_ENGINE, code_hash
 from pipeline.run import Outcome
 from pipeline.store import reuse
 from pipeline.store.entries import Damaged, Store
-from pipeline.store.key import BESIDE_THE_ENGINE, code_hash, engine_key, ingredients
+from pipeline.store.key import engine_key, ingredients
 
 ROOT = CONF.parent
 SMALL = ["shape.max=32", "benchmark=none"]
@@ -186,6 +187,8 @@ def test_the_key_hangs_on_our_own_code_that_can_change_an_engine(changed: str, c
         file.write("# changed\n")
 
     assert (code_hash(roots) != code_hash()) == counts
+    measures = counts or changed.startswith("pipeline/measure")
+    assert (code_hash(roots, BESIDE_A_FIGURE) != code_hash(beside=BESIDE_A_FIGURE)) == measures
 
 
 def test_no_room_that_makes_or_judges_an_engine_is_left_out_of_its_key() -> None:
@@ -464,7 +467,7 @@ def test_a_run_waits_for_the_process_that_builds_its_engine_and_then_takes_it(
     built, key = Store(twice.engines, 1e9), twice.miss.report["store"]["key"]
     shared = Store(tmp_path / "engines", 1e9)
     model = twice.miss.report["config"]["model"]["path"]
-    settings = ["model=local", f"model.path={model}", *ASSUMED, *SMALL, f"store.folder={shared.root}"]
+    settings = ["model=local", f"model.path={model}", *ASSUMED, *SMALL, f"store.folder={shared.root}", "until=build"]
     shared.root.mkdir()
 
     with shared.locked(key, print):  # this process is the one that builds

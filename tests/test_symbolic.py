@@ -381,7 +381,10 @@ def test_the_value_of_an_input_without_dimensions_is_an_unknown() -> None:
 
 @pytest.mark.parametrize(
     ("name", "how"),
-    [("llama", {}), ("llama", {"inputs": ("input_ids", "attention_mask"), "batch": 2})],
+    [
+        ("llama", {}),
+        pytest.param("llama", {"inputs": ("input_ids", "attention_mask"), "batch": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_missing_operation_model_costs_proofs_and_never_makes_a_mask_droppable(
     name: str, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch

@@ -201,11 +201,14 @@ def test_channels_that_are_split_into_more_than_heads_stay_apart() -> None:
     assert found[aten.neg.default] == 2
 
 
-def test_a_whole_number_to_the_power_of_two_point_zero_stays_a_fraction() -> None:
+def test_a_square_is_a_product_and_a_whole_number_to_the_power_of_two_point_zero_stays_a_fraction() -> None:
     class Square(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.pow(2.0)
 
-    graph = torch.export.export(Square(), (torch.tensor([3]),)).run_decompositions({}).module()
-    tiny.with_fused_rows(graph)
-    assert torch.equal(graph(torch.tensor([3])), torch.tensor([9.0]))
+    power = torch.ops.aten.pow.Tensor_Scalar
+    for number, wanted, powers in ((torch.tensor([3.0]), 9.0, 0), (torch.tensor([3]), 9.0, 1)):
+        graph = torch.export.export(Square(), (number,)).run_decompositions({}).module()
+        tiny.with_fused_rows(graph)
+        assert sum(node.target is power for node in graph.graph.nodes) == powers
+        assert torch.equal(graph(number), torch.tensor([wanted]))

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import TINY_LLAMA, save_tiny_llama
-from runs import DONE, GPU, do, failure
+from runs import DONE, GPU, SMALL, do, failure
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -282,7 +282,7 @@ def overflowing(tmp_path: Path) -> Path:
 def test_a_model_that_overflows_fp16_fails_in_fp16_and_passes_in_bf16(
     precision: str, status: str, overflowing: Path, store: str, tmp_path: Path
 ) -> None:
-    outcome = do(store, tmp_path / "out", overflowing, f"precision={precision}", "shape.max=16", "benchmark=none")
+    outcome = do(store, tmp_path / "out", overflowing, f"precision={precision}", *SMALL)
 
     assert outcome.report["status"] == status, outcome.report["failure"]
     if status == "failed":
@@ -302,7 +302,7 @@ def test_weights_that_are_no_numbers_are_the_models_failure(store: str, tmp_path
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     assert isnan(float(weights["model.norm.weight"].sum())) and TINY_LLAMA["hidden_size"] > 5
 
-    outcome = do(store, tmp_path / "out", folder, "shape.max=16", "benchmark=none")
+    outcome = do(store, tmp_path / "out", folder, *SMALL)
 
     assert failure(outcome) == ("verify", "model")
     assert "not finite" in outcome.report["failure"]["message"]

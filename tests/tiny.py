@@ -131,7 +131,7 @@ def rewritten(strategy: str, unproven: str | None, name: str, **how: Any) -> Rew
 
 def with_fused_rows(graph: GraphModule) -> None:
     """What is done to a graph of single rows before it is converted, in place."""
-    rows = tuple(each for each in PASSES if each.name in ("fuse_rows", "join_queries_and_keys"))
+    rows = tuple(each for each in PASSES if each.name in ("write_squares", "fuse_rows", "join_queries_and_keys"))
     driver.run(rows, graph, lambda each: each)
 
 

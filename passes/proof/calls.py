@@ -1,7 +1,7 @@
 """One view, :class:`AttentionCall`, over every form in which attention appears in a graph.
 
-``torch.export`` leaves ``aten.scaled_dot_product_attention``; decompositions up to torch 2.11 turn it into
-the kernel that torch would pick on the device at hand.  All of them take (query, key, value) first.
+``torch.export`` leaves ``aten.scaled_dot_product_attention``; torch's own decompositions turn it into the kernel that
+torch would pick on the device at hand.  All of them take (query, key, value) first.
 """
 
 from __future__ import annotations

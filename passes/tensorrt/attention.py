@@ -1,4 +1,4 @@
-"""Builds TensorRT's native attention layer: the one place that calls ``add_attention_v2``.
+"""Puts TensorRT's native attention layer (:mod:`passes.tensorrt.fused_kernels`) in the place of an attention call.
 
 What is known about the layer, and how it is dealt with here:
 
@@ -12,8 +12,8 @@ What is known about the layer, and how it is dealt with here:
   up with zeros, which add nothing to a score, and the result's channels that come of zeros are cut off again.
 * It does not scale.  A factor multiplied on right before a causal layer is lost by some kernels, so it goes into
   the weights (:mod:`passes.graph.scale`), and where it cannot, it is multiplied on as a vector (:func:`scaled`).
-* ``decomposable=False`` makes the build fail where no fused kernel exists.  fp32 and head sizes outside
-  16..256 in steps of 8 have none (measured with ahead-of-time builds of TensorRT-RTX 1.6).
+* It is asked to be one fused kernel wherever TensorRT has one (:class:`passes.tensorrt.fused_kernels.FusedKernels`),
+  and then the build finds it or fails; elsewhere TensorRT may decompose it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from torch.fx import Node
 
 from passes.errors import RunError
 from passes.graph import ops
-from passes.precision import of_dtype
 from passes.proof.calls import FORMS
+from passes.tensorrt.fused_kernels import Asked, FusedKernels, add_layer, causal_kinds, of_this_process
 from passes.tensorrt.versions import Stack
 
 CONVERTED = (torch.ops.aten.scaled_dot_product_attention.default, ops.NATIVE)
@@ -45,21 +45,25 @@ class NativeLayer:
     """Whether the build must find a fused kernel (it fails otherwise)."""
     heads: tuple[int, int]
     """Query heads, key-value heads."""
-
-
-def has_fused_kernel(dtype: torch.dtype, head_size: int) -> bool:
-    precision = of_dtype(dtype)
-    return precision is not None and precision.has_fused_attention and 16 <= head_size <= 256 and head_size % 8 == 0
+    form: Asked
+    why_unfused: str | None
+    """TensorRT's words, where it has no fused kernel for the form."""
 
 
 def convert(
-    stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    stack: Stack,
+    ctx: Any,
+    node: Node,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    kernels: FusedKernels | None = None,
 ) -> tuple[Any, NativeLayer]:
     """Add the native layer for ``node`` to the network of Torch-TensorRT's conversion context ``ctx``.
 
     Returns the layer's output tensor [B, Hq, L, Dv] and what the layer was set to.
     ``args`` and ``kwargs`` are those of ``node`` with tensors in the place of nodes: query [B, Hq, L, D],
-    key [B, Hkv, S, D], value [B, Hkv, S, D], mask broadcastable over [B, H] or None.
+    key [B, Hkv, S, D], value [B, Hkv, S, D], mask broadcastable over [B, H] or None.  ``kernels``: what there are fused
+    kernels for; None: what this process knows of it.
     """
     network = ctx.net
     mask, causal, scale = asked(node, args, kwargs)
@@ -73,7 +77,7 @@ def convert(
     channels = value.shape[3]
     size = max(shape[-1], channels)
     query, key, value = (_with_channels(stack, network, tensor, size) for tensor in (query, key, value))
-    layer = _add_layer(stack, network, (query, key, value), causal)
+    layer = add_layer(stack, network, (query, key, value), causal)
     if layer is None:
         raise RunError("conversion", f"{node.name}: TensorRT refused the native attention layer")
     layer.name = f"{node.name} [{'causal' if causal != 'none' else 'masked' if mask is not None else 'full'}]"
@@ -81,10 +85,19 @@ def convert(
         mask = _normalised_mask(stack, ctx, as_tensor(ctx, mask, f"{node.name} [mask]"), query, key, node)
         mask = _written_out(stack, ctx, mask, node)
         layer.mask = mask
-    dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
-    fused = has_fused_kernel(dtype, size)
-    layer.decomposable = not fused
-    built = _read_back(stack, layer, node, fused, (int(query.shape[1]), int(key.shape[1])))
+    traced = (shape, node.args[1].meta["val"].shape)  # type: ignore[union-attr]
+    form = Asked.of(stack, query, key, causal, mask, traced)
+    why_unfused = (kernels or of_this_process()).why_not(stack, ctx.compilation_settings, form)
+    layer.decomposable = why_unfused is not None
+    built = NativeLayer(
+        name=node.name,
+        causal={kind: name for name, kind in causal_kinds(stack.trt).items()}[layer.causal_kind],
+        masked=layer.mask is not None,
+        fused=not layer.decomposable,
+        heads=(int(query.shape[1]), int(key.shape[1])),
+        form=form,
+        why_unfused=why_unfused,
+    )
     if (built.causal, built.masked) != (causal, mask is not None):
         raise RunError("conversion", f"{node.name}: asked for causal={causal}, mask={mask is not None}; got {built}")
     output = _with_channels(stack, network, layer.get_output(0), channels)
@@ -122,23 +135,6 @@ def _without_unseeing(stack: Stack, ctx: Any, output: Any, mask: Any, node: Node
     layer = net.add_select(unseeing, zero, output)
     layer.name = f"{node.name} [rows that see no key]"
     return layer.get_output(0)
-
-
-def _add_layer(stack: Stack, network: Any, qkv: tuple[Any, Any, Any], causal: str) -> Any:
-    kind = _causal_kinds(stack.trt)[causal]
-    return network.add_attention_v2(*qkv, stack.trt.AttentionNormalizationOp.SOFTMAX, kind)
-
-
-def _causal_kinds(trt: Any) -> dict[str, Any]:
-    kinds = trt.CausalMaskKind
-    return {"none": kinds.NONE, "upper_left": kinds.UPPER_LEFT, "lower_right": kinds.LOWER_RIGHT}
-
-
-def _read_back(stack: Stack, layer: Any, node: Node, fused: bool, heads: tuple[int, int]) -> NativeLayer:
-    names = {kind: name for name, kind in _causal_kinds(stack.trt).items()}
-    return NativeLayer(
-        node.name, names[layer.causal_kind], layer.mask is not None, fused and not layer.decomposable, heads
-    )
 
 
 def _static_heads(network: Any, tensor: Any, node: Any) -> Any:

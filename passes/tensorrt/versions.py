@@ -1,4 +1,4 @@
-"""The one place that imports Torch-TensorRT and TensorRT, and the only one that compares versions.
+"""The one place that imports Torch-TensorRT and TensorRT.
 
 Two flavours share the import names: ``torch-tensorrt`` (TensorRT) and ``torch-tensorrt-rtx``
 (TensorRT-RTX, aliased to ``tensorrt`` by Torch-TensorRT itself).  Neither is imported before a stage
@@ -27,7 +27,7 @@ from passes.private import of_torch_tensorrt
 
 @dataclass(frozen=True)
 class Stack:
-    """The imported libraries and what of them differs between versions."""
+    """The imported libraries."""
 
     trt: ModuleType
     torch_tensorrt: ModuleType
@@ -37,7 +37,7 @@ class Stack:
     @property
     def replays_itself(self) -> bool:
         """An execution context can capture and replay a CUDA graph of its own: TensorRT-RTX."""
-        return hasattr(self.trt, "CudaGraphStrategy")
+        return self.flavour == "tensorrt_rtx"
 
     def versions(self) -> dict[str, str]:
         return {
@@ -56,10 +56,17 @@ def _device_stood_in() -> Iterator[None]:
         yield
         return
     answers: dict[str, Callable[..., Any]] = {"get_device_capability": lambda *_: (8, 0), "current_device": lambda: 0}
-    with contextlib.ExitStack() as back, Path(os.devnull).open("w") as nothing:
+    with contextlib.ExitStack() as back, stderr_held():
         for name, answer in answers.items():
             back.callback(setattr, torch.cuda, name, getattr(torch.cuda, name))
             setattr(torch.cuda, name, answer)
+        yield
+
+
+@contextlib.contextmanager
+def stderr_held() -> Iterator[None]:
+    """What libraries write to the file descriptor of stderr while the block runs, past every logger, is dropped."""
+    with contextlib.ExitStack() as back, Path(os.devnull).open("w") as nothing:
         kept = os.dup(2)
         back.callback(os.close, kept)
         back.callback(os.dup2, kept, 2)

@@ -94,6 +94,11 @@ def _check_strategy(strategy: StrategyConfig) -> None:
         raise UserError(f"strategy.unproven={strategy.unproven}: not for strategy={strategy.name}{hint}; {takes}")
     for name in strategy.without:
         one_of("strategy.without", name, OPTIONAL_PASSES)
+    if strategy.require_fused is not None and strategy.name in ("decompose", "upstream"):
+        has = "writes attention out" if strategy.name == "decompose" else "leaves its layers to Torch-TensorRT"
+        raise UserError(
+            f"strategy.require_fused={strategy.require_fused}: strategy={strategy.name} {has}; leave it out"
+        )
     if strategy.without and strategy.name == "upstream":
         raise UserError("strategy.without: strategy=upstream runs none of the passes; leave it out")
     if allowed and strategy.unproven is None:

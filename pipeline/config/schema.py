@@ -18,7 +18,10 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
-OPTIONAL_PASSES = ("fold_scale", "group_heads", "narrow_rows", "fuse_rows", "join_queries_and_keys")
+OPTIONAL_PASSES = (
+    "fold_scale", "group_heads", "narrow_rows",
+    "transpose_weights", "write_squares", "fuse_rows", "join_queries_and_keys",
+)  # fmt: skip
 """What `strategy.without` takes: those of `passes.graph.passes` and `passes.tensorrt.network_passes` that may be left
 out, in the order in which they run."""
 ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDITIONS`) -> the input that each is about
@@ -77,6 +80,9 @@ class StrategyConfig:
     """Passes that are left out, to see what they are worth: :data:`OPTIONAL_PASSES`."""
     guard: bool | None = None
     """The engine's runtime checks those conditions on its inputs and refuses to run outside them."""
+    require_fused: bool | None = None
+    """A native attention layer for which TensorRT has no fused kernel ends the run; null: it may run in pieces, and the
+    report says so."""
 
 
 @dataclass

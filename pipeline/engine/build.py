@@ -11,13 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from passes.errors import RunError, message_line
-from passes.private.of_torch_tensorrt import builder_config
 from passes.tensorrt.versions import Stack, tensorrt_errors
 from pipeline.engine import kernel_cache, profiles
-from pipeline.engine.network import Network
+from pipeline.engine.network import Network, target
 from pipeline.engine.sections import Engine
 
 Progress = Callable[[str, int, int], bool]
@@ -42,9 +39,7 @@ def build_engine(
     ``timing_cache``: file of what TensorRT measured before, see :mod:`pipeline.engine.kernel_cache`.
     """
     interpreter, net = network.interpreter, network.interpreter.ctx.net
-    config = builder_config(interpreter)
-    added = profiles.add(interpreter.builder, net, config, network.exact)
-    every = [*(interpreter.optimization_profiles or []), *added]
+    config = network.configure(interpreter)
     with tensorrt_errors() as errors, _signals_held() as held, kernel_cache.measured(config, timing_cache):
         config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
         data = interpreter.builder.build_serialized_network(net, config)
@@ -57,8 +52,8 @@ def build_engine(
         file=file,
         bytes=data.nbytes,
         sha256=hashlib.sha256(data).hexdigest(),
-        target=_target(stack, config),
-        profiles=tuple(profiles.lengths(net, profile) for profile in every),
+        target=target(config),
+        profiles=tuple(profiles.lengths(net, profile) for profile in interpreter.optimization_profiles or ()),
     )
     return Built(data, engine)
 
@@ -81,15 +76,6 @@ def _signals_held() -> Iterator[list[int]]:
             signal.signal(number, handler)
         if held:
             signal.raise_signal(held[0])
-
-
-def _target(stack: Stack, config: Any) -> str:
-    """What the engine was built for: this GPU, or, ahead of time, the compute capabilities that were asked for."""
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
-    asked = [config.get_compute_capability(i).name for i in range(getattr(config, "num_compute_capabilities", 0))]
-    return f"ahead of time, {', '.join(asked) if asked else 'TensorRT-RTX default targets'}"
 
 
 def _monitor(stack: Stack, progress: Progress) -> Any:

@@ -5,18 +5,22 @@ measures candidates while it builds and keeps the times in an ``ITimingCache`` (
 has that class too, but its operations do nothing).  Both check by themselves that the bytes are of this GPU and
 version and start empty where they are not, so a file that does not fit costs time, never correctness.
 
+Which forms of attention have fused kernels is kept as well, in files that are named by GPU and versions.
+
 Not yet seen on a GPU: without one TensorRT-RTX loads no engine, and with it comes the runtime cache; the timing cache
 has been made and serialised, by TensorRT-RTX's empty version of it only.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from passes.tensorrt.fused_kernels import FusedKernels
 from pipeline.host.files import draft
 
 _log = logging.getLogger(__name__)
@@ -50,10 +54,38 @@ def measured(builder_config: Any, path: Path | None) -> Iterator[None]:
     save(cache, path)
 
 
+@contextmanager
+def fused_kernels(path: Path | None) -> Iterator[FusedKernels]:
+    """What is known of TensorRT's fused attention kernels: by the answers in ``path``, if they are there, to which new
+    ones are added when the block ends.  None: nothing is known and nothing kept."""
+    known = FusedKernels(None if path is None else _answers(path))
+    before = dict(known.answers)
+    try:
+        yield known
+    finally:
+        if path is not None and known.answers != before:
+            _write(json.dumps(known.answers, indent=1).encode(), path)
+
+
+def _answers(path: Path) -> dict[str, str | None]:
+    """None at all where the file is not there, or no such file: it is asked again, which takes no second."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    good = isinstance(found, dict) and all(each is None or isinstance(each, str) for each in found.values())
+    return found if good else {}
+
+
 def save(cache: Any, path: Path) -> None:
     """Write ``cache`` to ``path``, whole or not at all; nothing where its folder has left the store meanwhile."""
     data = cache.serialize()
-    if data is None or data.nbytes == 0 or not path.parent.is_dir():
+    if data is not None and data.nbytes > 0:
+        _write(data, path)
+
+
+def _write(data: Any, path: Path) -> None:
+    if not path.parent.is_dir():
         return
     try:
         with draft(path) as part:

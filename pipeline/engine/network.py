@@ -9,7 +9,7 @@ builds and deserialises, is not used but what it inherits.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import getitem
 from typing import Any
 
@@ -22,14 +22,17 @@ from passes.graph import driver
 from passes.graph.driver import Pass
 from passes.graph.rewrite import DECOMPOSITIONS
 from passes.precision import PRECISIONS
+from passes.private.of_torch_tensorrt import builder_config
 from passes.proof.calls import FORMS
 from passes.tensorrt import attention as converters
 from passes.tensorrt import cache, rows
 from passes.tensorrt import missing as missing_converters
+from passes.tensorrt.fused_kernels import FusedKernels, of_this_process
 from passes.tensorrt.network_passes import PASSES
 from passes.tensorrt.registry import Converter, registered
 from passes.tensorrt.versions import Stack, quiet, tensorrt_errors
 from pipeline.config.schema import BackendConfig
+from pipeline.engine import profiles, unfused
 from pipeline.engine.sections import Engine
 from pipeline.trace.call_form import InputSpec
 
@@ -48,8 +51,8 @@ class Network:
     interpreter: Any
     native_layers: tuple[converters.NativeLayer, ...]
     contents: Engine
-    exact: tuple[int, ...] = ()
-    """Lengths (tokens) with an optimization profile of their own."""
+    configure: Callable[[Any], Any] = builder_config
+    """Makes the builder's configuration, of the interpreter."""
 
 
 def lower(
@@ -69,9 +72,6 @@ def lower(
     )
     with quiet(), torch.no_grad():
         table = {**get_decompositions(), **DECOMPOSITIONS}
-        for target in (*converters.CONVERTED, *cache.CONVERTED):
-            if any(node.target is target for node in program.graph.nodes):
-                table.pop(target, None)
         try:
             program = pre_export_lowering(program, settings)
             graph = post_lowering(program.run_decompositions(table).module(), settings)
@@ -89,19 +89,22 @@ class Conversion:
     passes: tuple[Pass[GraphModule], ...]
     converters: Callable[[Stack, list[converters.NativeLayer]], list[Converter]]
     """Ours; the native layers that they make go into the list."""
+    kernels: FusedKernels = field(default_factory=FusedKernels)
+    """What is known of TensorRT's fused attention kernels."""
 
 
-ROWS = ("fuse_rows", "join_queries_and_keys")
+ROWS = ("write_squares", "fuse_rows", "join_queries_and_keys")
 """What ``backend.fused_rows=false`` leaves out."""
 UPSTREAM = Conversion((), lambda stack, made: [])
 """Nothing: what the installed Torch-TensorRT does by itself."""
 
 
-def ours(in_place: bool = False, without: Collection[str] = ()) -> Conversion:
+def ours(in_place: bool = False, without: Collection[str] = (), kernels: FusedKernels | None = None) -> Conversion:
     """All that we have, but for the optional passes in ``without``; ``in_place``: a KV cache is updated where it is."""
+    known = kernels or of_this_process()
     chosen = tuple(each for each in PASSES if not (each.optional and each.name in without))
     fused_rows = any(each.name == "fuse_rows" for each in chosen)
-    return Conversion(chosen, lambda stack, made: _converters(stack, made, in_place, fused_rows))
+    return Conversion(chosen, lambda stack, made: _converters(stack, made, in_place, fused_rows, known), known)
 
 
 def interpret(stack: Stack, lowered: Lowered, conversion: Conversion) -> Network:
@@ -124,9 +127,22 @@ def interpret(stack: Stack, lowered: Lowered, conversion: Conversion) -> Network
             at = _place(interpreter.ctx.current_node)
             raise RunError("conversion", f"TensorRT refuses {at} ({reason}); {AS_IT_IS}") from error
     calls = [node for node in lowered.graph.graph.nodes if node.target in (*FORMS, *converters.CONVERTED)]
-    exact = tuple(dict.fromkeys(length for spec in lowered.inputs for length in spec.exact))
     contents = replace(_contents(stack, interpreter.ctx.net, made, calls), passes=tuple(done))
-    return Network(interpreter, tuple(made), contents, exact)
+    configure = conversion.kernels.configure
+    if missing := unfused.unfused(made):
+        notes = unfused.notes(missing, len(made), target(configure(interpreter)))
+        contents = replace(contents, unfused=missing, notes=tuple(notes))
+    return Network(interpreter, tuple(made), contents, configure)
+
+
+def target(config: Any) -> str:
+    """What is built for with the builder's ``config``: this GPU, or, ahead of time, the compute capabilities that were
+    asked for."""
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"{torch.cuda.get_device_name()} (compute capability {major}.{minor})"
+    asked = [config.get_compute_capability(i).name for i in range(getattr(config, "num_compute_capabilities", 0))]
+    return f"ahead of time, {', '.join(asked) if asked else 'TensorRT-RTX default targets'}"
 
 
 def _refuse_what_is_missing(graph: GraphModule) -> None:
@@ -154,20 +170,16 @@ def _trt_input(stack: Stack, spec: InputSpec) -> Any:
     dtype = getattr(torch, spec.dtype)
     if not spec.dynamic:
         return stack.torch_tensorrt.Input(shape=spec.shape(spec.max), dtype=dtype, name=spec.name)
-    return stack.torch_tensorrt.Input(
-        min_shape=spec.shape(spec.min),
-        opt_shape=spec.shape(spec.opt),
-        max_shape=spec.shape(spec.max),
-        dtype=dtype,
-        name=spec.name,
-    )
+    return stack.torch_tensorrt.Input(profiles=profiles.of(spec), dtype=dtype, name=spec.name)
 
 
-def _converters(stack: Stack, made: list[converters.NativeLayer], in_place: bool, fused_rows: bool) -> list[Converter]:
+def _converters(
+    stack: Stack, made: list[converters.NativeLayer], in_place: bool, fused_rows: bool, kernels: FusedKernels
+) -> list[Converter]:
     """Ours, with what they are to do in this network; ``made`` collects the native layers."""
 
     def attention(ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        output, layer = converters.convert(stack, ctx, node, args, kwargs)
+        output, layer = converters.convert(stack, ctx, node, args, kwargs, kernels)
         made.append(layer)
         return output
 
@@ -195,10 +207,6 @@ def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], ca
     causal = sum(layer.causal != "none" for layer in made)
     if not made:  # upstream's converter: the causal flag can no longer be read, only what it was asked for
         causal = sum(bool(_asked_causal(node)) for node in calls)
-    notes = []
-    unfused = [layer for layer in made if not layer.fused]
-    if unfused:
-        notes.append(f"{len(unfused)} of {len(made)} attention layers have no fused kernel in this type or head size")
     return Engine(
         layers=len(layers),
         iattention=len(attention),
@@ -206,7 +214,6 @@ def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], ca
         iattention_masked=masked,
         iattention_fused=sum(layer.fused for layer in made) if made else None,
         softmax=sum(layer.type == kinds.SOFTMAX for layer in layers),
-        notes=tuple(notes),
     )
 
 

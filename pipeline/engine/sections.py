@@ -44,6 +44,17 @@ def attention_of(rewritten: Rewritten) -> Attention:
 
 
 @dataclass(frozen=True)
+class Unfused:
+    """Native attention layers of one form that TensorRT has no fused kernel for, and may run in pieces."""
+
+    layers: tuple[str, ...]
+    form: str
+    """Type, mask, heads and lengths, for which it was asked."""
+    reason: str
+    """TensorRT's first error, of a network that holds nothing else and insists on one."""
+
+
+@dataclass(frozen=True)
 class Engine:
     """What the network holds, and the engine that was built from it: null until then."""
 
@@ -56,6 +67,8 @@ class Engine:
     """Those that have a fused kernel; null: Torch-TensorRT's own converter made them, which does not say."""
     softmax: int
     """Softmax layers, as attention has that is written out."""
+    unfused: tuple[Unfused, ...] = ()
+    """The other native layers, by form."""
     passes: tuple[PassRecord, ...] = ()
     """What was done to the lowered graph, in that order."""
     torch_fallback_ops: tuple[str, ...] = ()

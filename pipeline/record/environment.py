@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from pipeline.host import gpu
+from pipeline.record.own_code import BESIDE_A_FIGURE, code_hash
 
 FLAVOURS = {"tensorrt_rtx": "torch-tensorrt-rtx", "tensorrt": "torch-tensorrt"}
 """Import name of the TensorRT flavour -> distribution of Torch-TensorRT built for it."""
@@ -46,6 +47,9 @@ class Environment:
     python: str
     git: str | None
     """Commit of the checkout that this code is, "-dirty" behind it when tracked files differ."""
+    code: str | None
+    """sha256 over the modules of ours that make, judge and time engines (``pipeline.record.own_code``): figures of one
+    hash are of one code, whatever else the commits between them changed."""
 
 
 def environment(tensorrt: Mapping[str, str | None] | None = None) -> Environment:
@@ -68,6 +72,7 @@ def environment(tensorrt: Mapping[str, str | None] | None = None) -> Environment
         transformers=_distribution_version("transformers"),
         python=platform.python_version(),
         git=git_commit(Path(__file__).resolve()),
+        code=code_hash(beside=BESIDE_A_FIGURE),
     )
 
 

@@ -12,15 +12,12 @@ profile, the code and the versions of torch and z3, on every machine, and those 
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Collection
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import passes
 from pipeline.config.schema import Config
+from pipeline.record.own_code import code_hash
 from pipeline.record.report import sha256_of_json
 
 if TYPE_CHECKING:
@@ -28,13 +25,6 @@ if TYPE_CHECKING:
 
     from passes.tensorrt.versions import Stack
     from pipeline.model.load import LoadedModel
-
-BESIDE_THE_ENGINE = frozenset(
-    {"__init__", "__main__", "start", "host", "measure", "record", "tracking", "sweep", "compare"}
-)
-"""What in ``pipeline`` starts, times, shows or records a run.  All else counts, and with it every room that is yet to
-be built: building once too often costs minutes, an engine of other code would cost the truth.  So the verification
-counts as well: an entry of the store says that its engine passed *this* verification."""
 
 _MODEL_IDENTITY = ("_name_or_path", "name_or_path", "transformers_version")
 """Keys of a ``transformers`` config that say where it was read and by what, not what it is."""
@@ -88,24 +78,3 @@ def _cache(config: Config) -> dict[str, Any]:
     if config.cache.name != "none" and config.cache.capacity is None and generate is not None:
         cache["generate"] = asdict(generate)
     return cache
-
-
-def code_hash(
-    roots: tuple[Path, ...] = (Path(passes.__file__).parent, Path(__file__).parent.parent),
-    beside: Collection[str] = BESIDE_THE_ENGINE,
-) -> str:
-    """sha256 over the modules (and texts) of ``passes`` and ``pipeline``, in ``roots``, without those ``beside``."""
-    files = {
-        f"{root.name}/{path.relative_to(root).as_posix()}": path for root in roots for path in _sources(root, beside)
-    }
-    digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        digest.update(f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
-    return digest.hexdigest()
-
-
-def _sources(root: Path, beside: Collection[str]) -> list[Path]:
-    found = [path for suffix in ("*.py", "*.txt") for path in root.rglob(suffix)]
-    if root.name != "pipeline":
-        return found
-    return [path for path in found if Path(path.relative_to(root).parts[0]).stem not in beside]

@@ -68,6 +68,15 @@ class Place:
         measured_on = {key: self._decided_by[key] for key in ("versions", "target")}
         return self._store.root / f"timing-{engine_key(measured_on)[:16]}.cache"
 
+    @property
+    def fused_kernels(self) -> Path | None:
+        """File of the forms of attention that this TensorRT has fused kernels for on this GPU, found out by this code;
+        see :func:`pipeline.engine.kernel_cache.fused_kernels`."""
+        if self._store is None:
+            return None
+        found_by = {key: self._decided_by[key] for key in ("versions", "target", "code")}
+        return self._store.root / f"fused-{engine_key(found_by)[:16]}.json"
+
     def lookup(self, verified: bool = False) -> StoreLookup | None:
         """What the look into the store came to; None without one.  ``verified``: the verification is the stored one's
         too."""

@@ -10,8 +10,8 @@ from pipeline.config.idle import idle
 from pipeline.config.schema import Config
 from pipeline.model import checkpoint
 from pipeline.record.environment import environment
+from pipeline.record.own_code import code_hash
 from pipeline.record.report import sha256_of_json
-from pipeline.store.key import code_hash
 
 NOT_SETTINGS = ("output", "tracking", "store", "sweep", "rerun", "dry_run")
 """Where a job's results go and how it is run: they do not change what comes out."""
@@ -62,7 +62,7 @@ def content_key(config: Config, surroundings: str, commits: Commits) -> str:
 
 def surroundings() -> str:
     """What stands around every job of this machine: our own code, the libraries' versions, and the GPU."""
-    described = asdict(replace(environment(), git=None))  # another commit may be the same code
+    described = asdict(replace(environment(), git=None, code=None))  # another commit may be the same code
     return sha256_of_json([described, code_hash(beside=NOT_MEASURING)])
 
 

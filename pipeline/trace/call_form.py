@@ -149,7 +149,7 @@ def exported(
                 inputs,
                 dynamic_shapes=dynamic,
                 strict=False,
-                # Guards that torch 2.11 derives from kernel choices would narrow the length; check at run time instead.
+                # Guards that torch derives from kernel choices would narrow the length; check at run time instead.
                 prefer_deferred_runtime_asserts_over_guards=True,
             )
             program = prepare(program)
