@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from browser import chromium, errors, look, shoot
 from reports import ROOT, varied
-from test_compare_sweeps import static_lengths
+from swept_reports import static_lengths
 
 from pipeline.compare.__main__ import main
 

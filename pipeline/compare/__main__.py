@@ -32,7 +32,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m pipeline.compare", description=__doc__.split("\n")[0] if __doc__ else None)
+    about = "Reports of runs in, one HTML page and one Markdown file out: which row won, by how much over what."
+    parser = _Parser("python -m pipeline.compare", description=about)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a report.json, a folder of them, or an MLflow "
                         "experiment; default: the folder outputs")  # fmt: skip
     parser.add_argument("--uri", default=DEFAULT_URI, help="the MLflow store that has the experiments "
@@ -40,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mlflow-ui", metavar="URL", help="where `mlflow ui` shows a store that has no server "
                         "(default, for runs of an experiment: http://localhost:5000)")  # fmt: skip
     parser.add_argument("--baseline", metavar="AXIS:VALUE", help="show how many times as fast as these rows the others "
-                        "are: strategy:upstream, or backend:eager,cache:none")  # fmt: skip
+                        "are: strategy:upstream, or backend:eager,cache:none (default: as the fastest rival, and as "
+                        "strategy:upstream)")  # fmt: skip
     parser.add_argument("--against", metavar="SOURCE", action="append", default=[], help="earlier reports to compare "
                         "each row with")  # fmt: skip
     parser.add_argument("--fail-if-slower", metavar="PERCENT", help="exit code 1 if a row is slower than the one of "
