@@ -99,7 +99,7 @@ def time_chart(
         ratio, tip = "baseline" if id(row) in baseline else "", _tip(name, timing)
         if faster:
             tip += f"; {faster}× as fast as {told(row, against, called)}"
-            ratio = f"{faster.value:.2f}×" + (f" as fast as {told(row, against, called)}" if len(over) > 1 else "")
+            ratio = f"{faster.value:.2f}×" + (f" {told(row, against, called)}" if len(over) > 1 else "")
         doubted = any(remarks.of_taint(text).warns for text in timing.tainted) and not everywhere
         bars.append(
             Bar(
@@ -112,7 +112,7 @@ def time_chart(
                 ratio,
             )
         )
-    named = f"×: times as fast as {over[0]}" if len(over) == 1 else ""
+    named = f"×: times as fast as {over[0] if len(over) == 1 else 'the row named beside it'}" if over else ""
     note = f"All rows: {', '.join(each.word for each in everywhere)}." if everywhere else ""
     return Chart(measure.question, ", ".join(["ms", *shared(rows)]), note, bars, _axis(longest), named)
 
