@@ -15,11 +15,14 @@ if __name__ == "__main__":  # imports this module by its name, and does not come
 import argparse
 import os
 import sys
+import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,13 +84,26 @@ def main() -> int:
         return 1
 
 
+@contextmanager
+def _wrapped() -> Iterator[None]:
+    """What is printed to standard output goes there in lines of 80 characters: Hydra lists a group in a single one."""
+    printed = StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            print(textwrap.fill(line, 80, subsequent_indent="    ") if len(line) > 80 else line)
+
+
 def _main(arguments: list[str]) -> int:
     if "--version" in arguments:  # Hydra's parser would answer with its own
         print(f"proved-attention {_version()}")
         return 0
     parsed = _parse(arguments)
     if parsed.help or parsed.hydra_help or parsed.info is not None or parsed.shell_completion:
-        _hydra(arguments, lambda composed: None)
+        with _wrapped() if parsed.help else nullcontext():
+            _hydra(arguments, lambda composed: None)
         return 0
     options = list(arguments)
     for argument in parsed.overrides:

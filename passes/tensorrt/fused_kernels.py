@@ -99,10 +99,8 @@ def _extent(size: int, traced: Any) -> Extent:
     if isinstance(traced, torch.SymInt) and traced.node.shape_env is not None:
         bounds = traced.node.shape_env.bound_sympy(traced.node.expr)
         if bounds.lower.is_Integer and bounds.upper.is_Integer and bounds.upper < 2**31:  # TensorRT has no longer ones
-            least = int(bounds.lower)
-            return least if least > 2 else 1, int(
-                bounds.upper
-            )  # torch.export writes 2 where it only means "no constant"
+            least, most = int(bounds.lower), int(bounds.upper)
+            return least if least > 2 else 1, most  # torch.export writes 2 where it only means "no constant"
     return UNBOUNDED
 
 
