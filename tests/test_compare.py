@@ -385,6 +385,34 @@ def test_rows_are_held_only_to_a_baseline_that_does_the_same_work(compare, tmp_p
     assert f"{(9.1 + 127 * 2.2) / (12.9 + 127 * 13.0):.2f}×" in html  # shown all the same
 
 
+def test_repetitions_are_one_row_at_the_mean_of_their_medians_with_an_interval_that_holds_their_differences(
+    compare, tmp_path
+):
+    medians = []
+    for i, factor in enumerate((0.98, 1.0, 1.03)):
+        report = timed(real("llama3_1b-lowering"), factor)
+        medians.append(report["benchmark"]["prefill"]["device_ms"]["median"])
+        keep(tmp_path / "runs" / str(i), report)
+    keep(tmp_path / "runs" / "upstream", real("llama3_1b-upstream"))
+    lost = failed(real("llama3_1b-lowering"), "build", "crash", "killed by signal 11")
+    keep(tmp_path / "runs" / "lost", lost)
+    other = real("llama3_1b-lowering")
+    other["environment"]["torch"] = "9.9"
+    keep(tmp_path / "runs" / "other", other)
+    _, html, markdown, _ = compare(tmp_path / "runs")
+
+    assert "Comparison of 6 runs" in html and "5 timed, 1 not" in html and "killed by signal 11" in html
+    (chart,) = re.findall(r'<figure class="time".*?</figure>', html, re.S)
+    rows = {name.partition("\N{NO-BREAK SPACE}")[0] for name in re.findall(r'data-row="([^"]*)"', chart)}
+    assert rows == {"lowering, torch 2.11.0", "lowering, torch 9.9", "upstream"}
+    (line,) = (line for line in markdown.splitlines() if line.startswith("| lowering") and "3 runs" in line)
+    found = re.search(r"\| ([\d.]+) \(([\d.]+)–([\d.]+)\) \|", line)
+    assert found is not None
+    centre, low, high = map(float, found.groups())
+    assert centre == pytest.approx(sum(medians) / 3, rel=0.001)
+    assert min(medians) * 0.99 < low < medians[1] * 0.995 and medians[1] * 1.005 < high < max(medians) * 1.01
+
+
 # ---- the regression check
 
 

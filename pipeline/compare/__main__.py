@@ -80,6 +80,7 @@ def _main(arguments: list[str]) -> int:
     if ui is not None and not re.match(r"https?://", ui):
         raise UserError(f"--mlflow-ui {ui}: is no address; write http://HOST:PORT")
     rows, unreadable = read(asked.sources or ["outputs"], asked.uri, row, ui)
+    sections(rows)  # for the labels of repetitions, each of which may be a regression
     remarks = Remarks()
     shown, compared = _shown(rows, asked.baseline, remarks)
     regressions = None
@@ -120,13 +121,15 @@ def write_page(folders: Sequence[Path], html_path: Path, baseline: str | None) -
 
 
 def _shown(rows: list[Row], asked_baseline: str | None, remarks: Remarks) -> tuple[list[Shown], list[Against]]:
-    """Every section of the page, and each row of it that has a baseline of the same work to be compared with."""
+    """Every section of the page, repetitions pooled, and each row of it that has a baseline of the same work to be
+    compared with."""
     from pipeline.compare import page
     from pipeline.compare.baseline import against_baseline, parse_baseline
     from pipeline.compare.labels import sections
+    from pipeline.compare.pool import pooled
 
     baseline = parse_baseline(asked_baseline, rows) if asked_baseline else None
-    groups = sections(rows)
+    groups = sections(pooled(rows))
     compared = [against_baseline(section, baseline) if baseline else [] for section in groups]
     shown = [
         page.show(section, found, baseline, f"{i}-{_slug(section.title)}", remarks)
