@@ -2,7 +2,7 @@
 
 As a linear layer has them, [out, in], TensorRT-RTX 1.6 reads them transposed in every pass: 2048 rows times 2048 x
 8192 take 112 us on an H100 as a network of one length and 145 us in a range of lengths, and 108 and 139 us the other
-way round (``benchmarks/profiles/h100_rtx_1_6/products.jsonl``, by ``python -m benchmarks.products``).
+way round (seen once, one product alone; ``python -m benchmarks.products`` measures whole MLPs).
 """
 
 from __future__ import annotations
