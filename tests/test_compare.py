@@ -341,14 +341,14 @@ def test_a_baseline_does_the_same_work_where_there_is_one_and_ratios_over_severa
 
     chart = next(c for c in re.findall(r'<figure class="time".*?</figure>', html, re.S) if "Generation" in c)
     rows = dict(re.findall(r'data-row="([^"]*)".*?<span class="ratio">(.*?)</span>', chart, re.S))
-    assert rows["detect_causal, static cache"].endswith("× as fast as PyTorch eager, static cache")
-    assert rows["detect_causal"].endswith("× as fast as PyTorch eager")  # both without a cache
+    assert rows["detect_causal, static cache"].endswith("× PyTorch eager, static cache")
+    assert rows["detect_causal"].endswith("× PyTorch eager")  # both without a cache
     # None of PyTorch's has this cache: the fastest of them, by its name.
-    assert rows["detect_causal, cache in the engine"].endswith("× as fast as PyTorch eager, static cache")
+    assert rows["detect_causal, cache in the engine"].endswith("× PyTorch eager, static cache")
     assert {name for name, ratio in rows.items() if ratio == "baseline"} == {
         "PyTorch eager", "PyTorch eager, static cache", "PyTorch eager, dynamic cache"
     }  # fmt: skip
-    assert "a row that names no cache has none" in html
+    assert "a row that names no cache has none" in html and "×: times as fast as the row named beside it" in chart
 
 
 def test_without_a_baseline_rows_are_compared_with_the_fastest_rival_and_with_upstream(compare, tmp_path):
@@ -383,6 +383,34 @@ def test_rows_are_held_only_to_a_baseline_that_does_the_same_work(compare, tmp_p
     code, html, _, said = compare(only, "--baseline", "strategy:detect_causal", "--fail-if-slower", "5%")
     assert (code, said) == (0, "")
     assert f"{(9.1 + 127 * 2.2) / (12.9 + 127 * 13.0):.2f}×" in html  # shown all the same
+
+
+def test_repetitions_are_one_row_at_the_mean_of_their_medians_with_an_interval_that_holds_their_differences(
+    compare, tmp_path
+):
+    medians = []
+    for i, factor in enumerate((0.98, 1.0, 1.03)):
+        report = timed(real("llama3_1b-lowering"), factor)
+        medians.append(report["benchmark"]["prefill"]["device_ms"]["median"])
+        keep(tmp_path / "runs" / str(i), report)
+    keep(tmp_path / "runs" / "upstream", real("llama3_1b-upstream"))
+    lost = failed(real("llama3_1b-lowering"), "build", "crash", "killed by signal 11")
+    keep(tmp_path / "runs" / "lost", lost)
+    other = real("llama3_1b-lowering")
+    other["environment"]["torch"] = "9.9"
+    keep(tmp_path / "runs" / "other", other)
+    _, html, markdown, _ = compare(tmp_path / "runs")
+
+    assert "Comparison of 6 runs" in html and "5 timed, 1 not" in html and "killed by signal 11" in html
+    (chart,) = re.findall(r'<figure class="time".*?</figure>', html, re.S)
+    rows = {name.partition("\N{NO-BREAK SPACE}")[0] for name in re.findall(r'data-row="([^"]*)"', chart)}
+    assert rows == {"lowering, torch 2.11.0", "lowering, torch 9.9", "upstream"}
+    (line,) = (line for line in markdown.splitlines() if line.startswith("| lowering") and "3 runs" in line)
+    found = re.search(r"\| ([\d.]+) \(([\d.]+)–([\d.]+)\) \|", line)
+    assert found is not None
+    centre, low, high = map(float, found.groups())
+    assert centre == pytest.approx(sum(medians) / 3, rel=0.001)
+    assert min(medians) * 0.99 < low < medians[1] * 0.995 and medians[1] * 1.005 < high < max(medians) * 1.01
 
 
 # ---- the regression check

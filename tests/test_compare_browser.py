@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from browser import chromium, errors, look, shoot
 from reports import ROOT, varied
-from test_compare_sweeps import static_lengths
+from swept_reports import static_lengths
 
 from pipeline.compare.__main__ import main
 
@@ -179,9 +179,9 @@ def test_the_lines_of_a_sweep_lie_within_their_plot_and_rise_with_what_they_show
     browser.get((tmp_path / "comparison.html").as_uri())
     shoot(browser, "compare_sweep_1280_light")
 
-    plane = browser.find_element("css selector", "svg.plane").rect
-    for group in browser.find_elements("css selector", "g.curve"):
-        for point in group.find_elements("css selector", "circle"):
+    for svg in browser.find_elements("css selector", "svg.plane"):
+        plane = svg.rect
+        for point in svg.find_elements("css selector", "g.curve circle"):
             at = point.rect
             assert plane["x"] <= at["x"] <= plane["x"] + plane["width"]
             assert plane["y"] - 5 <= at["y"] <= plane["y"] + plane["height"]
@@ -192,7 +192,11 @@ def test_the_lines_of_a_sweep_lie_within_their_plot_and_rise_with_what_they_show
     lines = browser.execute_script(
         "return [...document.querySelectorAll('g.curve')].map(e => getComputedStyle(e.querySelector('line')).stroke)"
     )
-    assert len(names) == 3 and colours == lines and len(set(lines)) == 3
+    assert len(names) == 6 and colours == lines  # of the times, and of the memory
+    assert {name: len({c for n, c in zip(names, lines, strict=True) if n == name}) for name in names} == dict.fromkeys(
+        ("detect_causal", "torch.compile", "upstream"), 1
+    )  # a way has one colour
+    assert len(set(lines)) == 3
     for width in (390, 1280):
         look(browser, width, "dark")
         assert browser.execute_script("return document.documentElement.scrollWidth") == width

@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from pathlib import Path
 
 import pytest
-from reports import generating, keep, real
+from reports import keep
+from swept_reports import LENGTHS, TIMES, at, batches, dynamic_lengths, static_lengths
 
 from pipeline.compare.__main__ import main
 from pipeline.compare.labels import Section, sections
 from pipeline.compare.questions import Sweep, single, sweeps
 from pipeline.compare.rows import row
 from pipeline.compare.sources import read
-
-TIMES = {  # ms, at each length
-    "detect_causal": {128: 1.4, 512: 2.3, 2048: 8.6, 8192: 41.0, 16384: 101.0},
-    "upstream": {128: 1.5, 512: 3.1, 2048: 20.5, 8192: 260.0, 16384: 990.0},
-    "torch_compile": {128: 1.9, 512: 2.5, 2048: 8.9, 8192: 40.0, 16384: 97.0},
-}
-LENGTHS = [128, 512, 2048, 8192, 16384]
-
-
-def at(name: str, ms: float, length: int, batch: int = 1, longest: int | None = None) -> dict:
-    """The real report of ``name`` as one of schema 2 that timed a prompt of ``length``; ``longest``: of an engine for
-    every length up to it."""
-    report = copy.deepcopy(real(f"llama3_1b-{name}")) | {"schema": 2}
-    report |= {"unavailable": None, "decode": None}
-    static = {"kind": "static", "batch": batch, "min": length, "opt": length, "max": length, "exact": []}
-    dynamic = {"kind": "dynamic", "batch": batch, "min": 2, "opt": longest, "max": longest, "exact": []}
-    report["config"]["shape"] = dynamic if longest else static
-    report["benchmark"]["prefill"] = entry(report, ms, length, batch)
-    for case in report["verify"]["cases"]:
-        case["yardsticks"] = {}
-    return report
-
-
-def entry(report: dict, ms: float, length: int, batch: int = 1) -> dict:
-    made = copy.deepcopy(report["benchmark"]["prefill"]) | {"batch": batch, "input_length": length}
-    for clock in ("device_ms", "host_ms", "enqueue_ms"):
-        factor = ms / report["benchmark"]["prefill"]["device_ms"]["median"]
-        made[clock] = {**made[clock], "median": ms, "ci95": [factor * end for end in made[clock]["ci95"]]}
-    return made | {"floor_ms": None, "roofline_fraction": None, "tainted": []}
-
-
-def static_lengths(folder: Path) -> Path:
-    """A report for each length and way, and two ways that were timed at one length alone."""
-    for name, times in TIMES.items():
-        for length, ms in times.items():
-            keep(folder / f"{name}_{length}", at(name, ms, length))
-    for name in ("lowering", "mask_input"):
-        keep(folder / name, at(name, 9.1, 2048))
-    return folder
-
-
-def dynamic_lengths(folder: Path) -> Path:
-    """A report for each way, of one engine that was timed at every length."""
-    for name, times in TIMES.items():
-        report = at(name, times[2048], 2048, longest=16384)
-        report["benchmark"]["prefill_shapes"] = [
-            entry(report, ms, length) for length, ms in times.items() if length != 2048
-        ]
-        keep(folder / name, report)
-    return folder
-
-
-def batches(folder: Path) -> Path:
-    for batch in (1, 4, 16):
-        for name, cache, step in (("detect_causal", "in_engine", 1.1), ("torch_compile", "static", 1.7),
-                                  ("upstream", "none", 21.0 * batch)):  # fmt: skip
-            report = generating(at(name, 9.0 * batch, 2048, batch, longest=2048), cache, 9.0 * batch, step)
-            report["benchmark"]["generate"]["batch"] = batch
-            keep(folder / f"{name}_{batch}", report)
-    return folder
 
 
 def section(folder: Path) -> Section:
@@ -152,8 +92,8 @@ def page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     return made
 
 
-def curves(html: str) -> str:
-    (found,) = re.findall(r'<figure class="curves".*?</figure>', html, re.S)
+def curves(html: str, title: str = "A prompt, by its length") -> str:
+    (found,) = (c for c in re.findall(r'<figure class="curves".*?</figure>', html, re.S) if f"<h3>{title}</h3>" in c)
     return str(found)
 
 
@@ -163,15 +103,15 @@ def test_the_verdict_of_a_sweep_says_who_wins_where_and_how_many_times_as_fast_a
     # detect_causal within 3 % of torch.compile at 8192 tokens, and beaten at 16384 alone
     assert (
         "A prompt, by its length: **detect_causal**: 1.40 to 101 ms; torch.compile at 16384 tokens; "
-        "1.36× (128 tokens) to 0.96× (16384 tokens) as fast as torch.compile; "
-        "1.07× (128 tokens) to 9.80× (16384 tokens) as fast as upstream."
+        "1.36× to 0.96× (128 to 16384 tokens) as fast as torch.compile; "
+        "1.07× to 9.80× (128 to 16384 tokens) as fast as upstream."
     ) in markdown
 
 
 def test_a_sweep_is_compared_with_the_baseline_that_was_asked_for(page, tmp_path) -> None:
     html, markdown = page(static_lengths(tmp_path / "runs"), "--baseline", "strategy:upstream")
 
-    assert "1.07× (128 tokens) to 9.80× (16384 tokens) as fast as upstream." in markdown
+    assert "1.07× to 9.80× (128 to 16384 tokens) as fast as upstream." in markdown
     assert "×: times as fast as upstream" in curves(html) and "as fast as torch.compile" not in curves(html)
 
 
@@ -179,7 +119,7 @@ def test_a_reference_with_another_cache_is_called_so(page, tmp_path) -> None:
     _, markdown = page(batches(tmp_path / "runs"))
 
     (line,) = (line for line in markdown.splitlines() if line.startswith("Time per output token"))
-    assert "1.55× (batch 1) to 1.55× (batch 16) as fast as torch.compile, static cache" in line
+    assert "1.55× to 1.55× (batch 1 to 16) as fast as torch.compile, static cache" in line
     assert line.endswith("as fast as upstream (no cache).")
 
 
@@ -191,6 +131,7 @@ def test_every_point_of_a_chart_stands_in_the_table_beneath_it(page, tmp_path) -
     assert len({css for css, _, _ in lines}) == 3  # a colour for each
     shown = {name: [float(each) for each in re.findall(r"<td>([\d.]+)", cells)] for _, name, cells in lines}
     assert shown["upstream"] == pytest.approx(list(TIMES["upstream"].values()), rel=0.01)
+    assert "\n×: times as fast as torch.compile.\n" in markdown
     assert "| upstream | 1.50 (1.27×) | 3.10 (0.81×) | 20.5 (0.43×) | 260 (0.15×) | 990 (0.10×) |" in markdown
     points = re.findall(r'<g class="curve (line-\d)">(.*?)</g>', chart, re.S)
     for css, group in points:
@@ -213,3 +154,22 @@ def test_a_length_that_one_way_could_not_do_leaves_a_gap_and_its_reason(page, tm
 
     assert "| 260 (0.15×) | – |" in markdown and "build: out_of_memory: !" in html
     assert "upstream, 16384 tokens: build: out_of_memory" in markdown
+
+
+def test_device_memory_has_a_chart_where_each_size_was_a_run_of_its_own(page, tmp_path) -> None:
+    folder = static_lengths(tmp_path / "static")
+    for i, length in enumerate(LENGTHS):
+        path = folder / f"upstream_{length}" / "report.json"
+        report = json.loads(path.read_text())
+        report["benchmark"]["memory"]["peak_bytes"] = (10 + i) * 10**9
+        path.write_text(json.dumps(report))
+    html, markdown = page(folder)
+
+    _, _, cells = curves(html, "Device memory, by the prompt&#39;s length").partition("upstream</td>")
+    assert re.findall(r"<td>([\d.]+)", cells)[:5] == ["10.0", "11.0", "12.0", "13.0", "14.0"]
+    assert "| upstream | 10.0 | 11.0 | 12.0 | 13.0 | 14.0 |" in markdown
+
+    html, _ = page(dynamic_lengths(tmp_path / "dynamic"))  # one run took it for all of its lengths
+    assert "Device memory" not in html
+    html, _ = page(batches(tmp_path / "batches"))  # four questions, the same runs
+    assert html.count("<h3>Device memory, by batch</h3>") == 1

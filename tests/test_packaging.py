@@ -62,7 +62,7 @@ def test_the_wheel_holds_every_module_every_yaml_and_the_prompts(wheel: Path) ->
     sources = [path for part in ("pipeline", "passes") for path in (ROOT / part).rglob("*.py")]
     modules = {path.relative_to(ROOT).as_posix() for path in sources}
     settings = {"pipeline/conf/" + path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")}
-    pages = {f"pipeline/compare/page.{kind}" for kind in ("html", "md", "css")}
+    pages = {f"pipeline/compare/page.{kind}" for kind in ("html", "md", "css", "js")}
     assert len(modules) > 20 and len(settings) > 20
     assert modules | settings | {"pipeline/model/prompts.txt"} | pages <= held
     assert not any(name.startswith(("tests/", "conf/", "build/")) for name in held)

@@ -32,7 +32,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m pipeline.compare", description=__doc__.split("\n")[0] if __doc__ else None)
+    about = "Reports of runs in, one HTML page and one Markdown file out: which row won, by how much over what."
+    parser = _Parser("python -m pipeline.compare", description=about)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a report.json, a folder of them, or an MLflow "
                         "experiment; default: the folder outputs")  # fmt: skip
     parser.add_argument("--uri", default=DEFAULT_URI, help="the MLflow store that has the experiments "
@@ -40,7 +41,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mlflow-ui", metavar="URL", help="where `mlflow ui` shows a store that has no server "
                         "(default, for runs of an experiment: http://localhost:5000)")  # fmt: skip
     parser.add_argument("--baseline", metavar="AXIS:VALUE", help="show how many times as fast as these rows the others "
-                        "are: strategy:upstream, or backend:eager,cache:none")  # fmt: skip
+                        "are: strategy:upstream, or backend:eager,cache:none (default: as the fastest rival, and as "
+                        "strategy:upstream)")  # fmt: skip
     parser.add_argument("--against", metavar="SOURCE", action="append", default=[], help="earlier reports to compare "
                         "each row with")  # fmt: skip
     parser.add_argument("--fail-if-slower", metavar="PERCENT", help="exit code 1 if a row is slower than the one of "
@@ -78,6 +80,7 @@ def _main(arguments: list[str]) -> int:
     if ui is not None and not re.match(r"https?://", ui):
         raise UserError(f"--mlflow-ui {ui}: is no address; write http://HOST:PORT")
     rows, unreadable = read(asked.sources or ["outputs"], asked.uri, row, ui)
+    sections(rows)  # for the labels of repetitions, each of which may be a regression
     remarks = Remarks()
     shown, compared = _shown(rows, asked.baseline, remarks)
     regressions = None
@@ -118,13 +121,15 @@ def write_page(folders: Sequence[Path], html_path: Path, baseline: str | None) -
 
 
 def _shown(rows: list[Row], asked_baseline: str | None, remarks: Remarks) -> tuple[list[Shown], list[Against]]:
-    """Every section of the page, and each row of it that has a baseline of the same work to be compared with."""
+    """Every section of the page, repetitions pooled, and each row of it that has a baseline of the same work to be
+    compared with."""
     from pipeline.compare import page
     from pipeline.compare.baseline import against_baseline, parse_baseline
     from pipeline.compare.labels import sections
+    from pipeline.compare.pool import pooled
 
     baseline = parse_baseline(asked_baseline, rows) if asked_baseline else None
-    groups = sections(rows)
+    groups = sections(pooled(rows))
     compared = [against_baseline(section, baseline) if baseline else [] for section in groups]
     shown = [
         page.show(section, found, baseline, f"{i}-{_slug(section.title)}", remarks)

@@ -50,6 +50,8 @@ class Chart:
     bars: list[Bar]
     ticks: list[tuple[float, str]]
     """Position and text."""
+    over: str = ""
+    """What its ratios are over, where it is one row."""
     limit: float | None = None
     """A line over the plot: what is allowed."""
     legend: list[str] = field(default_factory=list)
@@ -97,7 +99,7 @@ def time_chart(
         ratio, tip = "baseline" if id(row) in baseline else "", _tip(name, timing)
         if faster:
             tip += f"; {faster}× as fast as {told(row, against, called)}"
-            ratio = f"{faster.value:.2f}×" + (f" as fast as {told(row, against, called)}" if len(over) > 1 else "")
+            ratio = f"{faster.value:.2f}×" + (f" {told(row, against, called)}" if len(over) > 1 else "")
         doubted = any(remarks.of_taint(text).warns for text in timing.tainted) and not everywhere
         bars.append(
             Bar(
@@ -110,9 +112,9 @@ def time_chart(
                 ratio,
             )
         )
-    unit = ", ".join(["ms", *shared(rows)]) + (f"; ×: times as fast as {over[0]}" if len(over) == 1 else "")
+    named = f"×: times as fast as {over[0] if len(over) == 1 else 'the row named beside it'}" if over else ""
     note = f"All rows: {', '.join(each.word for each in everywhere)}." if everywhere else ""
-    return Chart(measure.question, unit, note, bars, _axis(longest))
+    return Chart(measure.question, ", ".join(["ms", *shared(rows)]), note, bars, _axis(longest), named)
 
 
 def accuracy_chart(section: Section) -> Chart | None:
@@ -146,7 +148,7 @@ def accuracy_chart(section: Section) -> Chart | None:
     note = "Worst case against PyTorch in wider precision. Line: what is allowed; tick: PyTorch's own error."
     if any(row.accuracy and row.accuracy.executed == "graph" for row in rows):
         note += " Pale: the rewritten graph was judged in PyTorch, since no GPU could run the engine."
-    return Chart("Accuracy", "error, share of what is allowed", note, bars, _axis(most, " %"), 100 * 100 / most)
+    return Chart("Accuracy", "error, share of what is allowed", note, bars, _axis(most, " %"), limit=100 * 100 / most)
 
 
 def stage_chart(section: Section) -> Chart | None:

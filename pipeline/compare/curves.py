@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.compare.charts import MARGIN, ticks
 from pipeline.compare.labels import shared
@@ -25,7 +25,7 @@ class Curve:
     points: list[tuple[float, float, str]]
     """Place from the left and from the top, in per cent, and a tip."""
     cells: list[tuple[str, str]]
-    """For each size: the time, and how many times as fast as the reference."""
+    """For each size: the time or the memory, and how many times as fast as the reference."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,38 @@ class CurveChart:
     title: str
     unit: str
     note: str
+    figures: str
+    """The unit of the cells."""
     curves: list[Curve]
     sizes: list[int]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     """From the top, in per cent."""
+    over: str = ""
+    """What its ratios are over."""
+
+
+def memory_chart(sweep: Sweep, ways: Sequence[str]) -> CurveChart | None:
+    """The device memory that the rows of ``sweep`` took at most; None where fewer than two sizes have it."""
+    values = {
+        (line.label, size): max(peaks) / 1e9
+        for line in sweep.lines
+        for size, rows in line.points.items()
+        if (peaks := [row.peak_bytes for row in rows if row.peak_bytes]) and not _shares_a_run(line)
+    }
+    if len({size for _, size in values}) < 2:
+        return None
+
+    def cell(line: Line, size: int) -> tuple[str, str, str]:
+        shown = f"{values[line.label, size]:.1f}"
+        return shown, "", f"{line.label}, {sweep.at(size)}: {shown} GB"
+
+    return _drawn(f"Device memory, {sweep.by}", "GB", "GB", sweep, values, cell, ways)
+
+
+def _shares_a_run(line: Line) -> bool:
+    """Whether one run timed several sizes: its memory is that of them all, and of none."""
+    return len({id(rows[0]) for rows in line.points.values()}) < len(line.points)
 
 
 def curve_chart(sweep: Sweep, reference: Line | None, ways: Sequence[str]) -> CurveChart:
@@ -46,6 +73,24 @@ def curve_chart(sweep: Sweep, reference: Line | None, ways: Sequence[str]) -> Cu
     ``ways``: the strategies and rivals of all sweeps of a section, so that each has one colour there.
     """
     values = {(line.label, size): _value(sweep, line, size) for line in sweep.lines for size in line.points}
+
+    def cell(line: Line, size: int) -> tuple[str, str, str]:
+        faster = over(line, reference, size)
+        shown = number(line.median(size))
+        tip = f"{line.label}, {sweep.at(size)}: {shown} ms"
+        tip += f", {faster} as fast as {reference.label}" if faster and reference else ""
+        return shown, f"{faster.value:.2f}×" if faster else "", tip
+
+    unit = "µs per token of the prompt" if _per_token(sweep) else "ms"
+    chart = _drawn(sweep.title, unit, "ms", sweep, values, cell, ways)
+    return replace(chart, over=f"×: times as fast as {reference.label}") if reference else chart
+
+
+def _drawn(
+    title: str, unit: str, figures: str, sweep: Sweep, values: Mapping[tuple[str, int], float],
+    cell: Callable[[Line, int], tuple[str, str, str]], ways: Sequence[str],
+) -> CurveChart:  # fmt: skip
+    """``values``: label of a line and size -> what is drawn; ``cell``: what the table has for them, and the tip."""
     low, high = min(values.values()), max(values.values()) * MARGIN
     logarithmic = high > LOGARITHMIC * low
 
@@ -56,25 +101,21 @@ def curve_chart(sweep: Sweep, reference: Line | None, ways: Sequence[str]) -> Cu
 
     curves = []
     for line, colour in zip(sweep.lines, _colours(sweep.lines, ways), strict=True):
-        points, cells = [], []
-        for size in sweep.sizes:
-            if size not in line.points:
-                cells.append(("–", ""))
-                continue
-            faster = over(line, reference, size)
-            shown = f"{number(line.median(size))} ms"
-            tip = f"{line.label}, {sweep.at(size)}: {shown}"
-            tip += f", {faster} as fast as {reference.label}" if faster and reference else ""
-            points.append((_x(sweep.sizes, size), y(values[line.label, size]), tip))
-            cells.append((number(line.median(size)), f"{faster.value:.2f}×" if faster else ""))
-        curves.append(Curve(line.label, f"line-{colour + 1}", points, cells))
+        here = [(line.label, size) in values for size in sweep.sizes]
+        cells = [cell(line, size) if known else ("–", "", "") for size, known in zip(sweep.sizes, here, strict=True)]
+        points = [
+            (_x(sweep.sizes, size), y(values[line.label, size]), tip)
+            for size, known, (_, _, tip) in zip(sweep.sizes, here, cells, strict=True)
+            if known
+        ]
+        curves.append(Curve(line.label, f"line-{colour + 1}", points, [(shown, more) for shown, more, _ in cells]))
     marks = _decades(low / MARGIN, high) if logarithmic else ticks(high)
-    unit = "µs per token of the prompt" if _per_token(sweep) else "ms"
     rows = [row for line in sweep.lines for each in line.points.values() for row in each]
     return CurveChart(
-        sweep.title,
-        ", ".join([unit, *shared(rows)]) + (f"; ×: times as fast as {reference.label}" if reference else ""),
+        title,
+        ", ".join([unit, *shared(rows)]),
         "Logarithmic scale." if logarithmic else "",
+        figures,
         curves,
         sweep.sizes,
         [(_x(sweep.sizes, size), str(size)) for size in sweep.sizes],

@@ -12,7 +12,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
 
 from pipeline.compare import charts
 from pipeline.compare.baseline import Against, against_reference
-from pipeline.compare.curves import CurveChart, curve_chart
+from pipeline.compare.curves import CurveChart, curve_chart, memory_chart
 from pipeline.compare.labels import Section, cache, names, versions
 from pipeline.compare.numbers import number
 from pipeline.compare.questions import Sweep, single, sweeps
@@ -45,9 +45,14 @@ class Shown:
     questions: list[Question]
     cautions: list[str]
     other_charts: list[charts.Chart]
+    memory: list[CurveChart]
     table: Table
     """Ratios included, which the page has in its charts."""
     figures: Table
+
+    @property
+    def curves(self) -> list[CurveChart]:
+        return [question.curves for question in self.questions if question.curves] + self.memory
 
     @property
     def verdicts(self) -> list[Verdict]:
@@ -78,8 +83,8 @@ def show(section: Section, compared: list[Against], wanted: Axes | None, anchor:
         rest = {id(row) for row in rows} - others.keys() if others else set()
         ranked = standing(section, each)
         said = verdict(section, each, ranked, others, called, wanted is not None)
-        chart = charts.time_chart(section, each, ranked, others, rest, called)
-        questions.append(Question(place, said, chart, None))
+        bars = charts.time_chart(section, each, ranked, others, rest, called)
+        questions.append(Question(place, said, bars, None))
     rest_of_them = [charts.accuracy_chart(section), charts.stage_chart(section)]
     return Shown(
         section,
@@ -87,9 +92,19 @@ def show(section: Section, compared: list[Against], wanted: Axes | None, anchor:
         questions,
         cautions(section),
         [chart for chart in rest_of_them if chart],
+        [chart for sweep in _of_different_rows(found) if (chart := memory_chart(sweep, ways))],
         table(section, by_measure, None, remarks),
         table(section, {}, None, remarks),
     )
+
+
+def _of_different_rows(found: list[Sweep]) -> list[Sweep]:
+    """The first of those that are measures of the same runs."""
+    runs = {
+        frozenset(id(row) for line in sweep.lines for rows in line.points.values() for row in rows): sweep
+        for sweep in reversed(found)
+    }
+    return [sweep for sweep in found if any(sweep is first for first in runs.values())]
 
 
 def _kind(question: Measure | Sweep) -> tuple[str, str]:
@@ -140,7 +155,8 @@ def render(
         "shown": shown,
         "answers": by_question(shown),
         "rows": rows,
-        "timed": sum(bool(row.timings) for row in rows),
+        "runs": sum(row.runs for row in rows),
+        "timed": sum(row.runs for row in rows if row.timings),
         "versions": versions(rows),
         "unsupported": list(dict.fromkeys(filter(None, (unsupported(one.section) for one in shown)))),
         "remarks": list(remarks),

@@ -68,13 +68,20 @@ class Sweep:
         fixed = [f"{of.input_length} tokens{' in' if of.output_length else ''}"] if self.axis == "batch" else []
         fixed += [f"{of.output_length}{'' if fixed else ' tokens'} out"] if of.output_length else []
         fixed += [f"batch {of.batch}"] if self.axis == "input_length" and of.batch > 1 else []
-        by = "by its length" if self.axis == "input_length" and of.kind == "prefill" else (
-            "by the prompt's length" if self.axis == "input_length" else "by batch")  # fmt: skip
+        by = "by its length" if self.axis == "input_length" and of.kind == "prefill" else self.by
         return ", ".join([what[0].upper() + what[1:], *fixed, by])
+
+    @property
+    def by(self) -> str:
+        return "by the prompt's length" if self.axis == "input_length" else "by batch"
 
     def at(self, size: int) -> str:
         """A size along the axis, in words."""
         return f"{size} tokens" if self.axis == "input_length" else f"batch {size}"
+
+    def between(self, first: int, last: int) -> str:
+        return self.at(last) if first == last else f"{first} to {last} tokens" if self.axis == "input_length" else (
+            f"batch {first} to {last}")  # fmt: skip
 
 
 def sweeps(section: Section) -> list[Sweep]:

@@ -111,6 +111,8 @@ class Row:
     peak_bytes: int | None
     notes: list[str]
     link: str | None
+    runs: int = 1
+    """Reports that it is of: of repetitions several."""
     label: str = field(default="")
     """What tells it from the rows beside it; set by :func:`pipeline.compare.labels.label`."""
 

@@ -37,10 +37,11 @@ def standing(section: Section, measure: Measure) -> Standing:
 
 
 class Faster(NamedTuple):
-    """How many times as fast, with the interval where it says more, and as what."""
+    """How many times as fast, and as what."""
 
     times: str
     interval: str
+    """Of 95 %, where it says more; of a sweep the sizes that the times are at."""
     other: str
 
 
@@ -134,23 +135,19 @@ def sweep_verdict(sweep: Sweep, reference: Line | None, asked: bool) -> Verdict:
     references = [reference] if reference else []
     if not asked:
         references += [line for line in _upstream_lines(sweep.lines) if line is not reference]
-    said = [
-        Faster(text, "", disclosed(best.first, line.first, line.label))
-        for line in references
-        if (text := _at_the_ends(sweep, best, line))
-    ]
+    said = [each for line in references if (each := _at_the_ends(sweep, best, line))]
     ends = [size for size in sweep.sizes if size in best.points]
     time = f"{number(best.median(ends[0]))} to {number(best.median(ends[-1]))} ms"
     return Verdict(sweep.title, best.label, time, said, close, close)
 
 
-def _at_the_ends(sweep: Sweep, best: Line, line: Line) -> str:
+def _at_the_ends(sweep: Sweep, best: Line, line: Line) -> Faster | None:
     found = [(size, faster) for size in sweep.sizes if (faster := over(best, line, size))]
     if not found:
-        return ""
+        return None
     (first, low), (last, high) = found[0], found[-1]
-    rest = f" to {high.value:.2f}× ({sweep.at(last)})" if len(found) > 1 else ""
-    return f"{low.value:.2f}× ({sweep.at(first)}){rest}"
+    times = f"{low.value:.2f}×" + (f" to {high.value:.2f}×" if len(found) > 1 else "")
+    return Faster(times, f" ({sweep.between(first, last)})", disclosed(best.first, line.first, line.label))
 
 
 def _listed(texts: Sequence[str]) -> str:
