@@ -90,10 +90,11 @@ def sweeps(section: Section) -> list[Sweep]:
     for axis in AXES:
         groups: dict[Measure, dict[int, Measure]] = defaultdict(dict)
         for measure in sorted(section.measures):
+            kind, batch, length, *rest = measure
             if axis == "batch":
-                groups[measure._replace(batch=0)][measure.batch] = measure
+                groups[Measure(kind, 0, length, *rest)][batch] = measure
             else:
-                groups[measure._replace(input_length=0)][measure.input_length] = measure
+                groups[Measure(kind, batch, 0, *rest)][length] = measure
         covered = {measure for sweep in found for measure in sweep.measures.values()}
         for measures in groups.values():
             if len(measures) > 1 and not covered.issuperset(measures.values()):
