@@ -90,11 +90,11 @@ def sweeps(section: Section) -> list[Sweep]:
     for axis in AXES:
         groups: dict[Measure, dict[int, Measure]] = defaultdict(dict)
         for measure in sorted(section.measures):
-            kind, batch, length, *rest = measure
+            kind, batch, length, output, clock = measure
             if axis == "batch":
-                groups[Measure(kind, 0, length, *rest)][batch] = measure
+                groups[Measure(kind, 0, length, output, clock)][batch] = measure
             else:
-                groups[Measure(kind, batch, 0, *rest)][length] = measure
+                groups[Measure(kind, batch, 0, output, clock)][length] = measure
         covered = {measure for sweep in found for measure in sweep.measures.values()}
         for measures in groups.values():
             if len(measures) > 1 and not covered.issuperset(measures.values()):
