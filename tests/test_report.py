@@ -208,7 +208,11 @@ def test_reports_of_both_schemas_stand_in_one_comparison(tmp_path: Path) -> None
     assert all(each.accuracy is not None and each.accuracy.passed for each in rows)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").rglob("*.json")), ids=lambda path: path.stem)
+KEPT = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+OLD = [path for path in KEPT if json.loads(path.read_text())["schema"] == 1]
+
+
+@pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
 def test_a_raw_report_of_schema_1_reads_as_the_same_row_as_in_the_form_of_schema_2(path: Path, tmp_path: Path) -> None:
     raw = json.loads(path.read_text())
     assert raw["schema"] == 1 and upgraded(raw) == upgraded(upgraded(raw)) and upgraded(raw)["schema"] == 2
