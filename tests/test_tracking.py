@@ -250,7 +250,10 @@ def test_benchmark_of_an_engine_that_failed_verification_is_not_logged(uri, fold
     assert not [key for key in run.data.metrics if key.startswith("benchmark")]
 
 
-@pytest.mark.parametrize("verify", [None, {"passed": None}, {"passed": False}])
+@pytest.mark.parametrize(
+    "verify", [None, {"executed": "engine", "passed": None}, {"executed": "engine", "passed": False},
+               {"executed": "graph", "passed": True}]
+)  # fmt: skip
 def test_benchmark_without_passed_verification_has_no_metrics(verify):
     assert not [key for key in metrics(a_report(verify=verify)) if key.startswith("benchmark")]
 
@@ -421,9 +424,27 @@ def test_engine_that_is_absent_or_was_not_verified_is_refused(uri, folder, tmp_p
     assert "holds no engine.trt" in refusal(tracking.fetch_engine, without, uri)
     wrong = record(uri, folder, a_report(verify={"passed": False})).run_id
     assert "did not pass verification" in refusal(tracking.fetch_engine, wrong, uri)
+    graph = record(uri, folder, a_report(status="not_executed", verify={"executed": "graph", "passed": True})).run_id
+    assert refusal(tracking.fetch_engine, graph, uri).startswith(f"run_id={graph}: its engine was never executed")
+    assert tracking.fetch_engine(graph, uri, graph_suffices=True).read_bytes() == ENGINE
     assert "run_id=0123" in refusal(tracking.fetch_engine, "0123456789abcdef0123456789abcdef", uri)
     assert "there is no" in refusal(tracking.fetch_engine, without, f"sqlite:///{tmp_path}/other.db")
     assert not (tmp_path / "other.db").exists()
+
+
+@pytest.mark.parametrize(("executed", "taken"), [("engine", True), ("graph", False)])
+def test_of_a_run_that_only_says_that_something_was_verified_the_report_says_what(uri, folder, executed, taken):
+    """Runs of before have ``engine.verified=true``, and a report of schema 1 or 2."""
+    from mlflow import MlflowClient
+
+    report = a_report(verify={"executed": executed, "passed": True, "cases": []})
+    (folder / "report.json").write_text(json.dumps(report))
+    run_id = record(uri, folder, report).run_id
+    MlflowClient(tracking_uri=uri).set_tag(run_id, "engine.verified", "true")
+    if taken:
+        assert tracking.fetch_engine(run_id, uri).read_bytes() == ENGINE
+    else:
+        assert "never executed" in refusal(tracking.fetch_engine, run_id, uri)
 
 
 # ---- a server

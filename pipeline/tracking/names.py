@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.record.report import times_count, verified_by
 from pipeline.tracking.store import redacted
 
 if TYPE_CHECKING:
@@ -62,13 +63,13 @@ def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """Every number of a report under its dotted name; true and false are 1 and 0.
 
     Cases of a list go by their name, the attention calls stay in their table, and ``benchmark`` counts only when
-    the engine that was timed had been verified.
+    what was timed had been verified.
     """
     sections = {key: value for key, value in report.items() if key not in NO_METRICS}
     decode = sections.get("decode") or {}
     sections["attention"] = _without_calls(sections.get("attention"))
     sections["decode"] = {**decode, "attention": _without_calls(decode.get("attention"))}
-    if not verified(report):
+    if not times_count(report):
         sections.pop("benchmark", None)
     return {key: float(value) for key, value in _leaves(sections) if isinstance(value, Real)}
 
@@ -78,14 +79,15 @@ def _without_calls(attention: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def final_tags(report: Mapping[str, Any]) -> dict[str, str]:
-    """What runs are filtered by: status, failure, environment, the engine's hash and what tainted a measurement."""
+    """What runs are filtered by: status, failure, environment, the engine's hash, what was verified (``engine``,
+    ``graph`` or ``no``) and what tainted a measurement."""
     tags = {"status": report["status"], **environment_tags(report.get("environment") or {})}
     if report.get("unavailable"):
         tags["unavailable"] = report["unavailable"]
     failure = report.get("failure") or {}
     tags |= {f"failure.{key}": failure[key] for key in ("stage", "kind", "message") if key in failure}
     if sha256 := (report.get("engine") or {}).get("sha256"):
-        tags |= {"engine.sha256": sha256, "engine.verified": json.dumps(verified(report))}
+        tags |= {"engine.sha256": sha256, "engine.verified": verified_by(report)}
     for key, value in _leaves(report.get("benchmark") or {}, "benchmark"):
         if key.endswith(".tainted") and value:
             tags[key] = "; ".join(value)
@@ -98,12 +100,6 @@ def environment_tags(environment: Mapping[str, Any]) -> dict[str, str]:
     if "git" in tags:
         tags["mlflow.source.git.commit"] = tags["git"]  # the name under which MLflow's pages show it
     return tags
-
-
-def verified(report: Mapping[str, Any]) -> bool:
-    """Whether what the run built passed its verification; numbers of any other are not logged."""
-    accurate = (report.get("failure") or {}).get("kind") != "accuracy"
-    return accurate and (report.get("verify") or {}).get("passed") is True
 
 
 def _leaves(value: Any, prefix: str = "", unfold: bool = True) -> Iterator[tuple[str, Any]]:
