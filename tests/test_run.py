@@ -120,7 +120,7 @@ def test_mlflow_holds_settings_metrics_tags_and_files(finished: Outcome, store: 
 
     assert kept.info.status == "FINISHED" and kept.data.tags["status"] == DONE
     assert finished.report["mlflow"]["run_id"] == kept.info.run_id
-    assert kept.info.run_name == "detect_causal · tiny-llama · fp16 · dynamic 2..64"
+    assert kept.info.run_name == "detect_causal · tiny-llama · dynamic 2..64"
     config = compose_config(
         [
             "model=local", f"model.path={finished.report['config']['model']['path']}", "shape.max=64",
@@ -546,7 +546,9 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(longest: int, tmp_pa
 
     store = f"sqlite:///{tmp_path}/mlflow.db"
     kept = mlflow_run(store, outcome)
-    assert kept.info.run_name == f"detect_causal · smollm2_135m · fp16 · dynamic 2..{longest}"
+    assert kept.info.run_name == "detect_causal · smollm2_135m" + (
+        f" · dynamic 2..{longest}" if longest != 2048 else ""
+    )
     assert kept.info.status == "FINISHED" and kept.data.metrics["verify.passed"] == 1
     files = {"report.json", "engine.trt", "engine.json", "graph_before.txt", "graph_after.txt", "attention_calls.md"}
     assert files <= artifacts(store, kept.info.run_id)

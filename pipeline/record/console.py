@@ -12,7 +12,11 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.record import markdown
 from pipeline.record.report import GRAPH, worst_case
+
+SUMMARY = "summary.md"
+"""What the console says at the end, beside report.json: the run's description in MLflow."""
 
 
 class StageDisplay:
@@ -72,6 +76,14 @@ class StageDisplay:
                 self._found.print(Text(f"{label:<10}  ").append_text(text), soft_wrap=True)
         if (path := folder / "report.json").is_file():
             self._found.print(Text(str(path)), soft_wrap=True)
+
+
+def described(report: dict[str, Any]) -> str:
+    """What :meth:`StageDisplay.summary` shows of ``report``, as a Markdown table."""
+    lines = [
+        (label, "".join(p if isinstance(p, str) else p[0] for p in parts)) for label, *parts in _summary_rows(report)
+    ]
+    return markdown.table(lines[0], lines[1:])
 
 
 Part = str | tuple[str, str]

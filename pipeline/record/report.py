@@ -113,6 +113,20 @@ def worst_case(verify: dict[str, Any]) -> dict[str, Any]:
     return worst
 
 
+def relative_error(report: Mapping[str, Any]) -> float | None:
+    """That of the :func:`worst_case`, against PyTorch in a precision wider than the run's; None where there is none, or
+    the answer was not finite."""
+    cases = [case for case in (report.get("verify") or {}).get("cases") or () if case.get("tolerance") is not None]
+    return worst_case({"cases": cases})["relative_error"] if cases else None
+
+
+def engine_bytes(report: Mapping[str, Any]) -> int | None:
+    """Bytes of the run's engines, both of them with a KV cache; None where none was built."""
+    sections = (report.get("engine"), (report.get("decode") or {}).get("engine"))
+    sizes = [section["bytes"] for section in sections if section and section.get("bytes")]
+    return sum(sizes) if sizes else None
+
+
 def error_share(case: dict[str, Any]) -> float:
     """Relative error of a case over what is allowed; infinite where there was no finite answer (null on disk)."""
     error, allowed = case["relative_error"], case["tolerance"]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from passes.errors import message_line
 from pipeline.record import unfinished
+from pipeline.record.console import SUMMARY
 from pipeline.record.sections import MlflowRun
 from pipeline.tracking.fetch import ENGINE_FILE, MANIFEST_FILE, fetch_engine
 from pipeline.tracking.names import environment_tags, final_tags, legal, metrics, parameters, run_name, sample_points
@@ -44,6 +45,7 @@ __all__ = ["ENGINE_FILE", "MANIFEST_FILE", "TrackedRun", "check_store", "fetch_e
 
 ENGINE_SUFFIX = ".trt"
 SAMPLES_FILE = "samples.json"
+LONGEST_TAG = 8000  # characters that MLflow takes
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
 FOLDER, HOST, PARENT = "run_folder", "host", "mlflow.parentRunId"
@@ -148,7 +150,7 @@ class TrackedRun:
         try:
             with quiet():
                 check_store(self.uri, must_exist=True)
-                self._log_batch(metrics=metrics(report), tags=final_tags(report))
+                self._log_batch(metrics=metrics(report), tags=final_tags(report) | _description(folder))
                 self._log_samples(report, folder / SAMPLES_FILE)
                 stored = "only settings and metrics"
                 try:
@@ -227,6 +229,12 @@ class TrackedRun:
     def _terminate(self, status: str) -> None:
         with redirect_stdout(StringIO()):  # the client prints links to the run; the pipeline's summary has them
             self._client.set_terminated(self.run_id, status)
+
+
+def _description(folder: Path) -> dict[str, str]:
+    """What MLflow's page of the run shows above all else; nothing of a run that was killed."""
+    summary = folder / SUMMARY
+    return {"mlflow.note.content": summary.read_text(encoding="utf-8")[:LONGEST_TAG]} if summary.is_file() else {}
 
 
 def user() -> str:
