@@ -23,7 +23,7 @@ from sweeps import Server
 
 from passes.errors import UserError
 from pipeline.config import schema as settings
-from pipeline.record.plots import latency_plot
+from pipeline.record.plots import PICTURE, latency_plot
 from pipeline.tracking import runs as tracking
 from pipeline.tracking import store
 from pipeline.tracking.names import job_name, metrics, parameters, run_name, sample_points
@@ -242,6 +242,14 @@ def test_every_file_of_the_run_is_an_artifact_and_the_engine_can_be_left_out(uri
     names = {"engine.trt", "engine.json", "report.json", "attention_calls.md"}
     assert files(record(uri, folder)) == names
     assert files(record(uri, folder, log_engine=False)) == names - {"engine.trt"}
+
+
+def test_the_picture_is_the_first_artifact(uri, folder):
+    from mlflow import MlflowClient
+
+    latency_plot({"prefill": {"device_ms": [1.0, 1.1]}}, folder / PICTURE)
+    run = record(uri, folder)
+    assert MlflowClient(tracking_uri=uri).list_artifacts(run.run_id)[0].path == PICTURE
 
 
 def test_engine_that_was_not_executed_is_a_finished_run(uri, folder):
@@ -594,7 +602,7 @@ def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, 
             report = json.loads((folder / "report.json").read_text())
             centre = report["benchmark"]["prefill"]["device_ms"]["median"]
             medians.append(f"{centre:.4g}")  # as MLflow writes it
-            latency_plot({"prefill": {"device_ms": [centre + i % 7 / 100 for i in range(50)]}}, folder / "latency.png")
+            latency_plot({"prefill": {"device_ms": [centre + i % 7 / 100 for i in range(50)]}}, folder / PICTURE)
             (folder / "summary.md").write_text(described(report))
             (folder / "attention_calls.md").write_text("| index |")
             config = a_config(address)
@@ -634,9 +642,9 @@ def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, 
         shoot(browser, "mlflow_compare", beyond=False)
 
         browser.get(f"{page}/runs/{runs[0]}/artifacts")
-        wait_for(browser, f"return {body}.includes('latency.png')")
-        shoot(browser, "mlflow_artifacts", beyond=False)
-        browser.get(f"{page}/runs/{runs[0]}/artifacts/latency.png")
+        wait_for(browser, f"return {body}.includes('{PICTURE}')")
+        assert browser.execute_script(f"return {body}.indexOf('{PICTURE}') < {body}.indexOf('attention_calls.md')")
+        browser.find_element("xpath", f"//*[contains(text(), '{PICTURE}')]").click()
         wait_for(browser, "return [...document.images].some(i => i.naturalWidth == 960)")
         shoot(browser, "mlflow_plot", beyond=False)
 
