@@ -12,7 +12,7 @@ from pipeline.compare.ratios import Ratio, ratio
 from pipeline.compare.rows import Figure
 from pipeline.compare.sources import Found
 from pipeline.config.schema import STRATEGIES
-from pipeline.tracking.names import verified
+from pipeline.record.report import times_count
 
 CACHES = {"none": "no cache", "dynamic": "DynamicCache", "static": "static cache", "in_engine": "cache in the engine"}
 RIVALS = {"eager": "PyTorch eager", "torch_compile": "torch.compile", "plugin": "attention plugin"}
@@ -133,7 +133,7 @@ def at(report: Mapping[str, Any], *path: str) -> Any:
 
 def measured(report: Mapping[str, Any], task: Task) -> dict[str, Any] | None:
     """What ``report`` measured of ``task``; None where nothing was timed, or nothing that was verified."""
-    if report["status"] != "ok" or not verified(dict(report)):
+    if report["status"] != "ok" or not times_count(report):
         return None
     benchmark = report["benchmark"] or {}
     entries = [benchmark.get(task.kind), *((benchmark.get("prefill_shapes") or []) * (task.kind == "prefill"))]

@@ -39,7 +39,15 @@ from pipeline.model.load import LoadedModel
 from pipeline.record.console import StageDisplay
 from pipeline.record.environment import environment
 from pipeline.record.report import SCHEMA as NUMBER
-from pipeline.record.report import is_sealed, read_report, upgraded, write_json, write_report
+from pipeline.record.report import (
+    is_sealed,
+    read_report,
+    times_count,
+    upgraded,
+    verified_by,
+    write_json,
+    write_report,
+)
 from pipeline.record.sections import Failure, Report, new_report
 from pipeline.record.unfinished import LOCK, STATE
 from pipeline.tracking.recovery import recover
@@ -174,7 +182,7 @@ def test_prompts_that_were_timed_are_kept_where_the_generation_fails_and_are_lef
 
 
 def typed_row(folder: Path, device_ms: float) -> Path:
-    """A report of schema 2, of a prefill of Llama by ``lowering`` that took ``device_ms`` in simulated time."""
+    """A report of schema 3, of a prefill of Llama by ``lowering`` that took ``device_ms`` in simulated time."""
     asked = BenchmarkConfig("prefill", [BenchmarkShape(1, 2048)], min_seconds=0.0)
     clock = SimulatedClock()
     runner = SimulatedRunner(clock, device_ns=lambda i: round(device_ms * MS))
@@ -190,7 +198,7 @@ def typed_row(folder: Path, device_ms: float) -> Path:
     )
     folder.mkdir()
     write_report(folder / "report.json", to_json(made))
-    assert conforms(folder)["schema"] == NUMBER == 2
+    assert conforms(folder)["schema"] == NUMBER == 3
     return folder
 
 
@@ -213,19 +221,21 @@ OLD = [path for path in KEPT if json.loads(path.read_text())["schema"] == 1]
 
 
 @pytest.mark.parametrize("path", OLD, ids=lambda path: path.stem)
-def test_a_raw_report_of_schema_1_reads_as_the_same_row_as_in_the_form_of_schema_2(path: Path, tmp_path: Path) -> None:
+def test_a_raw_report_of_schema_1_reads_as_the_same_row_as_in_the_form_of_schema_3(path: Path, tmp_path: Path) -> None:
     raw = json.loads(path.read_text())
-    assert raw["schema"] == 1 and upgraded(raw) == upgraded(upgraded(raw)) and upgraded(raw)["schema"] == 2
+    assert raw["schema"] == 1 and upgraded(raw) == upgraded(upgraded(raw)) and upgraded(raw)["schema"] == 3
     write_report(tmp_path / path.name, upgraded(raw))
 
     then, now = (replace(row(read_file(each)), name="") for each in (path, tmp_path / path.name))
     assert then == now
+    answer = (raw.get("verify") or {}).get("answer")
+    assert answer is None or upgraded(raw)["verify"]["answer"]["candidate"] == answer["engine"]
     if then.accuracy is not None:
         (case,) = (case for case in raw["verify"]["cases"] if case["name"] == then.accuracy.case)
         assert then.accuracy.pytorch_share == case["pytorch"]["relative_error"] / case["tolerance"]
 
 
-def test_a_second_engine_of_schema_1_is_where_schema_2_has_it() -> None:
+def test_a_second_engine_of_schema_1_is_where_schema_3_has_it() -> None:
     path = RESULTS / "llama3_1b-detect_causal-fp16-generate-in_engine.json"
     raw, report = json.loads(path.read_text()), read_report(path)
 
@@ -236,7 +246,38 @@ def test_a_second_engine_of_schema_1_is_where_schema_2_has_it() -> None:
     assert is_sealed(json.loads(path.read_text())), "reading changes nothing"
 
 
-@pytest.mark.parametrize("content", ['{"schema": 3}', '{"schema": "1"}', "[]", "{", ""])
+def test_an_answer_of_schema_2_is_the_candidates_and_the_rest_stays() -> None:
+    answer = {"question": "?", "engine": "Paris.", "pytorch": "Paris.", "tokens_agree": True}
+    verify = {"executed": "graph", "passed": True, "answer": answer, "cases": []}
+    report = {"schema": 2, "status": "not_executed", "verify": verify}
+
+    new = upgraded(report)
+
+    assert new["verify"]["answer"] == {
+        "question": "?", "candidate": "Paris.", "pytorch": "Paris.", "tokens_agree": True,
+    }  # fmt: skip
+    assert {**new, "verify": None} == {**report, "schema": 3, "verify": None} and report["verify"]["answer"] is answer
+
+
+@pytest.mark.parametrize(
+    ("verify", "failure", "by", "counts"),
+    [
+        ({"executed": "engine", "passed": True}, None, "engine", True),
+        ({"executed": "engine", "passed": True}, {"kind": "out_of_memory"}, "engine", True),
+        ({"executed": "engine", "passed": True}, {"kind": "accuracy"}, "no", False),
+        ({"executed": "engine", "passed": False}, None, "no", False),
+        ({"executed": "graph", "passed": True}, None, "graph", False),
+        ({"executed": "graph", "passed": None}, None, "no", False),
+        ({"executed": "torch_compile", "passed": True}, None, "torch_compile", True),
+        (None, None, "no", False),
+    ],
+)
+def test_what_was_verified_is_said_by_what_ran_it(verify: Any, failure: Any, by: str, counts: bool) -> None:
+    report = {"verify": verify, "failure": failure}
+    assert verified_by(report) == by and times_count(report) == counts
+
+
+@pytest.mark.parametrize("content", ['{"schema": 4}', '{"schema": "1"}', "[]", "{", ""])
 def test_a_report_of_another_schema_is_none(content: str, tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(content)
     assert read_report(tmp_path / "report.json") is None

@@ -23,10 +23,10 @@ from sweeps import Server
 
 from passes.errors import UserError
 from pipeline.config import schema as settings
-from pipeline.record.plots import latency_plot
+from pipeline.record.plots import PICTURE, latency_plot
 from pipeline.tracking import runs as tracking
 from pipeline.tracking import store
-from pipeline.tracking.names import metrics, parameters, run_name, sample_points
+from pipeline.tracking.names import job_name, metrics, parameters, run_name, sample_points
 
 ENGINE = b"engine bytes" * 1000
 SHA256 = hashlib.sha256(ENGINE).hexdigest()
@@ -152,7 +152,7 @@ def test_first_run_creates_store_experiment_and_artifact_folder_and_says_nothing
     kept = home / "mlartifacts" / "proved-attention" / run.run_id / "artifacts"
     assert (kept / "engine.trt").read_bytes() == ENGINE
     info = stored(run).info
-    assert (info.status, info.run_name) == ("FINISHED", "detect_causal · smollm2_135m · fp16 · dynamic 2..2048")
+    assert (info.status, info.run_name) == ("FINISHED", "detect_causal · smollm2_135m")
 
 
 def test_settings_are_parameters_and_environment_is_tags(uri, folder):
@@ -166,7 +166,7 @@ def test_settings_are_parameters_and_environment_is_tags(uri, folder):
     assert data.params == parameters(a_config(uri))
     assert data.params["model.architecture.rope.theta"] == "10000.0"
     assert data.params["model.inputs"] == '["input_ids"]'
-    assert data.params["tracking.log_engine"] == "true" and data.params["until"] == "null"
+    assert data.params["tracking.log_engine"] == "true" and "until" not in data.params  # null
     expected = {
         "status": "ok",
         "gpu": "NVIDIA H200",
@@ -193,6 +193,46 @@ def test_metrics_carry_the_reports_names(uri, folder):
     assert not [key for key in logged if key.startswith(absent)]
 
 
+def test_the_numbers_that_matter_have_plain_names():
+    generate = {"tpot_ms": {"median": 1.5}, "ttft_ms": {"median": 9.9}, "device_ms": {"median": 200.0}}
+    cases = [{"relative_error": 0.003, "tolerance": 0.004}, {"relative_error": 0.005, "tolerance": 0.05}]
+    benchmark = {"prefill": {"device_ms": {"median": 9.1}}, "generate": generate}
+    report = a_report(
+        benchmark=benchmark, verify={"executed": "engine", "passed": True, "cases": cases},
+        decode={"engine": {"bytes": 2_000_000}, "attention": None},
+    )  # fmt: skip
+    logged = metrics(report)
+    assert (logged["ms_per_token"], logged["ms_prompt"], logged["relative_error"]) == (1.5, 9.1, 0.003)
+    assert logged["engine_mb"] == (len(ENGINE) + 2_000_000) / 1e6
+    assert metrics({**report, "benchmark": {"generate": generate}})["ms_prompt"] == 9.9
+    wrong = metrics({**report, "verify": {"executed": "engine", "passed": False, "cases": cases}})
+    assert "ms_per_token" not in wrong and "ms_prompt" not in wrong and wrong["relative_error"] == 0.003
+
+
+def test_the_table_of_the_console_is_the_description_of_the_run(uri, folder):
+    assert "mlflow.note.content" not in stored(record(uri, folder)).data.tags
+    (folder / "summary.md").write_text("| status | ok |\n|---|---|\n" + "x" * 9000)
+    described = stored(record(uri, folder)).data.tags["mlflow.note.content"]
+    assert described.startswith("| status | ok |") and len(described) == 8000
+
+
+@pytest.mark.parametrize(
+    ("label", "name"),
+    [
+        ("precision=bf16 strategy=upstream", "upstream · bf16"),
+        ("seed=1", "seed 1"),
+        (
+            "row=proved +benchmark.generate={batch: 1, input_length: 64}",
+            "proved · generate {batch: 1, input_length: 64}",
+        ),
+        ("model=local model.path=/models/my llama shape.max=512", "local · path my llama · max 512"),
+        ("detect_causal · smollm2_135m", "detect_causal · smollm2_135m"),
+    ],
+)
+def test_a_job_of_a_sweep_is_named_by_how_it_differs(label, name):
+    assert job_name(label) == name
+
+
 def test_cases_of_one_name_are_all_kept():
     cases = [{"name": "text", "kl": 1.0}, {"name": "text", "kl": 2.0}]
     assert metrics({"verify": {"cases": cases}}) == {"verify.cases.text_0.kl": 1.0, "verify.cases.text_1.kl": 2.0}
@@ -204,6 +244,14 @@ def test_every_file_of_the_run_is_an_artifact_and_the_engine_can_be_left_out(uri
     assert files(record(uri, folder, log_engine=False)) == names - {"engine.trt"}
 
 
+def test_the_picture_is_the_first_artifact(uri, folder):
+    from mlflow import MlflowClient
+
+    latency_plot({"prefill": {"device_ms": [1.0, 1.1]}}, folder / PICTURE)
+    run = record(uri, folder)
+    assert MlflowClient(tracking_uri=uri).list_artifacts(run.run_id)[0].path == PICTURE
+
+
 def test_engine_that_was_not_executed_is_a_finished_run(uri, folder):
     run = stored(record(uri, folder, a_report(status="not_executed", benchmark=None)))
     assert (run.info.status, run.data.tags["status"]) == ("FINISHED", "not_executed")
@@ -212,21 +260,21 @@ def test_engine_that_was_not_executed_is_a_finished_run(uri, folder):
 @pytest.mark.parametrize(
     ("change", "name"),
     [
-        ({}, "detect_causal · smollm2_135m · fp16 · dynamic 2..2048"),
+        ({}, "detect_causal · smollm2_135m"),
         (
             {"strategy": settings.StrategyConfig("lowering", "force")},
-            "lowering (force) · smollm2_135m · fp16 · dynamic 2..2048",
+            "lowering (force) · smollm2_135m",
         ),
         (
             {"backend": settings.BackendConfig("torch_compile", mode="default"), "precision": "bf16"},
-            "torch_compile (default) · smollm2_135m · bf16 · dynamic 2..2048",
+            "torch_compile (default) · smollm2_135m · bf16",
         ),
         (
             {
                 "model": settings.ModelConfig("local", path="/models/mine", weights="random"),
                 "shape": settings.ShapeConfig("static", batch=4, min=512, opt=512, max=512),
             },
-            "detect_causal · mine (random) · fp16 · static 512 · batch 4",
+            "detect_causal · mine (random) · static 512 · batch 4",
         ),
     ],
 )
@@ -250,7 +298,10 @@ def test_benchmark_of_an_engine_that_failed_verification_is_not_logged(uri, fold
     assert not [key for key in run.data.metrics if key.startswith("benchmark")]
 
 
-@pytest.mark.parametrize("verify", [None, {"passed": None}, {"passed": False}])
+@pytest.mark.parametrize(
+    "verify", [None, {"executed": "engine", "passed": None}, {"executed": "engine", "passed": False},
+               {"executed": "graph", "passed": True}]
+)  # fmt: skip
 def test_benchmark_without_passed_verification_has_no_metrics(verify):
     assert not [key for key in metrics(a_report(verify=verify)) if key.startswith("benchmark")]
 
@@ -421,9 +472,27 @@ def test_engine_that_is_absent_or_was_not_verified_is_refused(uri, folder, tmp_p
     assert "holds no engine.trt" in refusal(tracking.fetch_engine, without, uri)
     wrong = record(uri, folder, a_report(verify={"passed": False})).run_id
     assert "did not pass verification" in refusal(tracking.fetch_engine, wrong, uri)
+    graph = record(uri, folder, a_report(status="not_executed", verify={"executed": "graph", "passed": True})).run_id
+    assert refusal(tracking.fetch_engine, graph, uri).startswith(f"run_id={graph}: its engine was never executed")
+    assert tracking.fetch_engine(graph, uri, graph_suffices=True).read_bytes() == ENGINE
     assert "run_id=0123" in refusal(tracking.fetch_engine, "0123456789abcdef0123456789abcdef", uri)
     assert "there is no" in refusal(tracking.fetch_engine, without, f"sqlite:///{tmp_path}/other.db")
     assert not (tmp_path / "other.db").exists()
+
+
+@pytest.mark.parametrize(("executed", "taken"), [("engine", True), ("graph", False)])
+def test_of_a_run_that_only_says_that_something_was_verified_the_report_says_what(uri, folder, executed, taken):
+    """Runs of before have ``engine.verified=true``, and a report of schema 1 or 2."""
+    from mlflow import MlflowClient
+
+    report = a_report(verify={"executed": executed, "passed": True, "cases": []})
+    (folder / "report.json").write_text(json.dumps(report))
+    run_id = record(uri, folder, report).run_id
+    MlflowClient(tracking_uri=uri).set_tag(run_id, "engine.verified", "true")
+    if taken:
+        assert tracking.fetch_engine(run_id, uri).read_bytes() == ENGINE
+    else:
+        assert "never executed" in refusal(tracking.fetch_engine, run_id, uri)
 
 
 # ---- a server
@@ -520,19 +589,22 @@ def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, 
     """In a real browser, which is skipped where there is none; the screenshots are kept in ``test-artifacts``."""
     from browser import chromium, look, shoot, wait_for
     from mlflow import MlflowClient
-    from reports import keep, real
+    from test_report import typed_row
 
     from pipeline.compare.__main__ import main
+    from pipeline.record.console import described
 
     with chromium() as browser:
         address = server.uri
         runs, medians = [], []
-        for name in ("upstream", "lowering", "detect_causal"):
-            report = real(f"llama3_1b-{name}")
-            folder = keep(tmp_path / name, report)
+        for name, ms in (("upstream", 20.7), ("lowering", 9.13), ("detect_causal", 9.11)):
+            folder = typed_row(tmp_path / name, ms)
+            report = json.loads((folder / "report.json").read_text())
             centre = report["benchmark"]["prefill"]["device_ms"]["median"]
             medians.append(f"{centre:.4g}")  # as MLflow writes it
-            latency_plot({"prefill": {"device_ms": [centre + i % 7 / 100 for i in range(50)]}}, folder / "latency.png")
+            latency_plot({"prefill": {"device_ms": [centre + i % 7 / 100 for i in range(50)]}}, folder / PICTURE)
+            (folder / "summary.md").write_text(described(report))
+            (folder / "attention_calls.md").write_text("| index |")
             config = a_config(address)
             config.strategy = settings.StrategyConfig(name)
             with tracking.start(config, folder, environment=report["environment"]) as run:
@@ -558,12 +630,21 @@ def test_the_ui_shows_runs_by_strategy_their_comparison_and_their_plots(server, 
             wait_for(browser, f"return {body}.includes('{name} · smollm2_135m')")
         shoot(browser, "mlflow_runs", beyond=False)
 
-        browser.get(f"{address}/#/compare-runs?runs={json.dumps(runs)}&experiments={json.dumps([experiment])}")
+        browser.get(f"{page}/runs/{runs[0]}?workflowType=machine_learning")
+        wait_for(browser, f"return {body}.includes('1×2048: 20.70 ms on the device')")  # the console's table
+        wait_for(browser, f"return {body}.includes('ms_prompt')")
+        shoot(browser, "mlflow_run", beyond=False)
+
+        two = runs[:2]
+        browser.get(f"{address}/#/compare-runs?runs={json.dumps(two)}&experiments={json.dumps([experiment])}")
         wait_for(browser, f"return {body}.includes('benchmark.prefill.device_ms.median')")
-        wait_for(browser, f"return {json.dumps(medians)}.every(ms => {body}.includes(ms))")
+        wait_for(browser, f"return {json.dumps(medians[:2])}.every(ms => {body}.includes(ms))")
         shoot(browser, "mlflow_compare", beyond=False)
 
-        browser.get(f"{page}/runs/{runs[0]}/artifacts/latency.png")
+        browser.get(f"{page}/runs/{runs[0]}/artifacts")
+        wait_for(browser, f"return {body}.includes('{PICTURE}')")
+        assert browser.execute_script(f"return {body}.indexOf('{PICTURE}') < {body}.indexOf('attention_calls.md')")
+        browser.find_element("xpath", f"//*[contains(text(), '{PICTURE}')]").click()
         wait_for(browser, "return [...document.images].some(i => i.naturalWidth == 960)")
         shoot(browser, "mlflow_plot", beyond=False)
 

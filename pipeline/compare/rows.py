@@ -10,8 +10,7 @@ from passes.errors import UserError
 from pipeline.compare.sources import Found
 from pipeline.config.axes import Axes, axes, settings
 from pipeline.config.schema import STRATEGIES
-from pipeline.record.report import error_share, worst_case
-from pipeline.tracking.names import verified
+from pipeline.record.report import GRAPH, error_share, times_count, verified_by, worst_case
 
 RIVALS = {"torch_compile": "torch.compile", "eager": "PyTorch eager", "plugin": "attention plugin"}
 """What people call them, where it is not the backend's name."""
@@ -152,7 +151,7 @@ def row(found: Found) -> Row:
     """The row of a report; raises :class:`UserError` for a report that lacks what every schema has."""
     report = found.report
     try:
-        timings = dict(_timings(report, found.samples)) if report["status"] == "ok" and verified(report) else {}
+        timings = dict(_timings(report, found.samples)) if report["status"] == "ok" and times_count(report) else {}
         engine = report.get("engine") or {}
         memory = (report.get("benchmark") or {}).get("memory") or {}
         return Row(
@@ -252,9 +251,10 @@ def _reason(report: Mapping[str, Any]) -> str:
     if report["status"] == "unavailable":
         return str(report.get("unavailable") or next(iter(report.get("notes") or []), "no reason was recorded"))
     if report["status"] == "not_executed":
-        return "no GPU could run it: nothing was timed"
+        alone = ", and its graph alone was verified" if verified_by(report) == GRAPH else ""
+        return f"no GPU could run it: nothing was timed{alone}"
     if config.get("until"):
         return f"stopped after the stage asked for (until={config['until']})"
-    if not verified(report):
+    if not times_count(report):
         return "no verification that it passed, so its times do not count"
     return "nothing was to be timed (benchmark=none)"

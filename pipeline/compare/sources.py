@@ -41,7 +41,7 @@ class Found:
     """A report and where it was."""
 
     report: dict[str, Any]
-    """In the form of schema 2."""
+    """In the form of schema 3."""
     name: str
     """The file, or the run: what a message calls it."""
     samples: Mapping[str, Any] = field(default_factory=dict)

@@ -12,7 +12,11 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.record.report import worst_case
+from pipeline.record import markdown
+from pipeline.record.report import GRAPH, worst_case
+
+SUMMARY = "summary.md"
+"""What the console says at the end, beside report.json: the run's description in MLflow."""
 
 
 class StageDisplay:
@@ -77,6 +81,14 @@ class StageDisplay:
             self._found.print(Text(str(path)), soft_wrap=True)
 
 
+def described(report: dict[str, Any]) -> str:
+    """What :meth:`StageDisplay.summary` shows of ``report``, as a Markdown table."""
+    lines = [
+        (label, "".join(p if isinstance(p, str) else p[0] for p in parts)) for label, *parts in _summary_rows(report)
+    ]
+    return markdown.table(lines[0], lines[1:])
+
+
 Part = str | tuple[str, str]
 """Text as it is, never markup: a path or a setting may hold brackets; with a style or without."""
 
@@ -112,10 +124,11 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
         spared = f": no {', '.join(store['stages'])}; {seconds:.1f} s spared" if store["hit"] else ""
         yield "store", f"{'hit' if store['hit'] else 'miss'} {store['key'][:12]}{spared}"
     if verify := report["verify"]:
-        worst = worst_case(verify)
+        worst, alone = worst_case(verify), verify["executed"] == GRAPH
         yield (
             "verified",
-            f"{verify['executed']}{' (when it was stored)' if verify['stored'] else ''}: "
+            f"{verify['executed']}{', no engine was executed' if alone else ''}"
+            f"{' (when it was stored)' if verify['stored'] else ''}: "
             f"{'passed' if verify['passed'] else 'FAILED'}, {len(verify['cases'])} cases; "
             f"worst {worst['name']}: relative error {worst['relative_error']:.2g} (allowed {worst['tolerance']:.2g}), "
             f"top-1 {worst['top1_agreement']:.1%}",
@@ -136,7 +149,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
                 f"relative error {worst['relative_error']:.2g}, top-1 {worst['top1_agreement']:.1%}",
             )
         if answer := verify["answer"]:
-            yield "answer", f"“{answer['engine']}”"
+            yield "answer", f"“{answer['candidate']}”{' (the graph, in PyTorch)' if alone else ''}"
     benchmark = report["benchmark"] or {"prefill": None, "prefill_shapes": [], "generate": None}
     for entry in filter(None, (benchmark["prefill"], *benchmark["prefill_shapes"])):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""

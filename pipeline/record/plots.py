@@ -8,6 +8,9 @@ from typing import Any
 
 from pipeline.host.files import draft
 
+PICTURE = "all_times.png"
+"""Of a run's samples.  MLflow lists artifacts by name, and this one is the first."""
+
 
 def latency_plot(samples: Mapping[str, Any], path: Path) -> None:
     """Write the distribution of every measurement in ``samples``, with its median and 95 % interval, to ``path``.

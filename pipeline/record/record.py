@@ -17,8 +17,8 @@ from pipeline.config.schema import Config
 from pipeline.host import interrupts
 from pipeline.host.files import DISK, said_by_the_disk, write_text
 from pipeline.host.plain_json import to_json
-from pipeline.record.console import StageDisplay
-from pipeline.record.plots import latency_plot
+from pipeline.record.console import SUMMARY, StageDisplay, described
+from pipeline.record.plots import PICTURE, latency_plot
 from pipeline.record.report import calls_table, strict_json, write_json, write_report
 from pipeline.record.sections import DecodeProgram, Failure, Status, new_report
 from pipeline.record.unfinished import Unfinished
@@ -102,7 +102,7 @@ class Record:
     def draw(self, result: BenchmarkResult) -> None:
         """Leave a picture of the samples."""
         assert self.folder is not None
-        latency_plot(result.samples, self.folder / "latency.png")
+        latency_plot(result.samples, self.folder / PICTURE)
 
     @property
     def content(self) -> dict[str, Any]:
@@ -185,6 +185,8 @@ class Record:
             self.note(f"report.json: {said_by_the_disk(error)}; it is printed here instead")
             with suppress(OSError):  # standard output may lie on the same disk
                 print(strict_json(self.content), flush=True, file=sys.stdout)
+        with suppress(OSError):  # says nothing that the report does not
+            self.keep(SUMMARY, described(self.content))
 
     def release(self, sent: bool) -> None:
         """The run is over; not ``sent``: the next start has to send it."""

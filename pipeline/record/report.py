@@ -1,11 +1,11 @@
-"""report.json (schema 2, docs/report.schema.json): written sealed, and read, in that form, of schema 1 as well."""
+"""report.json (schema 3, docs/report.schema.json): written sealed, and read, in that form, of older schemas as well."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,11 @@ from pipeline.record import markdown
 if TYPE_CHECKING:
     from passes.graph.records import CallRecord
 
-SCHEMA = 2
-READABLE = (1, SCHEMA)
+SCHEMA = 3
+READABLE = (1, 2, SCHEMA)
+
+ENGINE, GRAPH, NOT_VERIFIED = "engine", "graph", "no"
+"""Answers of :func:`verified_by`; the others are names of rivals."""
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
@@ -36,15 +39,27 @@ def read_report(path: Path) -> dict[str, Any] | None:
 
 
 def upgraded(report: dict[str, Any]) -> dict[str, Any]:
-    """``report`` in the form of schema 2, so that readers know one form only; what schema 1 did not say stays unsaid.
+    """``report`` in the form of schema 3, so that readers know one form only; what schema 1 did not say stays unsaid.
 
     Schema 1 left out what was not there (it is null now), had the second program's sections inside the first one's,
-    and a case's yardsticks among its own numbers.
+    and a case's yardsticks among its own numbers.  Schemas 1 and 2 called an answer the engine's, whatever gave it.
     """
-    if report["schema"] == SCHEMA:
-        return report
+    if report["schema"] == 1:
+        report = _in_schema_2(report)
+    return report if report["schema"] == SCHEMA else _in_schema_3(report)
+
+
+def _in_schema_3(report: dict[str, Any]) -> dict[str, Any]:
+    new = {**report, "schema": SCHEMA}
+    if answer := (report.get("verify") or {}).get("answer"):
+        renamed = {"candidate" if key == "engine" else key: value for key, value in answer.items()}
+        new["verify"] = {**report["verify"], "answer": renamed}
+    return new
+
+
+def _in_schema_2(report: dict[str, Any]) -> dict[str, Any]:
     decode = {name: (report.get(name) or {}).get("decode") for name in ("attention", "engine")}
-    new = {"unavailable": None, "mlflow": None, **report, "schema": SCHEMA}
+    new = {"unavailable": None, "mlflow": None, **report, "schema": 2}
     new["decode"] = decode if any(decode.values()) else None
     for name in decode:
         if new.get(name):
@@ -79,10 +94,37 @@ def sha256_of_json(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def verified_by(report: Mapping[str, Any]) -> str:
+    """What passed the run's verification: ``engine``, which was executed; ``graph``, which the engine was made from,
+    in PyTorch, where no GPU could execute the engine; the name of a rival; or ``no``, where nothing did."""
+    verify = report.get("verify") or {}
+    passed = verify.get("passed") is True and (report.get("failure") or {}).get("kind") != "accuracy"
+    return str(verify.get("executed", NOT_VERIFIED)) if passed else NOT_VERIFIED
+
+
+def times_count(report: Mapping[str, Any]) -> bool:
+    """Whether what the run timed is what passed its verification; numbers of anything else are not shown."""
+    return verified_by(report) not in (NOT_VERIFIED, GRAPH)
+
+
 def worst_case(verify: dict[str, Any]) -> dict[str, Any]:
     """The case of a report's ``verify`` section that came closest to its tolerance, or furthest beyond it."""
     worst: dict[str, Any] = max(verify["cases"], key=error_share)
     return worst
+
+
+def relative_error(report: Mapping[str, Any]) -> float | None:
+    """That of the :func:`worst_case`, against PyTorch in a precision wider than the run's; None where there is none, or
+    the answer was not finite."""
+    cases = [case for case in (report.get("verify") or {}).get("cases") or () if case.get("tolerance") is not None]
+    return worst_case({"cases": cases})["relative_error"] if cases else None
+
+
+def engine_bytes(report: Mapping[str, Any]) -> int | None:
+    """Bytes of the run's engines, both of them with a KV cache; None where none was built."""
+    sections = (report.get("engine"), (report.get("decode") or {}).get("engine"))
+    sizes = [section["bytes"] for section in sections if section and section.get("bytes")]
+    return sum(sizes) if sizes else None
 
 
 def error_share(case: dict[str, Any]) -> float:

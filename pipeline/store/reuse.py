@@ -108,7 +108,8 @@ class Place:
         self.seconds = time.perf_counter() - started
 
     def keep(self, kept: Kept, say: Say) -> None:
-        """Store the engine of this run, which has passed its verification; says where that cannot be done."""
+        """Store the engine of this run, which has passed its verification (without a GPU its graph has, and the stored
+        verdict says so); says where that cannot be done."""
         if self._store is None or self.kept is not None:
             return
         kept = replace(kept, built=datetime.now().astimezone().isoformat(timespec="seconds"))

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import message_line
+from pipeline.record.report import ENGINE, verified_by
 from pipeline.sweep.jobs import Row, at, headline
 from pipeline.sweep.tracking import Parent
-from pipeline.tracking.names import verified
 from pipeline.tracking.runs import ENGINE_FILE
 from pipeline.tracking.store import check_store, open_client, quiet, store_errors
 
@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 def best(rows: Mapping[str, Row], reports: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Model -> alias -> run: the ``fastest`` engine by what was timed of it and the ``smallest``, of those that
-    passed verification.  Without a GPU nothing is timed, and there is no fastest."""
+    were executed and passed verification; without a GPU there is none."""
     found: dict[str, dict[str, tuple[float, str]]] = {}
     for key, report in reports.items():
         run_id, size, path = rows[key].run_id, at(report, "engine.bytes"), headline(report)
-        if run_id is None or size is None or report["status"] == "failed" or not verified(report):
+        if run_id is None or size is None or report["status"] == "failed" or verified_by(report) != ENGINE:
             continue
         aliases = found.setdefault(re.sub(r"[^\w.\- ]", "_", report["model"]["name"]), {})  # what MLflow takes
         numbers = {"smallest": float(size)} | ({} if path is None else {"fastest": float(at(report, path))})

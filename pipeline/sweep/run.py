@@ -27,6 +27,7 @@ from pipeline.sweep.display import line, live
 from pipeline.sweep.jobs import Job, Row, at, headline, read_report, read_rows, write_row
 from pipeline.sweep.keys import Commits, content_key, pinned, settings_key, surroundings, sweep_key
 from pipeline.sweep.ledger import Entry, Ledger
+from pipeline.tracking.names import job_name
 from pipeline.tracking.recovery import recover
 from pipeline.tracking.store import check_store
 
@@ -96,7 +97,7 @@ class Task:
         assert entry.folder is not None
         label = self.labels.get(done.job) or self._chosen()
         folder, seconds = Path(done.config.output) / entry.folder, 0.0 if ended is None else ended.seconds
-        run_id = tracking.send(self.parent, done.config, done.job, folder, report, entry.started)
+        run_id = tracking.send(self.parent, done.config, done.job, folder, report, entry.started, job_name(label))
         write_row(self.folder / "rows", Row(done.job, label, str(folder), ended is None, seconds, run_id))
         print(line(label, report, folder, seconds, ended is None), file=sys.stderr)
         if ended is not None and ended.interruption is not None:

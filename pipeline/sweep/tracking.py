@@ -39,8 +39,6 @@ if TYPE_CHECKING:
 SWEEP, OUTPUT, JOB, SENT = "sweep.key", "sweep.output", "sweep.job", "sweep.report_sha256"
 """Tags: of a parent the sweep and the folder of its runs; of a child the job and, once it is complete, its report."""
 
-LONGEST_TAG = 8000  # characters that MLflow takes
-
 _log = logging.getLogger(__name__)
 
 
@@ -90,9 +88,10 @@ def open_parent(config: Config, key: str, name: str) -> Parent:
 
 
 def send(
-    parent: Parent, config: Config, job: str, folder: Path, report: Mapping[str, Any], started: float
+    parent: Parent, config: Config, job: str, folder: Path, report: Mapping[str, Any], started: float, name: str
 ) -> str | None:
-    """Have the job's report in MLflow, as a child of ``parent``; its run, or None where the store cannot take it now.
+    """Have the job's report in MLflow, as the child ``name`` of ``parent``; its run, or None where the store cannot
+    take it now.
 
     A child with an earlier report of the job makes room: one that had failed is deleted, one that had not stays as a
     run of its own.
@@ -114,7 +113,7 @@ def send(
                 else:
                     client.delete_run(child.info.run_id)
         tags = {PARENT: parent.run_id, JOB: job}
-        with runs.start(config, folder, environment=report["environment"], tags=tags, started=started) as run:
+        with runs.start(config, folder, name, environment=report["environment"], tags=tags, started=started) as run:
             report = {**report, "mlflow": to_json(run.identity)}
             write_report(folder / "report.json", report)
             sha256 = hashlib.sha256((folder / "report.json").read_bytes()).hexdigest()
@@ -139,7 +138,7 @@ def close_parent(
             client = open_client(parent.uri)
             for path in files:
                 client.log_artifact(parent.run_id, str(path))
-            client.set_tag(parent.run_id, "mlflow.note.content", shown[:LONGEST_TAG])
+            client.set_tag(parent.run_id, "mlflow.note.content", shown[: runs.LONGEST_TAG])
             for run_id, metrics in numbers.items():
                 for name, value in metrics.items():
                     client.log_metric(run_id, name, value)

@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.record.report import engine_bytes, relative_error, times_count, verified_by
 from pipeline.tracking.store import redacted
 
 if TYPE_CHECKING:
@@ -17,12 +18,23 @@ if TYPE_CHECKING:
 
 NO_METRICS = ("schema", "status", "failure", "config", "environment")  # of report.json: tags and parameters
 
+PLAIN = ("fp16", "dynamic 2..2048")
+"""Parts of a name that say no more than what is done where nothing else is asked for: conf/config.yaml."""
+FIRST = ("row", "strategy", "backend")
+SPEAKS = (*FIRST, "model", "precision", "cache", "shape", "benchmark", "experiment")
+"""Settings whose values need no name before them."""
+
 
 def run_name(config: Config) -> str:
-    """What a person calls the run, such as ``detect_causal · smollm2_135m · fp16 · dynamic 2..2048``.
+    """What a person calls the run, such as ``detect_causal · smollm2_135m`` or ``upstream · llama3_1b · static 512``.
 
-    The strategy first: MLflow's lists and legends show some twenty characters, and rows of one model must differ.
+    The strategy first: MLflow's lists and legends show some twenty characters, and rows of one model must differ.  What
+    ``python -m pipeline`` does by itself (:data:`PLAIN`) is not said.
     """
+    return " · ".join(part for part in _name_parts(config) if part not in PLAIN)
+
+
+def _name_parts(config: Config) -> list[str]:
     model, strategy, backend, shape = config.model, config.strategy, config.backend, config.shape
     who = Path(model.path).resolve().name if model.path else model.name
     if backend.name == "tensorrt":
@@ -32,46 +44,75 @@ def run_name(config: Config) -> str:
     else:
         how = backend.name + (f" ({backend.mode})" if backend.mode else "")
     length = f"{shape.min}..{shape.max}" if shape.kind == "dynamic" else str(shape.max)
-    return " · ".join(
-        [
-            how,
-            who + (" (random)" if model.weights == "random" else ""),
-            config.precision,
-            f"{shape.kind} {length}",
-            *([f"batch {shape.batch}"] if shape.batch > 1 else []),
-            *([f"{config.cache.name} cache"] if config.cache.name != "none" else []),
-        ]
-    )
+    return [
+        how,
+        who + (" (random)" if model.weights == "random" else ""),
+        config.precision,
+        f"{shape.kind} {length}",
+        *([f"batch {shape.batch}"] if shape.batch > 1 else []),
+        *([f"{config.cache.name} cache"] if config.cache.name != "none" else []),
+    ]
 
 
 def folder_name(config: Config) -> str:
-    """:func:`run_name` as part of a path that no shell needs quoted: letters, digits and ``_ . + -`` alone, and no
-    longer than file systems take beside a time."""
-    name = re.sub(r"[^\w.+-]+", "-", re.sub(r"[()]", "", run_name(config)))
+    """What the run is, plain or not, as part of a path that no shell needs quoted: letters, digits and ``_ . + -`` alone,
+    and no longer than file systems take beside a time."""
+    name = re.sub(r"[^\w.+-]+", "-", re.sub(r"[()]", "", " ".join(_name_parts(config))))
     return name.encode()[:200].decode(errors="ignore").strip("-")
 
 
+def job_name(label: str) -> str:
+    """How a job of a sweep differs from its siblings, from its ``label`` (``precision=bf16 strategy=upstream seed=1``):
+    ``upstream · bf16 · seed 1``."""
+    settings = [each.partition("=") for each in re.split(r" (?=[+~\w.@/]+=)", label)]
+    settings.sort(key=lambda each: each[0] not in FIRST)
+    said = []
+    for key, equals, value in settings:
+        name = key.lstrip("+~").rpartition(".")[2]
+        value = Path(value).name if name == "path" else value
+        said.append(key + equals + value if not equals else value if key in SPEAKS else f"{name} {value}")
+    return " · ".join(said)
+
+
 def parameters(config: Config) -> dict[str, str]:
-    """Every setting, dotted; values as YAML would write them, lists on one line."""
+    """Every setting that has a value, dotted; values as YAML would write them, lists on one line."""
     settings = {}
     for key, value in _leaves(config.to_dict(), unfold=False):
-        settings[key] = redacted(value) if isinstance(value, str) else json.dumps(value)
+        if value is not None:
+            settings[key] = redacted(value) if isinstance(value, str) else json.dumps(value)
     return settings
+
+
+def plain_metrics(report: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that people ask for first, under plain names: ``ms_per_token`` and ``ms_prompt`` (medians on the
+    device, the latter of the first token where no prompt was timed by itself), ``relative_error`` (of the worst case
+    of the verification) and ``engine_mb``; ``speed_up`` is a sweep's, see :func:`pipeline.sweep.table.speed_ups`."""
+    benchmark = (report.get("benchmark") or {}) if times_count(report) else {}
+    generate, prefill = benchmark.get("generate") or {}, benchmark.get("prefill") or {}
+    prompt, size = prefill.get("device_ms") or generate.get("ttft_ms") or {}, engine_bytes(report)
+    found = {
+        "ms_per_token": (generate.get("tpot_ms") or {}).get("median"),
+        "ms_prompt": prompt.get("median"),
+        "relative_error": relative_error(report),
+        "engine_mb": None if size is None else size / 1e6,
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """Every number of a report under its dotted name; true and false are 1 and 0.
 
-    Cases of a list go by their name, the attention calls stay in their table, and ``benchmark`` counts only when
-    the engine that was timed had been verified.
+    The :func:`plain_metrics` stand among them.  Cases of a list go by their name, the attention calls stay in their
+    table, and ``benchmark`` counts only when what was timed had been verified.
     """
     sections = {key: value for key, value in report.items() if key not in NO_METRICS}
     decode = sections.get("decode") or {}
     sections["attention"] = _without_calls(sections.get("attention"))
     sections["decode"] = {**decode, "attention": _without_calls(decode.get("attention"))}
-    if not verified(report):
+    if not times_count(report):
         sections.pop("benchmark", None)
-    return {key: float(value) for key, value in _leaves(sections) if isinstance(value, Real)}
+    dotted = {key: float(value) for key, value in _leaves(sections) if isinstance(value, Real)}
+    return plain_metrics(report) | dotted
 
 
 def _without_calls(attention: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -79,14 +120,15 @@ def _without_calls(attention: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def final_tags(report: Mapping[str, Any]) -> dict[str, str]:
-    """What runs are filtered by: status, failure, environment, the engine's hash and what tainted a measurement."""
+    """What runs are filtered by: status, failure, environment, the engine's hash, what was verified (``engine``,
+    ``graph`` or ``no``) and what tainted a measurement."""
     tags = {"status": report["status"], **environment_tags(report.get("environment") or {})}
     if report.get("unavailable"):
         tags["unavailable"] = report["unavailable"]
     failure = report.get("failure") or {}
     tags |= {f"failure.{key}": failure[key] for key in ("stage", "kind", "message") if key in failure}
     if sha256 := (report.get("engine") or {}).get("sha256"):
-        tags |= {"engine.sha256": sha256, "engine.verified": json.dumps(verified(report))}
+        tags |= {"engine.sha256": sha256, "engine.verified": verified_by(report)}
     for key, value in _leaves(report.get("benchmark") or {}, "benchmark"):
         if key.endswith(".tainted") and value:
             tags[key] = "; ".join(value)
@@ -99,12 +141,6 @@ def environment_tags(environment: Mapping[str, Any]) -> dict[str, str]:
     if "git" in tags:
         tags["mlflow.source.git.commit"] = tags["git"]  # the name under which MLflow's pages show it
     return tags
-
-
-def verified(report: Mapping[str, Any]) -> bool:
-    """Whether what the run built passed its verification; numbers of any other are not logged."""
-    accurate = (report.get("failure") or {}).get("kind") != "accuracy"
-    return accurate and (report.get("verify") or {}).get("passed") is True
 
 
 def _leaves(value: Any, prefix: str = "", unfold: bool = True) -> Iterator[tuple[str, Any]]:

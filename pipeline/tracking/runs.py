@@ -1,4 +1,4 @@
-"""Record: a run's settings, numbers and files in MLflow, and an engine back out of it.
+"""Record: a run's settings, numbers and files in MLflow.
 
 ``report.json`` on disk is the primary record; what is logged here carries the same names, dotted.
 MLflow's global state (active run, tracking URI) is never touched: every call names its store.
@@ -7,25 +7,23 @@ MLflow's global state (active run, tracking URI) is never touched: every call na
 from __future__ import annotations
 
 import getpass
-import hashlib
 import json
 import logging
 import shlex
 import socket
-import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
-from passes.errors import UserError, message_line
+from passes.errors import message_line
 from pipeline.record import unfinished
+from pipeline.record.console import SUMMARY
 from pipeline.record.sections import MlflowRun
+from pipeline.tracking.fetch import ENGINE_FILE, MANIFEST_FILE, fetch_engine
 from pipeline.tracking.names import environment_tags, final_tags, legal, metrics, parameters, run_name, sample_points
 from pipeline.tracking.store import (
     as_user_error,
@@ -45,12 +43,11 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINE_FILE", "MANIFEST_FILE", "TrackedRun", "check_store", "fetch_engine", "run_name", "start"]
 
-ENGINE_FILE = "engine.trt"
 ENGINE_SUFFIX = ".trt"
 SAMPLES_FILE = "samples.json"
+LONGEST_TAG = 8000  # characters that MLflow takes
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
-MANIFEST_FILE = "engine.json"
 FOLDER, HOST, PARENT = "run_folder", "host", "mlflow.parentRunId"
 """Tags: where the run's files lie, on which machine, and the sweep that it belongs to."""
 SOURCE_TAGS = {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
@@ -153,7 +150,7 @@ class TrackedRun:
         try:
             with quiet():
                 check_store(self.uri, must_exist=True)
-                self._log_batch(metrics=metrics(report), tags=final_tags(report))
+                self._log_batch(metrics=metrics(report), tags=final_tags(report) | _description(folder))
                 self._log_samples(report, folder / SAMPLES_FILE)
                 stored = "only settings and metrics"
                 try:
@@ -234,57 +231,10 @@ class TrackedRun:
             self._client.set_terminated(self.run_id, status)
 
 
-def fetch_engine(run_id: str, uri: str = "sqlite:///mlflow.db", folder: Path | None = None) -> Path:
-    """The engine file of a run, its manifest ``engine.json`` beside it, both with the hash recorded for the run.
-
-    Files are copied into ``folder``; without one, a local store's are returned in place and a server's
-    land in a new temporary folder.  Raises :class:`UserError` when run or engine is missing, when it
-    was not verified, or when file, manifest and run do not agree on the SHA-256.
-    """
-    source = f"run_id={run_id}"
-    store = check_store(uri, must_exist=True)
-    with as_user_error(source), quiet():
-        client = open_client(store)
-        run = client.get_run(run_id)
-        names = {item.path for item in client.list_artifacts(run_id)}
-        if missing := [name for name in (ENGINE_FILE, MANIFEST_FILE) if name not in names]:
-            remedy = "take a run that built an engine, with tracking.log_engine=true"
-            raise UserError(f"{source}: holds no {' and no '.join(missing)}; {remedy}")
-        if run.data.tags.get("engine.verified") != "true":
-            raise UserError(f"{source}: its engine did not pass verification; take a run with verify.passed = 1")
-        if folder is None and run.info.artifact_uri.startswith("file:"):
-            engine = Path(url2pathname(urlsplit(run.info.artifact_uri).path)) / ENGINE_FILE
-        else:
-            copies = folder or Path(tempfile.mkdtemp(prefix="engine-"))
-            copies.mkdir(parents=True, exist_ok=True)
-            engine = copies / ENGINE_FILE
-            with redirect_stderr(StringIO()):  # a progress bar that counts files: 0 of 1, 1 of 1
-                for name in (MANIFEST_FILE, ENGINE_FILE):
-                    client.download_artifacts(run_id, name, str(copies))
-    try:
-        _check_hash(source, engine, engine.with_name(MANIFEST_FILE), run.data.tags.get("engine.sha256"))
-    except UserError:
-        if folder is not None:
-            engine.unlink()  # the copy: nobody shall pick it up
-        raise
-    return engine
-
-
-def _check_hash(source: str, engine: Path, manifest: Path, recorded: str | None) -> None:
-    try:
-        claimed = json.loads(manifest.read_text())["sha256"]
-    except (ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{source}: {MANIFEST_FILE} is no engine manifest with a sha256; build the engine again"
-        ) from None
-    with engine.open("rb") as stream:
-        actual = hashlib.file_digest(stream, "sha256").hexdigest()
-    for holder, expected in (("manifest", claimed), ("run", recorded)):
-        if expected != actual:
-            raise UserError(
-                f"{source}: {ENGINE_FILE} has sha256 {actual}, but its {holder} says {expected}; it was changed "
-                "after the run, build it again"
-            )
+def _description(folder: Path) -> dict[str, str]:
+    """What MLflow's page of the run shows above all else; nothing of a run that was killed."""
+    summary = folder / SUMMARY
+    return {"mlflow.note.content": summary.read_text(encoding="utf-8")[:LONGEST_TAG]} if summary.is_file() else {}
 
 
 def user() -> str:

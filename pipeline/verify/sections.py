@@ -86,7 +86,8 @@ class Answer:
     """Greedy answers to a question, for people; nothing is judged by them."""
 
     question: str
-    engine: str
+    candidate: str
+    """Of what was executed, see ``executed``."""
     pytorch: str
     tokens_agree: bool
 
