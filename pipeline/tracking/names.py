@@ -55,7 +55,7 @@ def _name_parts(config: Config) -> list[str]:
 
 
 def folder_name(config: Config) -> str:
-    """What the run is, plain or not, as part of a path that no shell needs quoted: letters, digits and ``_ . + -`` alone,
+    """What the run is, plain or not, as part of a path that no shell needs quoted: letters, digits, ``_ . + -`` alone,
     and no longer than file systems take beside a time."""
     name = re.sub(r"[^\w.+-]+", "-", re.sub(r"[()]", "", " ".join(_name_parts(config))))
     return name.encode()[:200].decode(errors="ignore").strip("-")
