@@ -92,7 +92,11 @@ def test_every_choice_of_a_group_composes_with_the_defaults_of_the_others(group:
         assert choice.startswith(getattr(owner, "kind", None) or owner.name)
 
 
-@pytest.mark.parametrize("groups", [("strategy", "backend", "shape"), ("model", "shape")], ids=" × ".join)
+@pytest.mark.parametrize(
+    "groups",
+    [pytest.param(("strategy", "backend", "shape"), marks=pytest.mark.slow), ("model", "shape")],
+    ids=" × ".join,
+)
 def test_every_pair_of_groups_that_know_of_each_other_composes(groups: tuple[str, ...]) -> None:
     """Of three groups each two choices meet in every second combination; one takes a third of a second."""
     places = itertools.product(*(enumerate(choices(group)) for group in groups))

@@ -17,6 +17,7 @@ from passes.proof import counterexample
 from passes.proof.calls import find_calls
 from passes.proof.masks import Proof, prover_of
 
+SLOW = pytest.mark.slow
 aten = torch.ops.aten
 LONGEST = 12
 
@@ -97,7 +98,10 @@ CHAINS: dict[str, tuple[Any, Callable[[Node], tuple[Any, ...]]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHAINS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in ("both operands", "a choice", "moved") else SLOW) for name in CHAINS],
+)
 def test_a_mask_behind_thousands_of_operations_is_kept(name: str) -> None:
     exported = program(lambda n: causal(n, n))
     (call,) = find_calls(exported.graph_module)

@@ -278,7 +278,9 @@ def overflowing(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("precision", "status"), [("fp16", "failed"), ("bf16", DONE)])
+@pytest.mark.parametrize(
+    ("precision", "status"), [("fp16", "failed"), pytest.param("bf16", DONE, marks=pytest.mark.slow)]
+)
 def test_a_model_that_overflows_fp16_fails_in_fp16_and_passes_in_bf16(
     precision: str, status: str, overflowing: Path, store: str, tmp_path: Path
 ) -> None:
