@@ -48,7 +48,7 @@ def rewrite(
 def in_aten(program: ExportedProgram) -> ExportedProgram:
     """A rewritten ``program`` as one that needs torch alone: it computes the same and has no operation of ours.  The
     weights are shared."""
-    plain = program.run_decompositions(dict(IN_ATEN))
+    plain: ExportedProgram = program.run_decompositions(dict(IN_ATEN))
     plain.graph.eliminate_dead_code()  # masks that stood beside a call as the evidence
     plain.graph_module.recompile()
     return plain
