@@ -1,4 +1,4 @@
-"""One run: load → trace → prove, rewrite → network → build → verify → measure → record, read top to bottom.
+"""One run: load → trace → prove, rewrite → network → build → verify → (write →) measure → record, read top to bottom.
 
 Each stage takes values and returns one; what came back is recorded here, and nowhere else.
 """
@@ -23,6 +23,7 @@ from pipeline.record.sections import Status
 if TYPE_CHECKING:
     import torch
 
+    from passes.graph.rewritten import Rewritten
     from passes.tensorrt.versions import Stack
     from pipeline.engine.programs import Program
     from pipeline.engine.sections import Engines
@@ -128,7 +129,8 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
             record.note(*engines.notes)
             record.display.done("store", place.seconds, f"hit {place.key[:12]}, built {kept.built}")
         else:
-            engines, made_from = _build(record, folder, loaded, stack, place)
+            made_from, rewritten = _rewrite(record, loaded)
+            engines = _build(record, folder, loaded, stack, place, made_from, rewritten)
 
         if kept is not None and not on_gpu:
             record.stop_before("verify")
@@ -143,6 +145,8 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
                     what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
                 verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
         place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
+    if config.exports:  # the store keeps no graphs
+        _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
     if not on_gpu:
         return "not_executed"
     what.finished()
@@ -151,16 +155,11 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     return "ok"
 
 
-def _build(
-    record: Record, folder: Path, loaded: Loaded, stack: Stack, place: Place
-) -> tuple[Engines, dict[str, Program]]:
-    """export → strategy → lower → interpret → build, for each of the run's programs; returns what the engines in
-    ``folder`` are, and the programs that they were made from."""
+def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[str, Rewritten]]:
+    """export → strategy, for each of the run's programs; returns them, and what was done to them."""
     from passes.graph.rewrite import rewrite
-    from pipeline.engine import kernel_cache, network, programs, unfused
-    from pipeline.engine.build import build_engine
-    from pipeline.engine.file import write_engine
-    from pipeline.engine.sections import attention_of, engines_of
+    from pipeline.engine import programs
+    from pipeline.engine.sections import attention_of
 
     config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
     with record.stage("export"), collector_paused():
@@ -171,20 +170,35 @@ def _build(
         record.detail = " + ".join(f"{len(each.program.graph.nodes)} nodes" for each in traced.values())
 
     with record.stage("strategy"):
-        rewritten, attention = {}, {}
+        rewritten, summaries = {}, []
         for name, each in traced.items():
             rewritten[name] = rewrite(each.program, asked.name, asked.unproven, asked.assume, without=asked.without)
-            attention[name] = attention_of(rewritten[name])
+            attention = attention_of(rewritten[name])
             record.put_graph(name, "graph_after.txt", rewritten[name].program.graph)
-            record.put_attention(name, attention[name])
-        record.detail = " + ".join(str(each.summary) for each in attention.values())
+            record.put_attention(name, attention)
+            summaries.append(str(attention.summary))
+        record.detail = " + ".join(summaries)
+    return {name: programs.Program(rewritten[name].program, each.inputs) for name, each in traced.items()}, rewritten
+
+
+def _build(
+    record: Record, folder: Path, loaded: Loaded, stack: Stack, place: Place,
+    made_from: dict[str, Program], rewritten: dict[str, Rewritten],
+) -> Engines:  # fmt: skip
+    """lower → interpret → build, for each program of ``made_from``; returns what the engines in ``folder`` are."""
+    from pipeline.engine import kernel_cache, network, programs, unfused
+    from pipeline.engine.build import build_engine
+    from pipeline.engine.file import write_engine
+    from pipeline.engine.sections import attention_of, engines_of
+
+    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
     notes = tuple(dict.fromkeys(note for each in rewritten.values() for note in programs.dropped(each, asked)))
     record.note(*notes)
 
     with record.stage("lower"), collector_paused():
         lowered = {
-            name: network.lower(stack, each.program, traced[name].inputs, config.backend, config.precision)
-            for name, each in rewritten.items()
+            name: network.lower(stack, each.program, each.inputs, config.backend, config.precision)
+            for name, each in made_from.items()
         }
 
     with record.stage("interpret"), kernel_cache.fused_kernels(place.fused_kernels) as kernels:
@@ -204,16 +218,28 @@ def _build(
             made = build_engine(stack, networks.pop(name), record.display.steps, place.timing_cache, f"{name}.trt")
             built[name] = made.engine
             record.put_engine(name, made.engine)
-            conditions, inputs = rewritten[name].assumed, traced[name].inputs
+            conditions, inputs = rewritten[name].assumed, made_from[name].inputs
             here, guarded = asdict(loaded.environment), bool(asked.guard)
-            write_engine(folder, made.data, made.engine, inputs, here, conditions, guarded, cache)
+            write_engine(folder, made.data, made.engine, inputs, here, conditions, guarded, cache, made.read)
             del made  # hundreds of megabytes, and on disk
         record.detail = f"{sum(engine.bytes or 0 for engine in built.values()) / 1e6:.0f} MB"
     del lowered
     gc.collect()
     trim()
-    made_from = {name: programs.Program(each.program, traced[name].inputs) for name, each in rewritten.items()}
-    return engines_of(attention, built, notes), made_from
+    return engines_of({name: attention_of(each) for name, each in rewritten.items()}, built, notes)
+
+
+def _export(
+    record: Record, folder: Path, stack: Stack, made_from: dict[str, Program], engines: Engines, verified: Verification
+) -> None:
+    """Write what was verified for those who have none of this project's code."""
+    from pipeline.engine import pt2
+
+    with record.stage("write"):
+        found = pt2.export(folder, made_from, stack, verified.executed)
+        record.put(export=found)
+        record.detail = f"{', '.join(found.files)}: {sum(each.bytes for each in found.files.values()) / 1e6:.0f} MB"
+    record.note(*pt2.notes(found, engines.attention.summary.assumed))
 
 
 def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:

@@ -19,6 +19,11 @@ from passes.proof.op_kinds import VIEW_LIKE
 def cache_update(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
     """``cache`` [B, H, capacity, D] with ``new`` [B, H, L, D] in the places ``position[b]`` .. ``position[b] + L - 1``
     of row b; ``position`` [B] int64."""
+    return update_in_aten(cache, new, position)
+
+
+def update_in_aten(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+    """What :func:`cache_update` computes, in torch's own words."""
     places = position.view(-1, 1) + torch.arange(new.shape[2], device=new.device)
     return cache.scatter(2, places[:, None, :, None].expand_as(new), new)
 
@@ -32,6 +37,11 @@ def _(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
 def cached(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
     """Attention of query [B, Hq, 1, D] over key [B, Hkv, capacity, D] and value [B, Hkv, capacity, Dv], where row b
     sees the keys 0 .. ``position[b]``; ``position`` [B] int64, Hq % Hkv == 0."""
+    return cached_in_aten(query, key, value, position, scale)
+
+
+def cached_in_aten(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
+    """What :func:`cached` computes, in torch's own words."""
     seen = torch.arange(key.shape[2], device=key.device) <= position.view(-1, 1)
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, seen[:, None, None], scale=scale, enable_gqa=query.shape[1] != key.shape[1]

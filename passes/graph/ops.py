@@ -39,11 +39,15 @@ def native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
         claimed = causal_mask(causal, query.shape[2], key.shape[2], query.device)
         if mask is not None and not bool(_says(mask, claimed).all()):
             raise AssertionError(f"the mask was proved {causal} causal but is not: the proof is wrong")
-        # is_causal has a fast kernel, but torch's is upper-left only.
-        is_causal = causal == "upper_left" or query.shape[2] == key.shape[2]
-        mask = None if is_causal else claimed
-    else:
-        is_causal = False
+    return native_in_aten(query, key, value, mask, causal, scale)
+
+
+def native_in_aten(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: str, scale: float) -> Tensor:
+    """What :func:`native` computes, in torch's own words."""
+    # is_causal has a fast kernel, but torch's is upper-left only.
+    is_causal = causal == "upper_left" or (causal == "lower_right" and query.shape[2] == key.shape[2])
+    if causal != "none":
+        mask = None if is_causal else causal_mask(causal, query.shape[2], key.shape[2], query.device)
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )

@@ -6,13 +6,21 @@ from collections.abc import Collection
 
 from torch.export import ExportedProgram
 
-from passes.graph import driver, ops
+from passes.graph import cache_ops, driver, ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import PASSES, Work
 from passes.graph.rewritten import Rewritten, record
 from passes.graph.strategies import strategy
 
 DECOMPOSITIONS = {ops.DECOMPOSED: ops.written_out, ops.BLANKED: ops.without_unseeing}
+"""Markers, that lowering writes out."""
+IN_ATEN = {
+    **DECOMPOSITIONS,
+    ops.NATIVE: ops.native_in_aten,
+    cache_ops.UPDATE: cache_ops.update_in_aten,
+    cache_ops.CACHED: cache_ops.cached_in_aten,
+}
+"""Every operation of ours, in torch's own words."""
 
 
 def rewrite(
@@ -35,3 +43,12 @@ def rewrite(
     done = driver.run(PASSES, work, lambda each: each.program.graph_module, without)
     assumed = {condition for each in work.attention if each.is_assumed for condition in each.proof.conditions}
     return Rewritten(work.program, [record(each, back_end) for each in work.attention], done, sorted(assumed))
+
+
+def in_aten(program: ExportedProgram) -> ExportedProgram:
+    """A rewritten ``program`` as one that needs torch alone: it computes the same and has no operation of ours.  The
+    weights are shared."""
+    plain: ExportedProgram = program.run_decompositions(dict(IN_ATEN))
+    plain.graph.eliminate_dead_code()  # masks that stood beside a call as the evidence
+    plain.graph_module.recompile()
+    return plain

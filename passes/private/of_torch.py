@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph
 
 from passes.private.part import attribute, part
 
@@ -64,3 +66,11 @@ def compile_error() -> type[Exception]:
     """What ``torch.compile`` raises for what it cannot do."""
     found: type[Exception] = part("torch._dynamo.exc:TorchDynamoException")
     return found
+
+
+def called_as(graph: Graph, program: ExportedProgram) -> None:
+    """Have ``graph`` take its inputs and give its outputs, which are those of ``program``, in the nested form in which
+    ``program`` was traced."""
+    form, spec = part("torch.fx.graph:_PyTreeInfo"), program.call_spec
+    names = [node.name for node in graph.find_nodes(op="placeholder")]
+    graph.set_codegen(part("torch.fx.graph:_PyTreeCodeGen")(form(names, spec.in_spec, spec.out_spec)))

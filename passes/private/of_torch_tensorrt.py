@@ -1,4 +1,4 @@
-"""Of Torch-TensorRT: its converters and lowering passes as the lists that they are, its builder's settings, its logger.
+"""Of Torch-TensorRT: its converters and lowering passes as lists, its builder's settings, its logger, its engines.
 
 To register a converter is public (``torch_tensorrt.dynamo.conversion.dynamo_tensorrt_converter``); to take one out
 again is not, and neither is the list of lowering passes.  Every function here wants it to be imported already
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from passes.private.part import part
+from passes.private.part import attribute, part
 
 
 def converters() -> dict[Any, Any]:
@@ -43,3 +43,23 @@ def errors_go_to(take: Callable[[str], None]) -> Iterator[None]:
         yield
     finally:
         logger.error = before
+
+
+ENGINE = "_run_on_acc_0"
+"""What a graph calls its engine's module, so that Torch-TensorRT knows it as one."""
+
+
+def engine_module(
+    data: bytes, inputs: list[str], outputs: list[str], shapes: dict[str, list[dict[str, Any]]], settings: Any
+) -> Any:
+    """The engine ``data`` as a module for ``torch_tensorrt.save``, in the form in which that writes one: serialised.
+    Nothing loads it, which takes the GPU that it was built for.
+
+    ``inputs`` and ``outputs``: the engine's names of them.  ``shapes``: of both, for tracing: ``shape_exprs`` (numbers
+    and sympy expressions) and ``dtype``.  ``settings``: with ``lazy_engine_init``.
+    """
+    kind = part("torch_tensorrt.dynamo.runtime:TorchTensorRTModule")
+    module = kind(data, inputs, outputs, name="engine", settings=settings, symbolic_shape_expressions=shapes)
+    serialised = part("torch_tensorrt.dynamo.runtime._TRTEngine:EngineSerializer")
+    module.engine = serialised(attribute(module, "_pack_engine_info")())
+    return module

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -49,13 +49,18 @@ class Stack:
 
 
 @contextlib.contextmanager
-def _device_stood_in() -> Iterator[None]:
-    """Torch-TensorRT asks for the current device while it is being imported; answer where there is none, and hold
-    back its library's complaint, which goes to the file descriptor of stderr."""
+def device_stood_in() -> Iterator[None]:
+    """Torch-TensorRT asks for the current device while it is being imported, and while it describes an engine; answer
+    where there is none, and hold back its library's complaint, which goes to the file descriptor of stderr."""
     if torch.cuda.is_available():
         yield
         return
-    answers: dict[str, Callable[..., Any]] = {"get_device_capability": lambda *_: (8, 0), "current_device": lambda: 0}
+    properties = SimpleNamespace(major=8, minor=0, name="none")
+    answers: dict[str, Callable[..., Any]] = {
+        "get_device_capability": lambda *_: (properties.major, properties.minor),
+        "get_device_properties": lambda *_: properties,
+        "current_device": lambda: 0,
+    }
     with contextlib.ExitStack() as back, stderr_held():
         for name, answer in answers.items():
             back.callback(setattr, torch.cuda, name, getattr(torch.cuda, name))
@@ -82,7 +87,7 @@ def load_stack() -> Stack:
             "backend=tensorrt: Torch-TensorRT is not installed; pip install 'proved-attention[rtx]' "
             "(or [tensorrt], with NVIDIA's package index)"
         )
-    with quiet(), _device_stood_in():
+    with quiet(), device_stood_in():
         if importlib.util.find_spec("tensorrt_rtx_libs") is not None:
             # An unpacked tree of TensorRT-RTX: this loads its shared libraries, which must come first.
             importlib.import_module("tensorrt_rtx_libs")

@@ -15,6 +15,7 @@ from pipeline.config.schema import (
     BACKENDS,
     CACHES,
     COMPILE_MODES,
+    EXPORT_FORMATS,
     INPUTS,
     OPTIONAL_PASSES,
     STAGES,
@@ -57,6 +58,10 @@ def check(config: Config) -> None:
         raise UserError("store.folder=: name a folder for finished engines, or null for the user's cache")
     if config.store.limit_gib <= 0:
         raise UserError(f"store.limit_gib={config.store.limit_gib}: must be above 0; store.enabled=false keeps nothing")
+    for name in config.export.format:
+        one_of("export.format", name, EXPORT_FORMATS)
+        if config.export.format.count(name) > 1:
+            raise UserError(f"export.format={listed(config.export.format)}: name {name} once")
     if not config.tracking.uri:
         raise UserError("tracking.uri=: name the MLflow store, for example tracking.uri=sqlite:///mlflow.db")
     if config.sweep.timeout_minutes <= 0:

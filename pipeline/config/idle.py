@@ -14,8 +14,11 @@ def idle(config: Config) -> dict[str, str]:
     if backend != "tensorrt":
         found["strategy"] = f"backend={backend} runs the model as it is"
         found["shape.exact"] = f"backend={backend} has no optimization profiles"
+        found["export"] = f"backend={backend} builds no engine"
         if config.cache.name != "none" and config.benchmark.generate is None:
             found["cache"] = f"backend={backend} generates nothing here (benchmark=generate does)"
+    elif not config.reaches("write"):
+        found["export"] = f"until={config.until} stops before anything is exported"
     if config.benchmark.generate is None:
         found["benchmark.min_generations"] = "nothing is generated (benchmark=generate does)"
     if model.path is not None:

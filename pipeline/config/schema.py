@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
-STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "benchmark")
+STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "write", "benchmark")
 STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` may be, the default first
     "detect_causal": ("mask", "decompose", "error"),
     "mask_input": (),
@@ -44,6 +44,7 @@ CACHES: dict[str, tuple[str, ...]] = {  # `cache` -> the backends that have it
     "static": ("tensorrt", "eager", "torch_compile"),
     "in_engine": ("tensorrt", "plugin"),
 }
+EXPORT_FORMATS = ("pt2",)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -186,6 +187,15 @@ class TrackingConfig:
 
 
 @dataclass
+class ExportConfig:
+    """Files for those who have none of this project's code, written once the engine is verified: docs/export.md."""
+
+    format: list[str] = field(default_factory=list)
+    """``pt2``: the engine for torch and Torch-TensorRT (``engine.pt2``) and the rewritten graph for torch alone
+    (``graph.pt2``), as ``torch.export.load`` reads them."""
+
+
+@dataclass
 class SweepConfig:
     """What is done with the jobs of a sweep; see :mod:`pipeline.sweep`."""
 
@@ -224,6 +234,7 @@ class Config:
     verify: VerifyConfig
     tracking: TrackingConfig
     store: StoreConfig = field(default_factory=StoreConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     precision: str = "fp16"
     until: str | None = None
@@ -256,6 +267,11 @@ class Config:
     def reaches(self, stage: str) -> bool:
         """Whether this run goes as far as ``stage``."""
         return STAGES.index(stage) <= STAGES.index(self.last_stage)
+
+    @property
+    def exports(self) -> bool:
+        """Whether this run writes files for others."""
+        return bool(self.export.format) and self.backend.name == "tensorrt" and self.reaches("write")
 
     @property
     def looks_into_store(self) -> bool:

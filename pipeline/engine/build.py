@@ -28,6 +28,8 @@ class Built:
     data: Any
     """A buffer of the engine's bytes."""
     engine: Engine
+    read: frozenset[str]
+    """Its inputs: those of the network that an output hangs on.  TensorRT drops the others."""
 
 
 def build_engine(
@@ -55,7 +57,17 @@ def build_engine(
         target=target(config),
         profiles=tuple(profiles.lengths(net, profile) for profile in interpreter.optimization_profiles or ()),
     )
-    return Built(data, engine)
+    return Built(data, engine, _read(net))
+
+
+def _read(net: Any) -> frozenset[str]:
+    """The inputs of the network ``net`` that an output hangs on."""
+    wanted = {net.get_output(i).name for i in range(net.num_outputs)}
+    for layer in (net.get_layer(i) for i in reversed(range(net.num_layers))):  # each stands behind what it reads
+        if any(layer.get_output(i).name in wanted for i in range(layer.num_outputs)):
+            given = (layer.get_input(i) for i in range(layer.num_inputs))
+            wanted |= {tensor.name for tensor in given if tensor is not None}
+    return frozenset(net.get_input(i).name for i in range(net.num_inputs)) & wanted
 
 
 @contextmanager

@@ -30,10 +30,12 @@ def write_engine(
     assumed: Collection[str] = (),
     guarded: bool = True,
     cache: CacheShape | None = None,
+    read: Collection[str] | None = None,
 ) -> None:
     """The engine's file, ``engine.trt`` or ``decode.trt``, and beside it its manifest (``.json``): hash, inputs with
     their ranges, KV cache, target and versions, the conditions under which masks were dropped, and whether
-    :func:`pipeline.engine.runner.open_engine` has them checked."""
+    :func:`pipeline.engine.runner.open_engine` has them checked.  ``read``: the inputs that the engine has, where it is
+    not all of them."""
     assert engine.file is not None
     with draft(folder / engine.file) as part:
         part.write_bytes(data)
@@ -43,7 +45,10 @@ def write_engine(
         "bytes": engine.bytes,
         "sha256": engine.sha256,
         "target": engine.target,
-        "inputs": [asdict(spec) | {"shape": spec.sizes or ["batch", "length"]} for spec in inputs],
+        "inputs": [
+            asdict(spec) | {"shape": spec.sizes or ["batch", "length"], "read": read is None or spec.name in read}
+            for spec in inputs
+        ],
         "cache": None if cache is None else asdict(cache) | {"dtype": str(cache.dtype).removeprefix("torch.")},
         "outputs": [{"name": "output0", "shape": ["batch", "1 or length", "vocabulary"]}],
         "assumed": list(assumed),

@@ -92,6 +92,30 @@ class DecodeProgram:
 
 
 @dataclass(frozen=True)
+class ExportedFile:
+    """A program that ``torch.export.load`` reads."""
+
+    bytes: int
+    sha256: str
+    needs: tuple[str, ...]
+    """What must be imported to load and run it."""
+    target: str | None
+    """The GPU that its engine was built for, or those that it was built for ahead of time; null: it has no engine."""
+    executed: bool
+    """Whether the verification ran what is in it; else it ran the engine that was made of it, or the graph that it was
+    made of."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written for those who have none of this project's code."""
+
+    files: dict[str, ExportedFile]
+    not_written: dict[str, str]
+    """File -> why."""
+
+
+@dataclass(frozen=True)
 class Engines:
     """What a run's engines are: one, or with a KV cache the prompts' and that of the tokens after them."""
 

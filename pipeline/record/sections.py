@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.config.schema import Config
-from pipeline.engine.sections import Attention, DecodeProgram, Engine
+from pipeline.engine.sections import Attention, DecodeProgram, Engine, Export
 from pipeline.measure.sections import Benchmark
 from pipeline.model.sections import Model
 from pipeline.record.environment import Environment
@@ -74,6 +74,7 @@ class Report:
     decode: DecodeProgram | None
     """With a KV cache ``attention`` and ``engine`` are the prompts'; here are those of the tokens after them."""
     verify: Verification | None
+    export: Export | None
     benchmark: Benchmark | None
     store: StoreLookup | None
     stages_s: dict[str, float]
@@ -99,6 +100,7 @@ def new_report(config: Config) -> Report:
         engine=None,
         decode=None,
         verify=None,
+        export=None,
         benchmark=None,
         store=None,
         stages_s={},

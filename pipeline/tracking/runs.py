@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ENGINE_FILE", "MANIFEST_FILE", "TrackedRun", "check_store", "fetch_engine", "run_name", "start"]
 
-ENGINE_SUFFIX = ".trt"
+ENGINE_SUFFIXES = (".trt", ".pt2")
 SAMPLES_FILE = "samples.json"
 LONGEST_TAG = 8000  # characters that MLflow takes
 METRICS_AT_ONCE = 1000
@@ -222,7 +222,7 @@ class TrackedRun:
 
     def _log_files(self, folder: Path) -> None:
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
-            if path.suffix != ENGINE_SUFFIX or self._log_engine:
+            if path.suffix not in ENGINE_SUFFIXES or self._log_engine:
                 parent = path.relative_to(folder).parent.as_posix()
                 self._client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
 
