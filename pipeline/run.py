@@ -143,6 +143,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
                     what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
                 verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
         place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
+    _leave_model(record, folder, loaded, engines, verification)
     if not on_gpu:
         return "not_executed"
     what.finished()
@@ -214,6 +215,18 @@ def _build(
     trim()
     made_from = {name: programs.Program(each.program, traced[name].inputs) for name, each in rewritten.items()}
     return engines_of(attention, built, notes), made_from
+
+
+def _leave_model(record: Record, folder: Path, loaded: Loaded, engines: Engines, verification: Verification) -> None:
+    """Leave what MLflow can load and serve, where there is something to answer with."""
+    from pipeline.deploy import log
+
+    config = record.config
+    reason = log.why_not(config, loaded.model, verification)
+    if reason is None:
+        log.log(folder, config, loaded.model, engines, verification.executed, loaded.environment)
+    elif config.tracking.log_model in ("graph", verification.executed):
+        record.note(f"no model was logged that answers: {reason}")
 
 
 def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:

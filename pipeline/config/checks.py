@@ -16,6 +16,7 @@ from pipeline.config.schema import (
     CACHES,
     COMPILE_MODES,
     INPUTS,
+    LOGGED_MODELS,
     OPTIONAL_PASSES,
     STAGES,
     STRATEGIES,
@@ -59,6 +60,7 @@ def check(config: Config) -> None:
         raise UserError(f"store.limit_gib={config.store.limit_gib}: must be above 0; store.enabled=false keeps nothing")
     if not config.tracking.uri:
         raise UserError("tracking.uri=: name the MLflow store, for example tracking.uri=sqlite:///mlflow.db")
+    one_of("tracking.log_model", config.tracking.log_model, LOGGED_MODELS)
     if config.sweep.timeout_minutes <= 0:
         raise UserError(f"sweep.timeout_minutes={config.sweep.timeout_minutes}: must be above 0")
     if config.sweep.builders < 1:

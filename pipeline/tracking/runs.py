@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from passes.errors import UserError, message_line
+from pipeline.host.files import write_text
 from pipeline.record import unfinished
 from pipeline.record.sections import MlflowRun
 from pipeline.tracking.names import environment_tags, final_tags, legal, metrics, parameters, run_name, sample_points
@@ -51,6 +52,8 @@ SAMPLES_FILE = "samples.json"
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
 MANIFEST_FILE = "engine.json"
+RUN_OF_MODEL = "run.json"
+"""Beside the description of a run's model: which run has its engine, since a model is not always in a run's folder."""
 FOLDER, HOST, PARENT = "run_folder", "host", "mlflow.parentRunId"
 """Tags: where the run's files lie, on which machine, and the sweep that it belongs to."""
 SOURCE_TAGS = {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
@@ -224,6 +227,8 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=made[start : start + METRICS_AT_ONCE])
 
     def _log_files(self, folder: Path) -> None:
+        for description in folder.glob("model/data/*/model.json"):
+            write_text(description.with_name(RUN_OF_MODEL), json.dumps({"run_id": self.run_id}) + "\n")
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
             if path.suffix != ENGINE_SUFFIX or self._log_engine:
                 parent = path.relative_to(folder).parent.as_posix()
