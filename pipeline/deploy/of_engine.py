@@ -16,7 +16,7 @@ from pipeline.engine.session import Session
 from pipeline.trace.call_form import InputSpec
 from pipeline.verify.candidate import open_generator
 
-OTHERWISE = 'model_config={"on_cpu": "torch"} runs its verified graph in PyTorch'
+OTHERWISE = 'model_config={"on_cpu": "torch"} runs its verified graph in PyTorch (--on-cpu torch at the terminal)'
 
 
 def check_machine(described: Described) -> None:

@@ -6,10 +6,12 @@ import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError
-from pipeline.generate.sampling import Sampling
+
+if TYPE_CHECKING:
+    from pipeline.generate.sampling import Sampling
 
 ROLES = ("system", "user", "assistant")
 TAKEN = ("messages", "max_tokens", "temperature", "top_p", "seed", "stop")
@@ -78,8 +80,11 @@ def read(asked: Any, settings: Settings) -> Request:
         raise UserError(f"seed={_shown(seed)}: must be a whole number from 0 to {LARGEST_SEED}")
     if temperature == 0:  # nothing is drawn
         top_p, seed = 1.0, 0
+    messages, stops = _messages(asked.get("messages")), _stops(asked.get("stop"))
+    from pipeline.generate.sampling import Sampling  # torch, which nobody need wait for to be refused
+
     sampling = Sampling(temperature, top_p, secrets.randbelow(2**31) if seed is None else seed)
-    return Request(_messages(asked.get("messages")), max_tokens, sampling, _stops(asked.get("stop")))
+    return Request(messages, max_tokens, sampling, stops)
 
 
 def _messages(given: Any) -> tuple[dict[str, str], ...]:
