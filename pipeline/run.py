@@ -110,6 +110,7 @@ def _unavailable(record: Record) -> None:
 def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
     """trace → … → build, or the same engines out of the store; then verify → measure."""
     from passes.tensorrt.versions import load_stack
+    from pipeline.deploy import log
     from pipeline.store import reuse
     from pipeline.store.entries import Store
     from pipeline.store.key import ingredients
@@ -147,6 +148,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
         place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
     if config.exports:  # the store keeps no graphs
         _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
+    record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))
     if not on_gpu:
         return "not_executed"
     what.finished()

@@ -24,8 +24,9 @@ from pipeline.engine import network as compile
 from pipeline.engine.build import build_engine
 from pipeline.engine.session import GraphSession
 from pipeline.generate.prompts import PromptRunner
+from pipeline.generate.rows import aligned
 from pipeline.generate.sampling import Sampling
-from pipeline.generate.with_cache import CachedGenerator, aligned
+from pipeline.generate.with_cache import CachedGenerator
 from pipeline.rivals.generation import EagerGenerator
 from pipeline.trace import cached_forms
 from pipeline.trace.cache_shape import CacheShape, cache_shape

@@ -151,7 +151,7 @@ def test_engine_pt2_holds_the_verified_engine_as_torch_tensorrt_saves_one(export
     assert (field(fields, "INPUT_BINDING_NAMES"), field(fields, "OUTPUT_BINDING_NAMES")) == ("input_ids", "output0")
     assert field(fields, "HW_COMPATIBLE") == ("0" if GPU else "1")  # built ahead of time: for several GPUs
     graph = program["graph_module"]["graph"]
-    assert [node["target"] for node in graph["nodes"]][0] == "torch.ops.tensorrt.execute_engine.default"
+    assert next(node["target"] for node in graph["nodes"]) == "torch.ops.tensorrt.execute_engine.default"
     (limits,) = program["range_constraints"].values()
     assert (limits["min_val"], limits["max_val"]) == (2, 32)
 

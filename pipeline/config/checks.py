@@ -17,6 +17,7 @@ from pipeline.config.schema import (
     COMPILE_MODES,
     EXPORT_FORMATS,
     INPUTS,
+    LOGGED_MODELS,
     OPTIONAL_PASSES,
     STAGES,
     STRATEGIES,
@@ -64,6 +65,7 @@ def check(config: Config) -> None:
             raise UserError(f"export.format={listed(config.export.format)}: name {name} once")
     if not config.tracking.uri:
         raise UserError("tracking.uri=: name the MLflow store, for example tracking.uri=sqlite:///mlflow.db")
+    one_of("tracking.log_model", config.tracking.log_model, LOGGED_MODELS)
     if config.sweep.timeout_minutes <= 0:
         raise UserError(f"sweep.timeout_minutes={config.sweep.timeout_minutes}: must be above 0")
     if config.sweep.builders < 1:

@@ -45,6 +45,7 @@ CACHES: dict[str, tuple[str, ...]] = {  # `cache` -> the backends that have it
     "in_engine": ("tensorrt", "plugin"),
 }
 EXPORT_FORMATS = ("pt2",)
+LOGGED_MODELS = ("engine", "graph", "none")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -182,6 +183,9 @@ class TrackingConfig:
     uri: str
     experiment: str = "proved-attention"
     log_engine: bool = True
+    log_model: str = "engine"
+    """Whose run leaves a model that answers (``model`` of its artifacts): ``engine``, one whose engine was executed and
+    verified; ``graph``, also one whose graph alone was, which opens with ``on_cpu`` only; ``none``."""
     register: bool = False
     """Sweeps only: enter each model's fastest and smallest engine in the model registry."""
 

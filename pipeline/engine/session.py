@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from passes.errors import RunError, UserError, message_line
 from passes.tensorrt.versions import Stack
@@ -165,7 +164,7 @@ class GraphSession:
 
     def __init__(
         self,
-        graph: GraphModule,
+        graph: Callable[..., Any],
         inputs: tuple[str, ...],
         arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:

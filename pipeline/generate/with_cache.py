@@ -10,7 +10,8 @@ causal mask hides it there, and the row's first new token takes the place of its
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from passes.errors import UserError
 from pipeline.engine.session import Runs, captured
 from pipeline.generate.protocol import behind_caller
+from pipeline.generate.rows import aligned
 from pipeline.generate.sampling import Sampling
 from pipeline.trace.cache_shape import CacheShape
 
@@ -61,35 +63,45 @@ class CachedGenerator:
     ) -> None:
         """See :meth:`pipeline.generate.protocol.Generator.prepare`; raises :class:`UserError` for what the cache cannot
         hold."""
+        if self._ready(tokens, new_tokens, padding, sampling):
+            return
+        with behind_caller(self.stream):
+            self.prefill()
+            for _ in range(new_tokens - 1):
+                self.decode()
+        self._wait()
+
+    def _ready(self, tokens: Tensor, new_tokens: int, padding: Tensor | None, sampling: Sampling | None) -> bool:
+        """Have everything of a generation in place, kernels compiled and steps captured; whether it was so before."""
         self._check(tokens, new_tokens)
         sampling = sampling or Sampling()
         prompts, lengths = aligned(tokens, padding)
         shape = (*prompts.shape, new_tokens, sampling)
-        if shape != self._prepared:
+        was_ready = shape == self._prepared
+        if not was_ready:
             self._bind(prompts.shape, new_tokens)
             self._sampling = sampling
             self._draws = sampling.draws(new_tokens, len(prompts), self._device)
         self._prompts.copy_(prompts)
         self._lengths.copy_(lengths)
         self._last.copy_(lengths - 1)
-        if shape == self._prepared:
-            return
+        if not was_ready and self.stream is not None:
+            with behind_caller(self.stream):
+                self._compile(self.stream, min(len(self._decode), new_tokens - 1))
+            self._wait()
         self._prepared = shape
-        with behind_caller(self.stream):
-            self.prefill()
-            for turn in range(min(len(self._decode), new_tokens - 1)):
-                self._step(turn)  # the first pass compiles kernels
-            if self._use_graph and self.stream is not None:
-                if all(session.capturable(self.stream) for session in self._decode):
-                    self._graphs = [
-                        captured(self.stream, partial(self._step, turn)) for turn in range(len(self._decode))
-                    ]
-                else:
-                    self._replays_itself = all(session.replay_itself() for session in self._decode)
-            self.prefill()
-            for _ in range(new_tokens - 1):
-                self.decode()
-        self._wait()
+        return was_ready
+
+    def _compile(self, stream: torch.cuda.Stream, turns: int) -> None:
+        """The first pass compiles kernels; behind it the steps are captured, where they can be."""
+        self.prefill()
+        for turn in range(turns):
+            self._step(turn)
+        if self._use_graph:
+            if all(session.capturable(stream) for session in self._decode):
+                self._graphs = [captured(stream, partial(self._step, turn)) for turn in range(len(self._decode))]
+            else:
+                self._replays_itself = all(session.replay_itself() for session in self._decode)
 
     def _check(self, tokens: Tensor, new_tokens: int) -> None:
         batch, length = tokens.shape
@@ -192,34 +204,45 @@ class CachedGenerator:
         """The new tokens of each row of ``tokens`` [batch, length] int64, up to a token of ``stop`` or ``new_tokens``.
 
         ``on_tokens`` is called with the tokens of one step, one a row (after a row has stopped, whatever comes).
-        The host looks one step behind the device, so that neither waits for the other.
         """
-        self.prepare(tokens, new_tokens, padding, sampling)
         made: list[list[int]] = [[] for _ in range(len(tokens))]
         stopped = [False] * len(tokens)
-        pending: tuple[Tensor, Any] | None = None
-        for step in range(new_tokens + 1):
-            arrived = pending
-            if step < new_tokens:
-                with behind_caller(self.stream):
-                    self.decode() if step else self.prefill()
-                    pending = self._fetched(step)
-            if arrived is None:
-                continue
-            row_tokens, event = arrived
-            if event is not None:
-                event.synchronize()
-            latest = row_tokens[:, 0].tolist()
-            for row, token in enumerate(latest):
-                stopped[row] = stopped[row] or token in stop
-                if not stopped[row]:
-                    made[row].append(token)
-            if on_tokens is not None:
-                on_tokens(latest)
-            if all(stopped):
-                break
-        self._wait()
+        with closing(self.steps(tokens, new_tokens, padding, sampling)) as steps:
+            for latest in steps:
+                for row, token in enumerate(latest):
+                    stopped[row] = stopped[row] or token in stop
+                    if not stopped[row]:
+                        made[row].append(token)
+                if on_tokens is not None:
+                    on_tokens(latest)
+                if all(stopped):
+                    break
         return made
+
+    def steps(
+        self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None, sampling: Sampling | None = None
+    ) -> Generator[list[int]]:
+        """The tokens of each step as they come, one a row; whoever has enough closes it, and the device is then idle.
+
+        The host looks one step behind the device, so that neither waits for the other.
+        """
+        self._ready(tokens, new_tokens, padding, sampling)
+        pending: tuple[Tensor, Any] | None = None
+        try:
+            for step in range(new_tokens + 1):
+                arrived = pending
+                if step < new_tokens:
+                    with behind_caller(self.stream):
+                        self.decode() if step else self.prefill()
+                        pending = self._fetched(step)
+                if arrived is None:
+                    continue
+                row_tokens, event = arrived
+                if event is not None:
+                    event.synchronize()
+                yield row_tokens[:, 0].tolist()
+        finally:
+            self._wait()
 
     def _fetched(self, step: int) -> tuple[Tensor, Any]:
         """The tokens of ``step`` on their way to the host, and the event that says when they are there."""
@@ -274,18 +297,3 @@ class CachedGenerator:
 
 def _outputs(caches: Sequence[Tensor]) -> dict[str, Tensor]:
     return {f"output{i + 1}": cache for i, cache in enumerate(caches)}
-
-
-def aligned(tokens: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``tokens`` [batch, length] with the padding of each row behind its tokens, and the tokens' number [batch].
-
-    ``padding`` [batch, length] bool is True at padding, which is at one end of each row.
-    """
-    batch, length = tokens.shape
-    if padding is None:
-        return tokens, torch.full((batch,), length, dtype=torch.int64, device=tokens.device)
-    padding = padding.to(tokens.device)
-    lengths = (~padding).sum(1)
-    first = (~padding).int().argmax(1, keepdim=True)
-    places = (torch.arange(length, device=tokens.device) + first) % length
-    return tokens.gather(1, places), lengths

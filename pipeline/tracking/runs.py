@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from passes.errors import message_line
+from pipeline.host.files import write_text
 from pipeline.record import unfinished
 from pipeline.record.console import SUMMARY
 from pipeline.record.sections import MlflowRun
@@ -48,6 +49,8 @@ SAMPLES_FILE = "samples.json"
 LONGEST_TAG = 8000  # characters that MLflow takes
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
+RUN_OF_MODEL = "run.json"
+"""Beside the description of a run's model: which run has its engine, since a model is not always in a run's folder."""
 FOLDER, HOST, PARENT = "run_folder", "host", "mlflow.parentRunId"
 """Tags: where the run's files lie, on which machine, and the sweep that it belongs to."""
 SOURCE_TAGS = {"mlflow.source.name": "python -m pipeline", "mlflow.source.type": "LOCAL"}
@@ -221,6 +224,8 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=made[start : start + METRICS_AT_ONCE])
 
     def _log_files(self, folder: Path) -> None:
+        for description in folder.glob("model/data/*/model.json"):
+            write_text(description.with_name(RUN_OF_MODEL), json.dumps({"run_id": self.run_id}) + "\n")
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
             if path.suffix not in ENGINE_SUFFIXES or self._log_engine:
                 parent = path.relative_to(folder).parent.as_posix()

@@ -90,7 +90,7 @@ def _of_any_length(forward: Forward, wanted: Wanted) -> tuple[Forward, ShapeConf
 
 def _without_cache(engine: Engine, loaded: LoadedModel, wanted: Wanted, cuda_graph: bool) -> Generator:
     """What generates by running the whole prefix again, in a context of its own."""
-    vocabulary, device = _vocabulary(loaded), loaded.model.device
+    vocabulary, device = vocabulary_of(loaded), loaded.model.device
     session = engine.session.twin(specialise=wanted.one_length)
     dtype = session.dtype(session.outputs[0])
     if wanted.one_length:
@@ -115,19 +115,27 @@ def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None =
 
 def graphs(programs: dict[str, Program], loaded: LoadedModel, wanted: Wanted, precision: str) -> Machine:
     """The programs that the engines were made from, in PyTorch on the CPU, in the arithmetic of ``precision``."""
-    modules = {name: each.program.module() for name, each in programs.items()}
-    arithmetic, cache = on_cpu(precision), wanted.cache
+    cache = wanted.cache
     if cache is None:
-        module = modules["engine"]
-        forward = in_arithmetic(lambda inputs: module(**inputs), arithmetic)
+        module = programs["engine"].program.module()
+        forward = in_arithmetic(lambda inputs: module(**inputs), on_cpu(precision))
         return Machine("graph", *_of_any_length(forward, wanted))
+    generator = graph_generator(programs, cache, vocabulary_of(loaded), precision)
+    return _cached("graph", generator, wanted.shape, wanted.generates)
+
+
+def graph_generator(
+    programs: dict[str, Program], cache: CacheShape, vocabulary: int, precision: str
+) -> CachedGenerator:
+    """The generator of a run with a KV cache, from the programs that its engines were made from, on the CPU."""
     prefill, decode, twin = (
-        GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs), arithmetic)
+        GraphSession(
+            programs[name].program.module(), tuple(spec.name for spec in programs[name].inputs), on_cpu(precision)
+        )
         for name in ("engine", "decode", "decode")
     )
     turns = [decode] if cache.mode == "in_engine" else [decode, twin]
-    generator = CachedGenerator(prefill, turns, cache, _vocabulary(loaded), loaded.model.device)
-    return _cached("graph", generator, wanted.shape, wanted.generates)
+    return CachedGenerator(prefill, turns, cache, vocabulary, torch.device("cpu"))
 
 
 def rival(
@@ -164,7 +172,7 @@ def _cached(
     return Machine(executed, forward, shape, runner, timed, generator.cache.longest, exact, finished)
 
 
-def _vocabulary(loaded: LoadedModel) -> int:
+def vocabulary_of(loaded: LoadedModel) -> int:
     """How many logits there are; the embedding of some models is padded beyond the tokenizer's vocabulary."""
     head: Any = loaded.model.get_output_embeddings()
     return int(head.weight.shape[0])

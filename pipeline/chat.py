@@ -1,0 +1,185 @@
+"""``python -m pipeline.chat RUN``: a conversation with what a run made, at the terminal.
+
+What the model says goes to standard output, all else to standard error.  Ctrl-C ends an answer, Ctrl-D the
+conversation.  Exit code 2: something asked for cannot be done; one line says what.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from passes.errors import RunError, UserError
+
+if TYPE_CHECKING:
+    from pipeline.deploy.answering import Answer
+    from pipeline.deploy.opened import Opened
+
+DATA = Path("data") / "chat"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse's way prints its usage over the message
+        raise UserError(f"{message}; --help shows what is taken")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser("python -m pipeline.chat", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "run", metavar="RUN", help="a run id of MLflow, a run's folder below outputs, or models:/NAME@ALIAS"
+    )
+    parser.add_argument("--uri", default="sqlite:///mlflow.db", help="the MLflow store (default: %(default)s)")
+    parser.add_argument("--on-cpu", choices=["torch"], help="run the verified graph in PyTorch instead of the engine")
+    parser.add_argument("--once", metavar="QUESTION", help="answer this alone, and end")
+    parser.add_argument("--max-tokens", type=int, help="of an answer")
+    parser.add_argument("--temperature", type=float, help="0, the default, is greedy")
+    parser.add_argument("--top-p", type=float, help="draw from the likeliest tokens that reach this probability")
+    parser.add_argument("--seed", type=int, help="draws the same answer again")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as pipeline.__main__ has it
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    try:
+        return _main(_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RunError as error:
+        print(f"error: {error.kind}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _main(asked: argparse.Namespace) -> int:
+    from pipeline.deploy.request import Settings, read
+
+    place = _place(asked.run)
+    options = {
+        key: value
+        for key in ("max_tokens", "temperature", "top_p", "seed")
+        if (value := getattr(asked, key)) is not None
+    }
+    question = "Hello" if asked.once is None else asked.once
+    read({"messages": [{"role": "user", "content": question}], **options}, Settings())  # refused before it is loaded
+    model = _open(place, asked.uri, asked.on_cpu)
+    for note in model.answerer.notes:
+        _say(note)
+    if asked.once is not None:
+        return 0 if _answer(model, [{"role": "user", "content": asked.once}], options) is not None else 130
+    messages: list[dict[str, str]] = []
+    while (question := _question()) is not None:
+        if not question.strip():
+            continue
+        messages.append({"role": "user", "content": question})
+        try:
+            answer = _answer(model, messages, options)
+        except UserError as error:  # no room for more: what was said stays, and this question goes
+            messages.pop()
+            _say(f"error: {error}")
+            continue
+        messages.pop() if answer is None else messages.append({"role": "assistant", "content": answer.text or " "})
+    return 0
+
+
+def _place(run: str) -> Path | str:
+    """The folder of the run's model, or its address in MLflow; raises :class:`UserError` where it is neither."""
+    folder = Path(run)
+    if folder.is_dir():
+        if not (folder / "model" / DATA).is_dir():
+            raise UserError(f"RUN={run}: holds no model that answers; see tracking.log_model and the report's notes")
+        return folder / "model"
+    if run.startswith("models:/"):
+        return run
+    if re.fullmatch(r"[0-9a-f]{32}", run):
+        return f"runs:/{run}/model"
+    raise UserError(f"RUN={run}: is no folder, no run id of 32 characters and no models:/NAME@ALIAS")
+
+
+def _open(place: Path | str, uri: str, on_cpu: str | None) -> Opened:
+    """The model at ``place``; raises :class:`UserError` where there is none, or it cannot be opened here."""
+    model = place if isinstance(place, Path) else _fetched(uri, place)
+    from pipeline.deploy.opened import open_model
+
+    return open_model(model / DATA, on_cpu, uri, _say)
+
+
+def _fetched(uri: str, artifact_uri: str) -> Path:
+    from pipeline.tracking.store import as_user_error, check_store, quiet
+
+    store = check_store(uri, must_exist=True)
+    from mlflow.artifacts import download_artifacts
+
+    with as_user_error(f"RUN={artifact_uri}"), quiet():
+        model = Path(download_artifacts(artifact_uri, tracking_uri=store, registry_uri=store))
+    if not (model / DATA).is_dir():
+        raise UserError(f"RUN={artifact_uri}: holds no model that answers")
+    return model
+
+
+def _question() -> str | None:
+    """The next line that is typed; None at the end."""
+    while True:
+        try:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            _say("\n(Ctrl-D ends the conversation)")
+            continue
+        return line.rstrip("\n") if line else None
+
+
+def _answer(model: Opened, messages: list[dict[str, str]], options: dict[str, Any]) -> Answer | None:
+    """Print the answer as it comes; None where Ctrl-C ended it."""
+    from pipeline.deploy.request import read
+
+    began, answer = time.perf_counter(), None
+    with _ctrl_c() as asked_to_end:
+        pieces = model.answerer.stream(read({"messages": messages, **options}, model.answerer.settings))
+        try:
+            while not asked_to_end.is_set():
+                print(next(pieces), end="", flush=True)
+            pieces.close()
+        except StopIteration as end:
+            answer = end.value
+    print(flush=True)
+    if answer is None:
+        _say("(ended)")
+    else:
+        seconds = time.perf_counter() - began
+        each = f"{answer.completion_tokens / seconds:.1f} tokens/s"
+        cut = ", cut off" if answer.finish_reason == "length" else ""
+        _say(f"({answer.completion_tokens} tokens in {seconds:.1f} s, {each}{cut})")
+    return answer
+
+
+@contextmanager
+def _ctrl_c() -> Iterator[Event]:
+    """Meanwhile Ctrl-C only sets the event: no library is cut in two."""
+    asked = Event()
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.set())
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

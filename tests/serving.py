@@ -1,0 +1,80 @@
+"""A real ``mlflow models serve`` process, and requests to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+
+Reply = tuple[int, dict[str, Any]]
+
+
+@contextmanager
+def served(model: str, uri: str, cwd: Path, on_cpu: str | None = "torch") -> Iterator[Server]:
+    """``model`` served from folder ``cwd``, from which the checkout cannot be imported: its code comes with it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {
+        "MLFLOW_TRACKING_URI": uri,
+        "SERVING_MODEL_CONFIG": json.dumps({"on_cpu": on_cpu}),
+        "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "300",
+        "OMP_WAIT_POLICY": "passive",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    log = cwd / "serve.log"
+    with log.open("w") as shown:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "models", "serve", "-m", model, "--env-manager", "local", "-p", str(port)],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=shown,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    server = Server(process, f"http://127.0.0.1:{port}", log)
+    try:
+        yield server
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+
+
+class Server:
+    def __init__(self, process: subprocess.Popen[bytes], address: str, log: Path) -> None:
+        self.process, self.address, self._log = process, address, log
+
+    @property
+    def shown(self) -> str:
+        return self._log.read_text()
+
+    def wait(self, seconds: float = 300) -> None:
+        """Until it answers."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            assert self.process.poll() is None, self.shown
+            try:
+                if requests.get(f"{self.address}/ping", timeout=5).status_code == 200:
+                    return
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        raise AssertionError(f"does not answer after {seconds} s: {self.shown}")
+
+    def ask(self, request: Any) -> Reply:
+        """Status and body of the answer; what is no text is sent as JSON, NaN included."""
+        body = request if isinstance(request, str) else json.dumps(request)
+        headers = {"Content-Type": "application/json"}
+        answer = requests.post(f"{self.address}/invocations", data=body, headers=headers, timeout=600)
+        return answer.status_code, answer.json()
