@@ -18,8 +18,11 @@ from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from passes.errors import message_line
+from pipeline.host.files import LINKED_BYTES, share
 from pipeline.record import unfinished
 from pipeline.record.console import SUMMARY
 from pipeline.record.sections import MlflowRun
@@ -221,9 +224,18 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=made[start : start + METRICS_AT_ONCE])
 
     def _log_files(self, folder: Path) -> None:
+        """Artifacts that lie on this machine share the engine with the run's folder, see
+        :func:`pipeline.host.files.share`."""
+        address = self._client.get_run(self.run_id).info.artifact_uri
+        here = Path(url2pathname(urlsplit(address).path)) if address.startswith("file:") else None
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
             if path.suffix != ENGINE_SUFFIX or self._log_engine:
-                parent = path.relative_to(folder).parent.as_posix()
+                place = path.relative_to(folder)
+                if here is not None and path.stat().st_size >= LINKED_BYTES:
+                    (here / place).parent.mkdir(parents=True, exist_ok=True)
+                    share(path, here / place)
+                    continue
+                parent = place.parent.as_posix()
                 self._client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
 
     def _terminate(self, status: str) -> None:
