@@ -181,7 +181,8 @@ class TrackingConfig:
     experiment: str = "proved-attention"
     log_engine: bool = True
     register: bool = False
-    """Sweeps only: enter each model's fastest and smallest engine in the model registry."""
+    """Sweeps only: enter each model's best engines that were executed and verified in the model registry, see
+    :mod:`pipeline.sweep.registry`."""
 
 
 @dataclass
