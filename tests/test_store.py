@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from pipeline.__main__ import compose_config
 from pipeline.config.schema import Config
 from pipeline.engine import kernel_cache
 from pipeline.engine.runner import open_engine
-from pipeline.host.files import sha256_of
+from pipeline.host.files import LINKED_BYTES, sha256_of, share
 from pipeline.model.load import LoadedModel, load
 from pipeline.record.console import StageDisplay
 from pipeline.record.own_code import BESIDE_A_FIGURE, BESIDE_THE_ENGINE, code_hash
@@ -209,6 +210,7 @@ def test_no_room_that_makes_or_judges_an_engine_is_left_out_of_its_key() -> None
 
 def entry(store: Store, name: str, size: int) -> None:
     source = store.root.parent / "engine.trt"
+    source.unlink(missing_ok=True)  # an entry may be the same file
     source.write_bytes(bytes(size))
     store.commit(name, [source], {})
     os.utime(store.entry(name) / "stored.json", (len(entries(store)),) * 2)  # one second apart
@@ -296,6 +298,54 @@ def test_a_damaged_entry_is_recognised_and_leaves_nothing_in_the_run_folder(
     assert list(into.iterdir()) == []
 
 
+def test_a_large_file_is_shared_and_a_small_one_copied(tmp_path: Path) -> None:
+    for size, shared in ((LINKED_BYTES, True), (LINKED_BYTES - 1, False)):
+        source, target = tmp_path / f"{size}.trt", tmp_path / f"{size}.too"
+        source.write_bytes(b"x" * size)
+        for _ in range(2):  # over a name that is there already, too
+            share(source, target)
+            assert target.samefile(source) == shared and target.read_bytes() == source.read_bytes()
+        assert not list(tmp_path.glob("*.part"))
+        source.unlink()
+        assert target.stat().st_size == size
+
+
+def test_a_file_is_copied_where_another_file_system_begins(tmp_path: Path) -> None:
+    elsewhere = Path("/dev/shm")
+    if not os.access(elsewhere, os.W_OK) or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    source = tmp_path / "engine.trt"
+    source.write_bytes(os.urandom(LINKED_BYTES))
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        copy = Path(folder) / "engine.trt"
+        share(source, copy)
+        assert copy.stat().st_dev != source.stat().st_dev and copy.read_bytes() == source.read_bytes()
+        assert list(Path(folder).iterdir()) == [copy]
+
+
+def test_a_run_and_the_store_share_the_engine_and_one_that_was_written_into_is_noticed(tmp_path: Path) -> None:
+    store, run, again = small_store(tmp_path, 1e9), tmp_path / "run", tmp_path / "again"
+    run.mkdir()
+    again.mkdir()
+    engine = run / "engine.trt"
+    engine.write_bytes(os.urandom(LINKED_BYTES))
+    store.commit("key", [engine], {})
+    assert (store.entry("key") / "engine.trt").samefile(engine)
+    content = store.content("key")
+    assert content is not None
+    store.restore("key", content["files"], again)
+    assert (again / "engine.trt").samefile(engine)
+
+    shutil.rmtree(run)
+    store.restore("key", content["files"], again)
+
+    with (again / "engine.trt").open("r+b") as file:  # which nothing of ours does
+        file.write(b"other")
+    with pytest.raises(Damaged, match=r"engine\.trt was changed"):
+        store.restore("key", content["files"], tmp_path)
+    assert not (tmp_path / "engine.trt").exists()
+
+
 # Whole runs
 
 
@@ -356,6 +406,8 @@ def test_the_run_folder_and_mlflow_of_a_hit_hold_the_same_files(twice: Twice, st
     files = {"engine.trt", "engine.json", "graph_before.txt", "graph_after.txt", "attention_calls.md"}
     for name in files:
         assert (twice.hit.folder / name).read_bytes() == (twice.miss.folder / name).read_bytes(), name
+    (stored,) = twice.engines.glob("*/engine.trt")
+    assert all(stored.samefile(run.folder / "engine.trt") for run in (twice.miss, twice.hit))
     for outcome in (twice.miss, twice.hit):
         kept = mlflow_run(store, outcome)
         assert artifacts(store, kept.info.run_id) >= files | {"report.json"}

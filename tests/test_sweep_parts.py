@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from conftest import save_tiny_llama
-from reports import real
+from reports import real, timed
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
@@ -316,7 +316,9 @@ def test_device_memory_comes_from_the_architecture() -> None:
     assert device_bytes(replace(config, precision="fp32"), {}) == 16 * (parameters + 128_256)
 
 
-def test_the_registry_has_the_fastest_and_the_smallest_verified_engine_of_each_model(tmp_path: Path) -> None:
+@pytest.fixture
+def registry_of(tmp_path: Path) -> Any:
+    """An empty registry, and the rows of reports whose runs are in its store."""
     from mlflow import MlflowClient
 
     from pipeline.sweep.tracking import Parent
@@ -324,22 +326,86 @@ def test_the_registry_has_the_fastest_and_the_smallest_verified_engine_of_each_m
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     client = MlflowClient(uri)
     experiment = client.create_experiment("engines", artifact_location=(tmp_path / "kept").as_uri())
-    reports, rows = measured(), {}
+
+    def rows(reports: dict[str, Any]) -> dict[str, Row]:
+        runs = {name: client.create_run(experiment, run_name=name).info.run_id for name in reports}
+        return {name: Row(name, name, "", False, 1.0, run_id) for name, run_id in runs.items()}
+
+    return client, Parent(uri, experiment, ""), rows
+
+
+def test_the_registry_has_the_best_engines_of_each_model_that_were_executed_and_verified(registry_of: Any) -> None:
+    client, parent, rows_of = registry_of
+    reports = measured()
     reports["smaller"] = copy.deepcopy(reports["upstream"])
     reports["smaller"]["engine"]["bytes"] = 1
-    reports["wrong"] = copy.deepcopy(reports["smaller"])
-    reports["wrong"]["verify"]["passed"] = False
-    reports["wrong"]["engine"]["bytes"] = 0
-    for name in reports:
-        rows[name] = Row(name, name, "", False, 1.0, client.create_run(experiment, run_name=name).info.run_id)
-    parent = Parent(uri, experiment, "")
+    for name, section, change in (
+        ("wrong", "verify", {"passed": False}),
+        ("graph alone", "verify", {"executed": "graph"}),
+    ):
+        reports[name] = copy.deepcopy(reports["smaller"])
+        reports[name][section] |= change
+        reports[name]["engine"]["bytes"] = 0.5
+    rows = rows_of(reports)
 
     registry.register(parent, rows, reports)
     registry.register(parent, rows, reports)  # a sweep that is resumed
 
-    chosen = {a: client.get_model_version_by_alias("llama3_1b", a).run_id for a in ("fastest", "smallest")}
-    assert chosen == {"fastest": rows["detect_causal"].run_id, "smallest": rows["smaller"].run_id}
+    chosen = {a: client.get_model_version_by_alias("llama3_1b", a) for a in ("fastest", "smallest")}
+    assert {alias: version.run_id for alias, version in chosen.items()} == {
+        "fastest": rows["detect_causal"].run_id, "smallest": rows["smaller"].run_id,
+    }  # fmt: skip
     assert len(client.search_model_versions("name='llama3_1b'")) == 2
+    model = client.get_registered_model("llama3_1b")
+    assert set(model.aliases) == {"fastest", "smallest"}  # one precision: none is of better quality
+    assert "executed on the GPU" in model.description and "`fastest`: the least time" in model.description
+    median = reports["detect_causal"]["benchmark"]["prefill"]["device_ms"]["median"]
+    tags = chosen["fastest"].tags
+    assert float(tags["won.fastest"]) == float(tags["ms_prompt"]) == pytest.approx(median, rel=1e-5)
+    assert tags["gpu"] == "NVIDIA H200" and tags["engine.verified"] == "engine"
+    assert f"{tags['ms_prompt']} ms a prompt" in chosen["fastest"].description
+
+
+def test_where_precisions_differ_the_least_error_has_an_alias_and_what_was_not_executed_none(registry_of: Any) -> None:
+    client, parent, rows_of = registry_of
+    reports = measured()
+    finer = reports["finer"] = copy.deepcopy(reports["upstream"])
+    finer["config"]["precision"] = "fp32"
+    for case in finer["verify"]["cases"]:
+        case["relative_error"] /= 1000
+    rows = rows_of(reports)
+    alone = copy.deepcopy(reports)
+    for report in alone.values():
+        report["verify"]["executed"] = "graph"
+    registry.register(parent, rows, alone)
+    assert list(client.search_registered_models()) == []
+
+    registry.register(parent, rows, reports)
+
+    best = client.get_model_version_by_alias("llama3_1b", "best_quality")
+    assert best.run_id == rows["finer"].run_id
+    assert float(best.tags["won.best_quality"]) == pytest.approx(float(best.tags["relative_error"]))
+
+
+@pytest.mark.slow  # 20 s of MLflow writing
+def test_a_registry_of_fifty_versions_is_read_in_a_second(registry_of: Any) -> None:
+    client, parent, rows_of = registry_of
+    reports = {}
+    for name in map(str, range(50)):  # each faster than those before, as of fifty sweeps
+        reports[name] = timed(measured()["detect_causal"], 1 / (1 + int(name)))
+    rows = rows_of(reports)
+    began = time.perf_counter()
+    for name in reports:
+        registry.register(parent, {name: rows[name]}, {name: reports[name]})
+    registered = time.perf_counter()
+    found = client.search_model_versions("name='llama3_1b'")
+    fastest = client.get_model_version_by_alias("llama3_1b", "fastest")
+    assert len(list(client.search_registered_models())) == 1
+    read = time.perf_counter()
+
+    print(f"50 sweeps registered in {registered - began:.2f} s, 50 versions read in {read - registered:.3f} s")
+    assert len(found) == 50 and fastest.run_id == rows["49"].run_id
+    assert read - registered < 1
 
 
 # Hydra's launchers

@@ -23,6 +23,7 @@ from sweeps import Server
 
 from passes.errors import UserError
 from pipeline.config import schema as settings
+from pipeline.host.files import LINKED_BYTES, sha256_of
 from pipeline.record.plots import PICTURE, latency_plot
 from pipeline.tracking import runs as tracking
 from pipeline.tracking import store
@@ -242,6 +243,22 @@ def test_every_file_of_the_run_is_an_artifact_and_the_engine_can_be_left_out(uri
     names = {"engine.trt", "engine.json", "report.json", "attention_calls.md"}
     assert files(record(uri, folder)) == names
     assert files(record(uri, folder, log_engine=False)) == names - {"engine.trt"}
+
+
+def test_an_engine_of_a_local_store_is_kept_once_and_outlives_the_run_folder(uri, folder, tmp_path):
+    engine = folder / "engine.trt"
+    engine.write_bytes(os.urandom(LINKED_BYTES))
+    sha256 = sha256_of(engine)
+    (folder / "engine.json").write_text(json.dumps({"sha256": sha256}))
+    run_id = record(uri, folder, a_report(engine={"bytes": LINKED_BYTES, "sha256": sha256})).run_id
+    kept = tracking.fetch_engine(run_id, uri)
+    assert kept.samefile(engine) and not kept.with_name("engine.json").samefile(folder / "engine.json")
+
+    shutil.rmtree(folder)
+    assert sha256_of(tracking.fetch_engine(run_id, uri)) == sha256
+    with kept.open("r+b") as file:
+        file.write(b"changed")
+    assert "changed after the run" in refusal(tracking.fetch_engine, run_id, uri)
 
 
 def test_the_picture_is_the_first_artifact(uri, folder):

@@ -187,7 +187,8 @@ class TrackingConfig:
     """Whose run leaves a model that answers (``model`` of its artifacts): ``engine``, one whose engine was executed and
     verified; ``graph``, also one whose graph alone was, which opens with ``on_cpu`` only; ``none``."""
     register: bool = False
-    """Sweeps only: enter each model's fastest and smallest engine in the model registry."""
+    """Sweeps only: enter each model's best engines that were executed and verified in the model registry, see
+    :mod:`pipeline.sweep.registry`."""
 
 
 @dataclass

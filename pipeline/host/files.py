@@ -1,10 +1,11 @@
-"""Files that appear whole or not at all, locks and sums of files, and the disk's own words where something fails."""
+"""Files that appear whole or not at all, several names for one file, locks, sums, and the disk's own words."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +16,11 @@ from passes.errors import UserError
 PART = ".part"
 DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO})
 """Errors of the disk, not of the program that writes: full, over quota, over a size limit, read-only, failing."""
+LINKED_BYTES = 1 << 16
+"""From this size on a file is shared and not copied; what is smaller may be edited where it lies."""
+NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
+"""Answers of ``link(2)`` where two names cannot be of one file: another file system, one without links, somebody
+else's file."""
 TRIAL_BYTES = 1 << 16
 """More than a file system gives away without allocating, less than any report."""
 
@@ -41,6 +47,30 @@ def write_text(path: Path, text: str) -> None:
     """``text`` as the file ``path``, see :func:`draft`."""
     with draft(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def share(source: Path, target: Path) -> None:
+    """Have what ``source`` holds as ``target`` too, whole or not at all: a large file under a second name (a hard link)
+    where the file system can, else a copy.
+
+    Whoever removes or replaces one name leaves the other alone; a file that may have several is never written in place.
+    """
+    with draft(target) as part:
+        part.unlink(missing_ok=True)
+        if source.stat().st_size < LINKED_BYTES or not _linked(source, part):
+            shutil.copyfile(source, part)
+        elif target.exists() and target.samefile(part):  # rename(2) would leave both names
+            target.unlink()
+
+
+def _linked(source: Path, target: Path) -> bool:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in NO_LINK:
+            raise
+        return False
+    return True
 
 
 @contextmanager

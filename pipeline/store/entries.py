@@ -18,7 +18,7 @@ from typing import Any
 
 from passes.errors import UserError
 from pipeline.config.schema import StoreConfig
-from pipeline.host.files import bytes_in, locked, sha256_of
+from pipeline.host.files import bytes_in, locked, sha256_of, share
 from pipeline.model.gguf import cache_folder, locked_entry
 from pipeline.record.report import sha256_of_json
 
@@ -72,16 +72,17 @@ class Store:
         return content
 
     def restore(self, key: str, sums: dict[str, str], into: Path) -> None:
-        """Copy the files of ``key``, name -> sha256, to ``into``; raises :class:`Damaged` or, of a full disk,
+        """Have the files of ``key``, name -> sha256, in ``into``; raises :class:`Damaged` or, of a full disk,
         :class:`OSError`, and then leaves none there.
 
-        Copies, not links: what becomes of a run's folder must not reach the store.  The copies are what is hashed.
+        On one file system the engine is the same file (:func:`pipeline.host.files.share`): removing the run's folder
+        leaves the store's, and whoever writes into one writes into both, which the hash brings to light.
         """
         copies = {name: into / name for name in sums}
         try:
             for name, copy in copies.items():
                 try:
-                    shutil.copyfile(self.entry(key) / name, copy)
+                    share(self.entry(key) / name, copy)
                 except FileNotFoundError:
                     raise Damaged(f"{name} is missing") from None
                 if sha256_of(copy) != sums[name]:
@@ -105,7 +106,7 @@ class Store:
         try:
             partial.mkdir()
             for file in files:
-                shutil.copyfile(file, partial / file.name)
+                share(file, partial / file.name)
             content = {**content, "files": {file.name: sha256_of(partial / file.name) for file in files}}
             text = json.dumps({"sha256": sha256_of_json(content), "content": content}, indent=1)
             (partial / _CONTENT).write_text(text, encoding="utf-8")

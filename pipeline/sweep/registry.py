@@ -5,46 +5,100 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import message_line
-from pipeline.record.report import ENGINE, verified_by
+from pipeline.record.report import ENGINE, engine_bytes, relative_error, verified_by
 from pipeline.sweep.jobs import Row, at, headline
 from pipeline.sweep.tracking import Parent
+from pipeline.tracking.names import plain_metrics
 from pipeline.tracking.runs import ENGINE_FILE
 from pipeline.tracking.store import check_store, open_client, quiet, store_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+WON = {
+    "fastest": "the least time on the device",
+    "smallest": "the smallest engine file (both files with a KV cache)",
+    "best_quality": "the least relative error of the verification, which compares logits with PyTorch in a wider "
+    "precision; no measure of the answers' quality exists yet",
+}
+"""Alias -> what a version won it by."""
 
 _log = logging.getLogger(__name__)
 
 
-def best(rows: Mapping[str, Row], reports: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """Model -> alias -> run: the ``fastest`` engine by what was timed of it and the ``smallest``, of those that
-    were executed and passed verification; without a GPU there is none."""
-    found: dict[str, dict[str, tuple[float, str]]] = {}
+@dataclass(frozen=True)
+class Candidate:
+    """An engine that was executed and passed its verification."""
+
+    run_id: str
+    numbers: dict[str, float]
+    """Alias -> what is least for the one that has it."""
+    tags: dict[str, str]
+    """What a version of the registry says of it."""
+
+
+def best(rows: Mapping[str, Row], reports: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Candidate]]:
+    """Model -> alias (see :data:`WON`) -> engine, of those that were executed and passed verification; without a GPU
+    there is none.  ``best_quality`` only where precisions differ."""
+    models: dict[str, list[Candidate]] = {}
+    precisions: dict[str, set[str]] = {}
     for key, report in reports.items():
-        run_id, size, path = rows[key].run_id, at(report, "engine.bytes"), headline(report)
+        run_id, size = rows[key].run_id, engine_bytes(report)
         if run_id is None or size is None or report["status"] == "failed" or verified_by(report) != ENGINE:
             continue
-        aliases = found.setdefault(re.sub(r"[^\w.\- ]", "_", report["model"]["name"]), {})  # what MLflow takes
-        numbers = {"smallest": float(size)} | ({} if path is None else {"fastest": float(at(report, path))})
-        for alias, number in numbers.items():
-            aliases[alias] = min(aliases.get(alias, (number, run_id)), (number, run_id))
-    return {model: {alias: run_id for alias, (_, run_id) in aliases.items()} for model, aliases in found.items()}
+        model = re.sub(r"[^\w.\- ]", "_", report["model"]["name"])  # what MLflow takes
+        precisions.setdefault(model, set()).add(report["config"]["precision"])
+        path = headline(report)
+        found = {
+            "fastest": None if path is None else at(report, path),
+            "smallest": size,
+            "best_quality": relative_error(report),
+        }
+        numbers = {alias: float(number) for alias, number in found.items() if number is not None}
+        models.setdefault(model, []).append(Candidate(run_id, numbers, _tags(report)))
+    chosen = {}
+    for model, engines in models.items():
+        aliases = [alias for alias in WON if alias != "best_quality" or len(precisions[model]) > 1]
+        timed = {alias: [each for each in engines if alias in each.numbers] for alias in aliases}
+        chosen[model] = {
+            alias: min(those, key=lambda each: (each.numbers[alias], each.run_id))
+            for alias, those in timed.items()
+            if those
+        }
+    return chosen
+
+
+def _tags(report: dict[str, Any]) -> dict[str, str]:
+    config, environment = report["config"], report.get("environment") or {}
+    named = {
+        "strategy": config["strategy"]["name"], "precision": config["precision"],
+        "cache": (config.get("cache") or {}).get("name"), "gpu": environment.get("gpu"),
+        "tensorrt": environment.get("tensorrt"), "engine.verified": verified_by(report),
+    }  # fmt: skip
+    numbers = {name: f"{number:.6g}" for name, number in plain_metrics(report).items()}
+    return {name: str(value) for name, value in named.items() if value is not None} | numbers
 
 
 def register(parent: Parent, rows: Mapping[str, Row], reports: Mapping[str, dict[str, Any]]) -> None:
-    """Enter a version for each of the :func:`best` runs, once, and point the aliases at them."""
+    """Enter a version for each of the :func:`best` engines, once, and point the aliases at them."""
     try:
         check_store(parent.uri, must_exist=True)
         with quiet():
             client = open_client(parent.uri)
             for model, aliases in best(rows, reports).items():
                 _create(client, model)
-                for alias, run_id in aliases.items():
-                    client.set_registered_model_alias(model, alias, _version(client, model, run_id))
+                known = {each.run_id: str(each.version) for each in client.search_model_versions(f"name='{model}'")}
+                for alias, engine in aliases.items():
+                    if engine.run_id not in known:
+                        known[engine.run_id] = _version(client, model, engine)
+                    version = known[engine.run_id]
+                    client.set_model_version_tag(model, version, f"won.{alias}", f"{engine.numbers[alias]:.6g}")
+                    client.set_registered_model_alias(model, alias, version)
     except store_errors() as error:
         _log.warning(f"the model registry could not be written ({message_line(error)}); the same command tries again")
 
@@ -52,18 +106,33 @@ def register(parent: Parent, rows: Mapping[str, Row], reports: Mapping[str, dict
 def _create(client: MlflowClient, model: str) -> None:
     from mlflow.exceptions import MlflowException
 
+    won = "".join(f"- `{alias}`: {what}\n" for alias, what in WON.items())
+    description = (
+        f"TensorRT engines of {model}. Each version is the engine of one run; it was executed on the GPU that its tags "
+        f"name and passed its verification there. The aliases are those of the latest sweep:\n\n{won}\n"
+        "A version's tags have its numbers, `won.ALIAS` the one that it won by (ms, bytes or relative error)."
+    )
     try:
-        client.create_registered_model(model)
+        client.create_registered_model(model, description=description)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
+        client.update_registered_model(model, description)
 
 
-def _version(client: MlflowClient, model: str, run_id: str) -> str:
-    for version in client.search_model_versions(f"name='{model}'"):
-        if version.run_id == run_id:
-            return str(version.version)
-    run = client.get_run(run_id)
-    source = f"{run.info.artifact_uri}/{ENGINE_FILE}"
-    made = client.create_model_version(model, source, run_id, description=run.info.run_name)
+def _version(client: MlflowClient, model: str, engine: Candidate) -> str:
+    run = client.get_run(engine.run_id)
+    tags = engine.tags
+    numbers = {"ms_per_token": "{} ms a token", "ms_prompt": "{} ms a prompt", "engine_mb": "{} MB",
+               "relative_error": "relative error {}"}  # fmt: skip
+    said = ", ".join(text.format(tags[name]) for name, text in numbers.items() if name in tags)
+    description = (
+        f"{run.info.run_name}: {tags['strategy']}, {tags['precision']}, on {tags.get('gpu', 'a GPU')}; {said}."
+    )
+    made = client.create_model_version(model, source(run), engine.run_id, tags=tags, description=description)
     return str(made.version)
+
+
+def source(run: Run) -> str:
+    """What a version points at."""
+    return f"{run.info.artifact_uri}/{ENGINE_FILE}"

@@ -18,9 +18,11 @@ from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from passes.errors import message_line
-from pipeline.host.files import write_text
+from pipeline.host.files import LINKED_BYTES, share, write_text
 from pipeline.record import unfinished
 from pipeline.record.console import SUMMARY
 from pipeline.record.sections import MlflowRun
@@ -224,11 +226,20 @@ class TrackedRun:
             self._client.log_batch(self.run_id, metrics=made[start : start + METRICS_AT_ONCE])
 
     def _log_files(self, folder: Path) -> None:
+        """Artifacts that lie on this machine share the engine with the run's folder, see
+        :func:`pipeline.host.files.share`."""
         for description in folder.glob("model/data/*/model.json"):
             write_text(description.with_name(RUN_OF_MODEL), json.dumps({"run_id": self.run_id}) + "\n")
+        address = self._client.get_run(self.run_id).info.artifact_uri
+        here = Path(url2pathname(urlsplit(address).path)) if address.startswith("file:") else None
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
             if path.suffix not in ENGINE_SUFFIXES or self._log_engine:
-                parent = path.relative_to(folder).parent.as_posix()
+                place = path.relative_to(folder)
+                if here is not None and path.stat().st_size >= LINKED_BYTES:
+                    (here / place).parent.mkdir(parents=True, exist_ok=True)
+                    share(path, here / place)
+                    continue
+                parent = place.parent.as_posix()
                 self._client.log_artifact(self.run_id, str(path), None if parent == "." else parent)
 
     def _terminate(self, status: str) -> None:
