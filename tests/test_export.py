@@ -97,7 +97,7 @@ def test_every_strategys_graph_is_the_same_in_torchs_own_operations(strategy: st
     plain = in_aten(program)
 
     assert pt2.foreign_operations(plain) == []
-    for length in LENGTHS:
+    for length in LENGTHS[1:]:
         tokens = tiny.tokens(1, length)
         assert torch.equal(tiny.logits(program, input_ids=tokens), tiny.logits(plain, input_ids=tokens))
 
@@ -109,12 +109,11 @@ def test_operations_of_ours_are_what_torch_alone_lacks() -> None:
 
 def test_masks_that_were_proved_away_leave_nothing_behind_in_graph_pt2() -> None:
     """``detect_causal`` keeps the mask beside the call as evidence; the file has none to compute."""
-    (call, *_) = in_aten(tiny.rewritten("detect_causal", None, "llama").program).graph.find_nodes(
-        op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
-    )
-    assert call.kwargs["is_causal"] is True and not any(
-        node.target is torch.ops.aten.le.Tensor for node in call.graph.nodes
-    )
+    graph = in_aten(tiny.rewritten("detect_causal", None, "llama").program).graph
+    calls = graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
+    assert [(call.args[3:], call.kwargs["scale"]) for call in calls] == [((None, 0.0, True), 1.0)] * 2
+    compared = (torch.ops.aten.le.Tensor, torch.ops.aten.eq.Tensor)
+    assert not any(node.target in compared for node in graph.nodes)
 
 
 # The engine
@@ -248,7 +247,7 @@ def continued(prefill: Any, decode: Any, prompt: Tensor, cache: str, dtype: torc
     return torch.cat(tokens, 1)
 
 
-@pytest.mark.parametrize("cache", ["in_engine", "static"])
+@pytest.mark.parametrize("cache", ["in_engine", pytest.param("static", marks=pytest.mark.slow)])
 def test_the_two_graphs_of_a_run_with_a_cache_generate_what_the_model_does(
     cache: str, store: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -258,9 +257,11 @@ def test_the_two_graphs_of_a_run_with_a_cache_generate_what_the_model_does(
     prefill, decode = (torch.export.load(outcome.folder / name).module() for name in ("graph.pt2", "decode_graph.pt2"))
 
     prompt = tiny.tokens(1, 13)
+    model, wanted = wide(folder), prompt
     with torch.no_grad():
-        wanted = wide(folder).generate(prompt, max_new_tokens=6, min_new_tokens=6, do_sample=False)[:, 13:]
-    assert continued(prefill, decode, prompt, cache, torch.float32).tolist() == wanted.tolist()
+        for _ in range(6):
+            wanted = torch.cat([wanted, model(wanted).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert continued(prefill, decode, prompt, cache, torch.float32).tolist() == wanted[:, 13:].tolist()
     fields, program = fields_of(outcome.folder / "decode.pt2")
     inputs = ["input_ids", "position", "keys_0", "keys_1", "values_0", "values_1"]
     assert field(fields, "INPUT_BINDING_NAMES") == "%".join(inputs)
@@ -288,7 +289,8 @@ def test_a_file_checks_no_condition_and_its_engine_lacks_what_nothing_reads(
     store: str, folder: Path, tmp_path: Path
 ) -> None:
     assumed = ["model.inputs=[input_ids,attention_mask]", "strategy.assume=[no_padding]"]
-    outcome = do(store, tmp_path, folder, *EXPORT, *assumed, "tracking.log_engine=false")
+    one_length = ["shape=static"]  # else the length may be read off the mask
+    outcome = do(store, tmp_path, folder, *EXPORT, *assumed, *one_length, "tracking.log_engine=false")
 
     assert "nothing in engine.pt2, graph.pt2 checks that no_padding holds" in outcome.report["notes"]
     fields, program = fields_of(outcome.folder / "engine.pt2")

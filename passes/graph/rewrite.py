@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import torch
 from torch.export import ExportedProgram
 
 from passes.graph import cache_ops, driver, ops
@@ -49,6 +50,8 @@ def in_aten(program: ExportedProgram) -> ExportedProgram:
     """A rewritten ``program`` as one that needs torch alone: it computes the same and has no operation of ours.  The
     weights are shared."""
     plain: ExportedProgram = program.run_decompositions(dict(IN_ATEN))
+    for node in plain.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        plain.graph.erase_node(node)  # of what the graph itself makes; one would hold its mask's graph back
     plain.graph.eliminate_dead_code()  # masks that stood beside a call as the evidence
     plain.graph_module.recompile()
     return plain

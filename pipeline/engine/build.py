@@ -29,7 +29,7 @@ class Built:
     """A buffer of the engine's bytes."""
     engine: Engine
     read: frozenset[str]
-    """Its inputs: those of the network that an output hangs on.  TensorRT drops the others."""
+    """Its inputs: those of the network that an output hangs on; TensorRT drops others."""
 
 
 def build_engine(

@@ -94,9 +94,20 @@ def write_engine(path: Path, data: bytes, manifest: dict[str, Any], program: Exp
             lazy_engine_init=True,
             hardware_compatible=ahead_of_time,  # else Torch-TensorRT wants the compute capability that is named in it
         )
-        graph = _around(data, {spec["name"]: spec["read"] for spec in manifest["inputs"]}, program, settings)
+        graph = _around(data, _inputs(data, manifest, stack), program, settings)
         extra = {MANIFEST: json.dumps(manifest)}
         stack.torch_tensorrt.save(graph, str(part), extra_files=extra, retrace=False, pickle_protocol=PICKLE_PROTOCOL)
+
+
+def _inputs(data: bytes, manifest: dict[str, Any], stack: Stack) -> dict[str, bool]:
+    """The inputs of the program, in its order, and whether the engine has them: as it says itself where a GPU can load
+    it, else as the network said that it was built from."""
+    if not torch.cuda.is_available():
+        return {spec["name"]: spec["read"] for spec in manifest["inputs"]}
+    runtime = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
+    engine = runtime.deserialize_cuda_engine(data)
+    names = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    return {spec["name"]: spec["name"] in names for spec in manifest["inputs"]}
 
 
 def _around(data: bytes, inputs: dict[str, bool], program: ExportedProgram, settings: Any) -> GraphModule:
