@@ -20,8 +20,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HEAVIEST = (
-    "test_run.py", "test_served.py", "test_sweep.py", "test_generation_engine.py", "test_sweep_server.py", "test_endings.py",
-    "test_tracking.py", "test_native_attention.py", "test_front_door.py", "test_soundness.py", "test_store.py",
+    "test_served.py", "test_run.py", "test_sweep.py", "test_generation_engine.py", "test_sweep_server.py",
+    "test_endings.py", "test_tracking.py", "test_native_attention.py", "test_front_door.py", "test_soundness.py",
+    "test_store.py",
 )  # fmt: skip
 """Begun first, so that no worker is still at one of them when the others have nothing left to do."""
 
