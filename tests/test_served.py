@@ -124,7 +124,7 @@ def several_at_once(server: Server, right: int, wrong: int, at_once: int, most: 
         if said is None:
             assert (status, reply["choices"]) == (200, alone[request["messages"][0]["content"]])
         else:
-            assert status == 400 and said in reply["message"].rpartition("Error: ")[2]
+            assert status == 400 and said in reply["message"]
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_run_is_served_by_its_id_and_answers_over_http(server: Server) -> None
     message = {"role": "assistant", "content": "The capital of France is Paris."}
     assert reply["choices"] == [{"index": 0, "message": message, "finish_reason": "stop"}]
     assert reply["usage"] == {"prompt_tokens": 37, "completion_tokens": 7, "total_tokens": 44}
-    drawn = [server.ask(asked("Say hello.", max_tokens=4, temperature=1.5, seed=i))[1]["choices"] for i in (1, 2, 1)]
+    drawn = [server.ask(asked("Say hello.", max_tokens=2, temperature=1.5, seed=i))[1]["choices"] for i in (1, 2, 1)]
     assert drawn[0] == drawn[2] != drawn[1]
 
 
@@ -200,11 +200,11 @@ def test_a_graph_that_was_traced_on_a_gpu_is_the_same_on_a_cpu(default_run: tupl
     [
         (
             lambda d: replace(d, mlflow="2.9.0"),
-            r"was logged by MLflow 2\.9\.0, and this is 3\..*install mlflow==2\.9\.0",
+            r"MLflow 2\.9\.0, and this is 3\..*install mlflow==2\.9\.0",
         ),
         (
             lambda d: replace(d, model=replace(d.model, sha256="0" * 64)),
-            "has weights of sha256 .*, and the run's were of 0000",
+            "has weights of sha256 .* were of 0000",
         ),
         (lambda d: replace(d, model=replace(d.model, sha256=None)), "weights are random, and another machine draws"),
         (lambda d: replace(d, schema=99), "is of form 99"),
