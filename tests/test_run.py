@@ -78,7 +78,7 @@ def test_report_json_keeps_the_contract(finished: Outcome) -> None:
     assert report["schema"] == 2 and report["status"] == DONE and report["failure"] is None
     for path, keys in CONTRACT.items():
         assert set(keys.split()) <= set(at(report, path)), path
-    assert set(report["stages_s"]) == set(STAGES) - (set() if GPU else {"benchmark"})
+    assert set(report["stages_s"]) == set(STAGES) - {"write"} - (set() if GPU else {"benchmark"})
     assert (report["benchmark"] is not None) == GPU
     assert report["config"] == compose_config(
         ["model=local", f"model.path={report['config']['model']['path']}", "shape.max=64"]
@@ -284,7 +284,7 @@ def test_a_rival_without_a_gpu_is_not_executed_and_says_so(
     [
         pytest.param(stage, marks=pytest.mark.slow if stage in ("export", "lower", "interpret") else ())
         for stage in STAGES
-        if stage != "benchmark"
+        if stage not in ("write", "benchmark")
     ],
 )
 def test_until_leaves_the_report_of_what_was_done_so_far(
