@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from passes.errors import RunError, UserError, message_line
 from passes.tensorrt.versions import Stack
@@ -165,7 +164,7 @@ class GraphSession:
 
     def __init__(
         self,
-        graph: GraphModule,
+        graph: Callable[..., Iterable[Tensor]],
         inputs: tuple[str, ...],
         arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
