@@ -211,7 +211,7 @@ def writer(mode: str, shape: ShapeConfig, inputs: tuple[str, ...] = ("input_ids"
     if cache is not None:
         return CachedWriter(graph_generator(made, cache, 128, "fp32"), shape)
     module = made["engine"].program.module()
-    session = GraphSession(lambda **given: (module(**given),), tuple(inputs))  # type: ignore[arg-type]
+    session = GraphSession(lambda **given: (module(**given),), tuple(inputs))
     return PrefixWriter(session, list(inputs), shape, "last" not in inputs, 128, torch.float32, tiny.CPU)
 
 

@@ -115,7 +115,7 @@ def several_at_once(server: Server, right: int, wrong: int, at_once: int, most: 
     assert len({str(answer) for answer in alone.values()}) > 1
     good = [(asked(QUESTIONS[i % len(QUESTIONS)], max_tokens=most), None) for i in range(right)]
     bad = [MALFORMED[i % len(MALFORMED)] for i in range(wrong)]
-    every = list(good)
+    every: list[tuple[Any, str | None]] = [*good]
     for i, each in enumerate(bad):
         every.insert(i * len(every) // max(wrong, 1), each)
     with ThreadPoolExecutor(at_once) as pool:

@@ -9,11 +9,10 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import passes
-import pipeline
 from pipeline.config.schema import Config
 from pipeline.deploy import described as descriptions
 from pipeline.deploy.described import Described, EngineFile, graph_hash
@@ -74,10 +73,10 @@ def log(
     from mlflow import pyfunc
 
     built = {"engine": engines.engine} | ({} if engines.decode is None else {"decode": engines.decode.engine})
-    files, graphs = [], {}
+    engine_files, graphs = [], {}
     for name, engine in built.items():
         assert engine is not None and engine.file and engine.bytes and engine.sha256
-        files.append(EngineFile(engine.file, engine.bytes, engine.sha256))
+        engine_files.append(EngineFile(engine.file, engine.bytes, engine.sha256))
         text = folder / ("graph_after.txt" if name == "engine" else f"{name}_graph_after.txt")
         graphs[name] = graph_hash(text.read_text(encoding="utf-8"))
     described = Described(
@@ -85,7 +84,7 @@ def log(
         verified=executed,
         model=loaded.describe(),
         config=config.to_dict(),
-        engines=tuple(files),
+        engines=tuple(engine_files),
         built_for=environment.gpu or engines.engine.target or "any GPU",
         environment=environment,
         mlflow=version("mlflow"),
@@ -102,7 +101,7 @@ def log(
             folder / FOLDER,
             loader_module="pipeline.deploy.chat_model",
             data_path=str(data),
-            code_paths=[str(Path(package.__file__ or "").parent) for package in (passes, pipeline)],
+            code_paths=[str(files(package)) for package in ("passes", "pipeline")],
             signature=of_mlflow.chat_signature(),
             input_example=EXAMPLE,
             pip_requirements=requirements(),
@@ -139,5 +138,5 @@ def _stop(loaded: LoadedModel) -> tuple[int, ...]:
         getattr(loaded.model.config.get_text_config(), "eos_token_id", None),
         getattr(generation, "eos_token_id", None),
     ]
-    tokens = {token for each in said for token in (each if isinstance(each, list) else [each])}
-    return tuple(sorted(token for token in tokens if token is not None))
+    tokens = {token for each in said for token in (each if isinstance(each, list) else [each]) if token is not None}
+    return tuple(sorted(tokens))

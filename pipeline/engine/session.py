@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -164,7 +164,7 @@ class GraphSession:
 
     def __init__(
         self,
-        graph: Callable[..., Any],
+        graph: Callable[..., Iterable[Tensor]],
         inputs: tuple[str, ...],
         arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
