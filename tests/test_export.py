@@ -313,11 +313,6 @@ def test_an_engine_out_of_the_store_is_exported_too(store: str, folder: Path, tm
     assert list(stored.glob("*.pt2")) == []  # the weights are in the engine already
 
 
-def test_without_being_asked_a_run_exports_nothing(store: str, folder: Path, tmp_path: Path) -> None:
-    outcome = do(store, tmp_path, folder, "shape.max=8", "benchmark=none", "until=write")
-    assert outcome.report["export"] is None and list(outcome.folder.glob("*.pt2")) == []
-
-
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

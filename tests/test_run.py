@@ -80,6 +80,7 @@ def test_report_json_keeps_the_contract(finished: Outcome) -> None:
         assert set(keys.split()) <= set(at(report, path)), path
     assert set(report["stages_s"]) == set(STAGES) - {"write"} - (set() if GPU else {"benchmark"})
     assert (report["benchmark"] is not None) == GPU
+    assert report["export"] is None and list(finished.folder.glob("*.pt2")) == []  # nobody asked for it
     assert report["config"] == compose_config(
         ["model=local", f"model.path={report['config']['model']['path']}", "shape.max=64"]
     ).to_dict() | {key: report["config"][key] for key in ("output", "tracking", "store")}
