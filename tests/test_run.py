@@ -75,7 +75,7 @@ def finished(store: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -
 def test_report_json_keeps_the_contract(finished: Outcome) -> None:
     report = json.loads((finished.folder / "report.json").read_text())
 
-    assert report["schema"] == 2 and report["status"] == DONE and report["failure"] is None
+    assert report["schema"] == 3 and report["status"] == DONE and report["failure"] is None
     for path, keys in CONTRACT.items():
         assert set(keys.split()) <= set(at(report, path)), path
     assert set(report["stages_s"]) == set(STAGES) - {"write"} - (set() if GPU else {"benchmark"})
