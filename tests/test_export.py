@@ -91,7 +91,14 @@ def test_graph_pt2_refuses_a_length_outside_of_the_profile(exported: Outcome) ->
         call(input_ids=tiny.tokens(1, 33))
 
 
-@pytest.mark.parametrize("strategy", ["detect_causal", "lowering", "mask_input", "decompose", "upstream"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "detect_causal",
+        "decompose",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lowering", "mask_input", "upstream")),
+    ],
+)
 def test_every_strategys_graph_is_the_same_in_torchs_own_operations(strategy: str) -> None:
     program = tiny.rewritten(strategy, None, "llama").program
     plain = in_aten(program)

@@ -162,6 +162,7 @@ def test_registered_it_proves_on_the_graph_that_it_is_handed_and_can_be_taken_ou
     assert again and all(node.args[3] is not None for node in again)
 
 
+@pytest.mark.slow
 def test_a_window_as_wide_as_the_profile_is_causal_there_and_a_narrower_one_is_not() -> None:
     passes.register()
     try:
