@@ -63,7 +63,8 @@ def plan(composed: Iterable[tuple[Sequence[str], Config]]) -> list[Job]:
                 raise UserError(f"-m: {job.label} changes {setting}, which the whole sweep has in common; leave it out")
         if (twin := jobs.setdefault(job.key, job)) is not job:
             if twin.config.to_dict() == config.to_dict():
-                what = twin.label if twin.label == job.label else f"{twin.label} and {job.label}"
+                same = " ".join(map(typed, overrides)) or job.label
+                what = same if twin.label == job.label else f"{twin.label} and {job.label}"
                 raise UserError(f"-m: {what}: two jobs with the same settings; leave one out")
             merged[twin.label] += 1
     for label, more in merged.items():
