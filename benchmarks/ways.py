@@ -165,6 +165,9 @@ def way_of(report: Mapping[str, Any]) -> Way:
     if ours:
         if backend.get("fused_rows") is False and config["cache"]["name"] != "none":
             options.append("backend.fused_rows=false")
+        shape = config["shape"]
+        if shape["kind"] == "dynamic" and not shape.get("exact") and strategy["name"] != "upstream":
+            options.append("shape.exact=[]")
         if strategy.get("without"):
             options.append(f"strategy.without=[{','.join(strategy['without'])}]")
         if strategy.get("unproven") not in (None, *STRATEGIES.get(strategy["name"], ())[:1]):

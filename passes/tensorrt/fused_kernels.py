@@ -3,8 +3,8 @@
 ``decomposable=False`` makes a build fail where no fused kernel exists.  So a network is built that holds nothing but
 the layer as it is asked for, with the settings of the network that it is meant for.  That takes 0.02 to 0.1 s, whatever
 the lengths (up to 16384 tokens tried; TensorRT-RTX 1.6 on two CPU cores).  A rule would have to know more than it can:
-there is none in fp32 and for head sizes beyond 16..256 in steps of 8, but neither for one head of one sequence, nor for
-one query of two heads, where for one of four there is; and it would be another on the next GPU.
+there is none in fp32, with a mask none for head sizes that are no multiple of 8, none for one head of one sequence, and
+none for one query of two heads, where for one of four there is; and it would be another on the next GPU.
 """
 
 from __future__ import annotations

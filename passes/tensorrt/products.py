@@ -41,7 +41,6 @@ def transpose_weights(graph: GraphModule) -> int:
         graph.graph.erase_node(node)
         turned += 1
     graph.graph.eliminate_dead_code()
-    graph.delete_all_unused_submodules()
     return turned
 
 

@@ -6,11 +6,12 @@ import threading
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from passes.errors import UserError, message_line
 from pipeline.deploy.request import Request, Settings
 from pipeline.deploy.writers import Writer
+from pipeline.generate.greedy import chat_form
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,15 +84,10 @@ class Answerer:
             return Answer(whole, reason, len(prompt), tokens)
 
     def _prompt(self, messages: tuple[dict[str, str], ...]) -> list[int]:
-        tokenizer = self._tokenizer
-        if not tokenizer.chat_template:
-            tokens: list[int] = tokenizer("\n".join(message["content"] for message in messages)).input_ids
-            return tokens
         try:
-            text: Any = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return chat_form(self._tokenizer, messages)
         except Exception as error:  # a template refuses what it has no form for in words of its own
             raise UserError(f"messages: the model's chat form refuses them ({message_line(error)})") from None
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
 
     def _room(self, prompt: int, asked: int | None) -> int:
         """How many tokens to write behind ``prompt`` tokens."""

@@ -52,16 +52,15 @@ def writer(described: Described, folder: Path) -> Writer:
     if config.cache.name != "none":
         return CachedWriter(open_generator(folder, config.backend.cuda_graph is not False), config.shape)
     manifest, data = read_engine(folder / "engine.trt")
-    names = [InputSpec.of(each).name for each in manifest["inputs"]]
+    specs = [InputSpec.of(each) for each in manifest["inputs"]]
     session = Session(load_stack(), data, specialise=config.shape.kind == "static")
     (output,) = session.outputs
     # Its own vocabulary is told by the engine once a length is set.
-    specs = [InputSpec.of(each) for each in manifest["inputs"]]
     session.fit({spec.name: spec.shape(spec.max) for spec in specs})
     every = session.shape(output)[1] > 1
     return PrefixWriter(
         session,
-        names,
+        [spec.name for spec in specs],
         config.shape,
         every,
         session.shape(output)[-1],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,13 +36,18 @@ def greedy(
         tokens = torch.cat([tokens, tokens.new_tensor([[token]])], dim=1)
 
 
+def chat_form(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """The tokens that the model expects of ``messages`` (each with ``role`` and ``content``) before its own turn; their
+    texts as they stand where the tokenizer has no chat form.  Raises what the tokenizer's template raises."""
+    if not tokenizer.chat_template:
+        return list(tokenizer("\n".join(message["content"] for message in messages)).input_ids)
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+
 def chat_tokens(tokenizer: PreTrainedTokenizerBase, question: str) -> Tensor:
     """``question`` as the tokens [1, length] that the model expects of a user's turn."""
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": question}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
-    return torch.tensor([tokenizer(question).input_ids])
+    return torch.tensor([chat_form(tokenizer, [{"role": "user", "content": question}])])
 
 
 def answer(engine: Engine, tokenizer: PreTrainedTokenizerBase, question: str, max_new_tokens: int = 64) -> str:

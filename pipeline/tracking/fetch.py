@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from contextlib import redirect_stderr
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from passes.errors import UserError
+from pipeline.host.files import sha256_of
 from pipeline.record.report import ENGINE, GRAPH, NOT_VERIFIED, read_report, verified_by
 from pipeline.tracking.store import as_user_error, check_store, open_client, quiet
 
@@ -87,8 +87,7 @@ def _check_hash(source: str, engine: Path, manifest: Path, recorded: str | None)
         raise UserError(
             f"{source}: {MANIFEST_FILE} is no engine manifest with a sha256; build the engine again"
         ) from None
-    with engine.open("rb") as stream:
-        actual = hashlib.file_digest(stream, "sha256").hexdigest()
+    actual = sha256_of(engine)
     for holder, expected in (("manifest", claimed), ("run", recorded)):
         if expected != actual:
             raise UserError(

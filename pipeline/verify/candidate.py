@@ -128,10 +128,9 @@ def graph_generator(
     programs: dict[str, Program], cache: CacheShape, vocabulary: int, precision: str
 ) -> CachedGenerator:
     """The generator of a run with a KV cache, from the programs that its engines were made from, on the CPU."""
+    modules, arithmetic = {name: each.program.module() for name, each in programs.items()}, on_cpu(precision)
     prefill, decode, twin = (
-        GraphSession(
-            programs[name].program.module(), tuple(spec.name for spec in programs[name].inputs), on_cpu(precision)
-        )
+        GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs), arithmetic)
         for name in ("engine", "decode", "decode")
     )
     turns = [decode] if cache.mode == "in_engine" else [decode, twin]
