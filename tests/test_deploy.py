@@ -18,8 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from passes.errors import UserError
-from passes.graph.rewrite import rewrite
-from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.config.schema import CacheConfig, ShapeConfig, StrategyConfig
 from pipeline.deploy.answering import NO_CHAT_FORM, Answerer, Text
 from pipeline.deploy.described import graph_hash
 from pipeline.deploy.log import REQUIRED, requirements
@@ -206,8 +205,7 @@ def writer(mode: str, shape: ShapeConfig, inputs: tuple[str, ...] = ("input_ids"
     cache = programs.cache_of(model, CacheConfig(mode), shape, None)
     made = {}
     for name, trace in programs.parts(model, form, shape, cache).items():
-        traced = trace()
-        made[name] = programs.Program(rewrite(traced.program, "detect_causal").program, traced.inputs)
+        made[name] = programs.rewritten(trace(), StrategyConfig("detect_causal"))
     if cache is not None:
         return CachedWriter(graph_generator(made, cache, 128, "fp32"), shape)
     module = made["engine"].program.module()

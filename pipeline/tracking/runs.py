@@ -18,8 +18,6 @@ from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from passes.errors import message_line
 from pipeline.host.files import LINKED_BYTES, share, write_text
@@ -32,6 +30,7 @@ from pipeline.tracking.store import (
     as_user_error,
     check_store,
     experiment_id,
+    folder_of,
     is_server,
     open_client,
     quiet,
@@ -230,8 +229,7 @@ class TrackedRun:
         :func:`pipeline.host.files.share`."""
         for description in folder.glob("model/data/*/model.json"):
             write_text(description.with_name(RUN_OF_MODEL), json.dumps({"run_id": self.run_id}) + "\n")
-        address = self._client.get_run(self.run_id).info.artifact_uri
-        here = Path(url2pathname(urlsplit(address).path)) if address.startswith("file:") else None
+        here = folder_of(self._client.get_run(self.run_id))
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
             if path.suffix not in ENGINE_SUFFIXES or self._log_engine:
                 place = path.relative_to(folder)
