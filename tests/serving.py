@@ -1,4 +1,4 @@
-"""A real ``mlflow models serve`` process, and requests to it."""
+"""A real ``mlflow models serve`` process, requests to it, and a small model that answers."""
 
 from __future__ import annotations
 
@@ -12,11 +12,35 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import requests
+from conftest import save_tiny_llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Reply = tuple[int, dict[str, Any]]
+
+
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
+
+
+def characters(template: str | None = TEMPLATE) -> PreTrainedTokenizerBase:
+    """A byte a token, so that a character may be several; 127 ends a turn."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    whole = Tokenizer(models.BPE(alphabet, []))
+    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=whole, chat_template=template)
+
+
+def save_answering_llama(folder: Path) -> Path:
+    """Make ``folder`` that of a tiny random Llama that is talked to in :func:`characters`."""
+    save_tiny_llama(folder, vocab_size=256)
+    characters().save_pretrained(folder)
+    return folder
 
 
 @contextmanager

@@ -50,6 +50,8 @@ SAMPLES_FILE = "samples.json"
 LONGEST_TAG = 8000  # characters that MLflow takes
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
+MODEL = "model"
+"""Folder of a run's model that answers (:mod:`pipeline.deploy.log`): ``runs:/RUN_ID/model``."""
 RUN_OF_MODEL = "run.json"
 """Beside the description of a run's model: which run has its engine, since a model is not always in a run's folder."""
 FOLDER, HOST, PARENT = "run_folder", "host", "mlflow.parentRunId"
@@ -227,7 +229,7 @@ class TrackedRun:
     def _log_files(self, folder: Path) -> None:
         """Artifacts that lie on this machine share the engine with the run's folder, see
         :func:`pipeline.host.files.share`."""
-        for description in folder.glob("model/data/*/model.json"):
+        for description in folder.glob(f"{MODEL}/data/*/model.json"):
             write_text(description.with_name(RUN_OF_MODEL), json.dumps({"run_id": self.run_id}) + "\n")
         here = folder_of(self._client.get_run(self.run_id))
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
