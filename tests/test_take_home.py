@@ -11,12 +11,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from runs import do
-from serving import save_answering_llama
+from serving import Server as ModelServer
+from serving import asked, save_answering_llama, served, several_at_once
 from sweeps import ROOT, Server
 
 from pipeline.deploy.opened import Opened, open_model
@@ -128,6 +131,60 @@ def test_both_engines_of_a_generation_come_back_with_their_hashes_checked(
         name: (outcome.folder / name).read_bytes()
         for name in ("engine.trt", "engine.json", "decode.trt", "decode.json")
     }
+
+
+QUESTIONS = ("hello", "What is 2 + 2?", "Grüße", "say 世界", "a", "why not? " * 6, "0123456789", "Name a colour.")
+
+WRONG: list[tuple[Any, str]] = [
+    ({"max_tokens": 4}, "Request payload"),
+    ({}, "Request payload"),
+    ({"messages": []}, "messages=[]: must be a list of at least one message"),
+    ({"messages": None}, "messages"),
+    ({"messages": "hello"}, "messages='hello'"),
+    ({"messages": [5]}, "messages[0]=5: must be an object"),
+    (
+        {"messages": [{"role": "robot", "content": "x"}]},
+        "messages[0].role='robot': allowed are system",
+    ),
+    ({"messages": [{"role": 3, "content": "x"}]}, "messages[0].role=3"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content=5"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content=None"),
+    (asked("x", max_tokens=10**6), "max_tokens=1000000: behind 6 tokens of messages there is room for 250 more"),
+    (asked("x" * 250), "messages: they are 255 tokens, and the engine takes from 2 to 200"),
+    (asked("x", max_tokens=-1), "max_tokens=-1"),
+    (asked("x", max_tokens="4"), "max_tokens='4'"),
+    (asked("x", max_tokens=2.5), "max_tokens=2.5"),
+    (asked("x", temperature=float("nan")), "temperature=nan: must be a finite number"),
+    (asked("x", temperature="hot"), "temperature='hot'"),
+    (asked("x", temperature=-0.5), "temperature=-0.5"),
+    (asked("x", seed="one"), "seed='one'"),
+    ("{", "valid JSON"),
+]
+
+
+def served_by_id(server: Server, outcome: Outcome, cwd: Path) -> AbstractContextManager[ModelServer]:
+    return served(f"runs:/{outcome.report['mlflow']['run_id']}/model", server.uri, cwd)
+
+
+@pytest.mark.slow
+def test_two_hundred_requests_leave_the_server_as_it_was(server: Server, outcome: Outcome, tmp_path: Path) -> None:
+    right = [asked(QUESTIONS[i % len(QUESTIONS)], max_tokens=(4, 9, 15)[i % 3]) for i in range(180)]
+    with served_by_id(server, outcome, tmp_path) as model:
+        model.wait()
+        several_at_once(model, right[:24], WRONG, at_once=8)  # what it keeps, it has by now
+        family = psutil.Process(model.process.pid).children(recursive=True)
+        worker = max(family, key=lambda process: process.memory_info().rss)
+        before, threads = worker.memory_info().rss, worker.num_threads()
+        began = time.perf_counter()
+        several_at_once(model, right, WRONG, at_once=8)
+        seconds, after = time.perf_counter() - began, worker.memory_info().rss
+        print(f"224 requests in {seconds:.0f} s, {before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after")
+        assert len(WRONG) == 20 and after < 1.02 * before and worker.num_threads() <= threads
+        assert worker.cpu_percent(interval=2) < 20, "something is left running"
+        drawn = [asked("hello", max_tokens=12, temperature=1.5, seed=seed) for seed in (1, 2, 1)]
+        first, second, again = (model.ask(request)[1]["choices"] for request in drawn)
+        assert first == again != second
+    assert psutil.wait_procs(family, timeout=10)[1] == []
 
 
 class Terminal:
