@@ -6,20 +6,21 @@ conversation.  Exit code 2: something asked for cannot be done; one line says wh
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from passes.errors import RunError, UserError
+from pipeline.host.arguments import Parser
 
 if TYPE_CHECKING:
     from pipeline.deploy.answering import Answer
@@ -30,13 +31,8 @@ RUN_ID = re.compile("[0-9a-f]{32}")
 VERSION = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse's way prints its usage over the message
-        raise UserError(f"{message}; --help shows what is taken")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m pipeline.chat", description=(__doc__ or "").split("\n")[0])
+def _parser() -> Parser:
+    parser = Parser("python -m pipeline.chat", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "run",
         metavar="RUN",
@@ -68,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _main(asked: argparse.Namespace) -> int:
+def _main(asked: Namespace) -> int:
     from pipeline.deploy.request import Settings, read
 
     place = _place(asked.run)

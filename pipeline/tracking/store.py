@@ -181,7 +181,11 @@ def quiet() -> Iterator[None]:
 
 def folder_of(run: Run) -> Path | None:
     """Where the artifacts of ``run`` lie on this machine; None where a server or another store has them."""
-    address = run.info.artifact_uri
+    return folder_at(run.info.artifact_uri)
+
+
+def folder_at(address: str) -> Path | None:
+    """The folder that an address of artifacts means; None where it is none on this machine."""
     return Path(url2pathname(urlsplit(address).path)) if address.startswith("file:") else None
 
 
