@@ -20,7 +20,7 @@ import pytest
 from runs import do
 from serving import Server as ModelServer
 from serving import asked, save_answering_llama, served, several_at_once
-from sweeps import ROOT, Server
+from sweeps import ROOT, Server, free_port
 
 from pipeline.deploy.opened import Opened, open_model
 from pipeline.deploy.request import read
@@ -29,6 +29,7 @@ from pipeline.sweep import registry
 from pipeline.sweep.jobs import Row
 from pipeline.sweep.tracking import Parent
 from pipeline.tracking import runs
+from pipeline.tracking.runs import FOLDER
 
 CACHED = ["cache=in_engine", "shape.max=200", "shape.exact=[]", "benchmark=none", "tracking.log_model=graph"]
 
@@ -185,6 +186,75 @@ def test_two_hundred_requests_leave_the_server_as_it_was(server: Server, outcome
         first, second, again = (model.ask(request)[1]["choices"] for request in drawn)
         assert first == again != second
     assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def of_the_readme(**known: str) -> list[str]:
+    """The commands of its section, with what a reader puts in."""
+    section = (ROOT / "README.md").read_text().partition("## Take it home")[2]
+    text = section.partition("```sh\n")[2].partition("```")[0]
+    for place, value in known.items():
+        assert place in text
+        text = text.replace(place, value)
+    return text.splitlines()
+
+
+@pytest.mark.slow
+def test_four_commands_lead_from_a_sweep_to_an_answer_on_another_machine(server: Server, tmp_path: Path) -> None:
+    """As the README has them; a CPU needs ``log_model=graph`` behind the first, and ``on_cpu``.  The other machine has
+    another home, another folder and the server's address."""
+    pytest.importorskip("flask")
+    model = save_answering_llama(tmp_path / "llama")
+    there, here = tmp_path / "there", tmp_path / "here"
+    for place in (there / "home", here / "home"):
+        place.mkdir(parents=True)
+    port = str(free_port())
+    known = {"http://HOST:PORT": server.uri, "5001": port}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+
+    sweep, *_ = of_the_readme(**known)
+    small = f"model=local model.path={model} shape.max=200 shape.exact=[] benchmark=none tracking.log_model=graph"
+    on_gpu = environment | {"HOME": str(there / "home"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(f"{sweep} {small}", shell=True, cwd=there, env=on_gpu, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(server.uri)  # all that a colleague knows
+    experiment = client.get_experiment_by_name("proved-attention")
+    assert experiment is not None
+    found = [run for run in client.search_runs([experiment.experiment_id]) if run.data.params.get("cache.name")]
+    sweeps = {run.data.params["cache.name"]: run.info.run_id for run in found if FOLDER in run.data.tags}
+    answers = {}
+    elsewhere = {key: value for key, value in environment.items() if key not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
+    elsewhere |= {"HOME": str(here / "home"), "SERVING_MODEL_CONFIG": '{"on_cpu": "torch"}'}
+    for cache in ("static", "in_engine"):
+        _, export, serve, *ask = of_the_readme(**known, RUN_ID=sweeps[cache])
+        with (here / "serve.log").open("w") as log:
+            command = f"{export}\n{serve}"
+            process = subprocess.Popen(
+                command, shell=True, cwd=here, env=elsewhere, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            ModelServer(process, f"http://127.0.0.1:{port}", here / "serve.log").wait()
+            asking = "\n".join(ask)
+            said = subprocess.run(
+                asking, shell=True, cwd=here, env=elsewhere, capture_output=True, text=True, check=True
+            )
+            answers[cache] = json.loads(said.stdout)["choices"][0]["message"]["content"]
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(30)
+        talk = f"{export}\npython -m pipeline.chat {sweeps[cache]} --on-cpu torch --once Hi"
+        spoken = subprocess.run(
+            talk, shell=True, cwd=here, env=elsewhere | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert spoken.returncode == 0, spoken.stderr
+        assert spoken.stdout == answers[cache] + "\n"
+    assert answers["static"] == answers["in_engine"] != ""
+    assert [path.name for path in here.iterdir() if path.name not in ("home", "serve.log")] == [], (
+        "nothing is left there"
+    )
 
 
 class Terminal:
