@@ -13,12 +13,12 @@ by the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-Kind = Literal["int8", "int4", "fp8"]
+from passes.precision import Kind
+
 LARGEST: dict[Kind, float] = {"int8": 127, "int4": 7, "fp8": 448}
 """The largest magnitude that both signs have; of fp8, that is E4M3: IEEE's draft P3109 and OCP's OFP8 specification."""
 E4M3 = torch.float8_e4m3fn
@@ -138,3 +138,5 @@ def _(rows: Tensor, scale: float) -> Tensor:
 
 DEQUANTISED = torch.ops.proved_attention.dequantised.default
 ROWS_IN_E4M3 = torch.ops.proved_attention.rows_in_e4m3.default
+WITHOUT_FEW_BITS = {DEQUANTISED: in_aten}
+"""Has lowering write the weights of fewer bits out, and fold them to those that they stand for."""
