@@ -20,7 +20,10 @@ keys and values are outputs, to be put into the cache by somebody else.  ``d``: 
 multiplied on behind the product.  ``j``: query and key are normed and rotated together.  ``g``: a norm's gain is part
 of the weights behind it.  ``u``: the softmax is divided before the values are weighted, not behind.  ``m``: the mean of
 a norm is computed for each output of the product behind it, in its kernel, and divides what comes out; ``k`` that for
-query, key and value only.  ``i``: weights of int8 with a scale an output; ``f``: of int4 in blocks of 128.  ``r``: what a layer adds to its input is added up together with it, in one sum.
+query, key and value only; ``b``: the mean alone is computed before, and divides behind.  ``r``: what a layer adds to its
+input is added up together with it, in one sum.  ``h``: the activated gate is a factor of the other product's terms.
+``w``: the terms of a sum are products in fp32.  ``i``: weights of int8 with a scale an output; ``f``: of int4 in blocks
+of 128; ``c``: the scales are multiplied on behind.
 """
 
 from __future__ import annotations
