@@ -150,6 +150,8 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             )
         if answer := verify["answer"]:
             yield "answer", f"“{answer['candidate']}”{' (the graph, in PyTorch)' if alone else ''}"
+    if quality := report["quality"]:
+        yield from _quality_rows(quality)
     benchmark = report["benchmark"] or {"prefill": None, "prefill_shapes": [], "generate": None}
     for entry in filter(None, (benchmark["prefill"], *benchmark["prefill_shapes"])):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
@@ -169,6 +171,36 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             _tainted(generate),
         )
     yield "stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages_s"].items())
+
+
+def _quality_rows(quality: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ...]]]:
+    cost, limit = quality["cost"], quality["max_increase"]
+    if cost is None:
+        yield "quality", f"not judged: {quality['not_judged']}"
+        return
+    allowed = "" if limit is None else f", allowed {limit:+.2%}"
+    verdict = "passed" if quality["passed"] else "FAILED"
+    yield (
+        "quality",
+        f"{verdict}: perplexity {_estimated(cost['perplexity'], '.4g')}, {cost['reference']} "
+        f"{_estimated(cost['reference_perplexity'], '.4g')}: {_estimated(cost['increase'], '+.2%')}{allowed}",
+    )
+    greedy, numbers = cost["greedy"], [cost["kl"], cost["top1_agreement"]]
+    kl, top1 = (
+        f"{number:{form}}" if number is not None else "no number" for number, form in zip(numbers, (".2g", ".1%"))
+    )
+    parted = f"{greedy['parted']} of {greedy['texts']} greedy texts part within {greedy['tokens']} tokens" + (
+        f", first at token {greedy['first_token']}" if greedy["parted"] else ""
+    )
+    yield "", f"KL {kl}, top-1 {top1}, over {cost['tokens']} tokens of {cost['text']}; {parted}"
+
+
+def _estimated(estimate: dict[str, Any], form: str) -> str:
+    """A number with its interval; what is none is null in a report."""
+    value, low, high = (
+        "no number" if estimate[name] is None else f"{estimate[name]:{form}}" for name in ("value", "low", "high")
+    )
+    return value if low == high else f"{value} ({low} to {high})"
 
 
 def _tainted(entry: dict[str, Any]) -> Part:
