@@ -139,8 +139,8 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
                 else:  # no engine can run; what can be checked are the graphs that they were built from
                     what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
                 verification = _verify(record, loaded, what, stack.flavour, engines.attention.summary.assumed)
-        cost, stages_s = record.report.quality, record.report.stages_s
-        place.keep(reuse.Kept(engines, verification, judged_as, stages_s, cost), record.note)
+        stages_s, quality_found = record.report.stages_s, record.report.quality
+        place.keep(reuse.Kept(engines, verification, judged_as, stages_s, quality_found), record.note)
     if config.exports:  # the store keeps no graphs
         _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
     record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))

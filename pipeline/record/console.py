@@ -185,21 +185,21 @@ def _quality_rows(quality: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, .
         f"{verdict}: perplexity {_estimated(cost['perplexity'], '.4g')}, {cost['reference']} "
         f"{_estimated(cost['reference_perplexity'], '.4g')}: {_estimated(cost['increase'], '+.2%')}{allowed}",
     )
-    greedy, numbers = cost["greedy"], [cost["kl"], cost["top1_agreement"]]
-    kl, top1 = (
-        f"{number:{form}}" if number is not None else "no number" for number, form in zip(numbers, (".2g", ".1%"))
-    )
+    greedy, kl, top1 = cost["greedy"], _said(cost["kl"], ".2g"), _said(cost["top1_agreement"], ".1%")
     parted = f"{greedy['parted']} of {greedy['texts']} greedy texts part within {greedy['tokens']} tokens" + (
         f", first at token {greedy['first_token']}" if greedy["parted"] else ""
     )
     yield "", f"KL {kl}, top-1 {top1}, over {cost['tokens']} tokens of {cost['text']}; {parted}"
 
 
+def _said(number: float | None, form: str) -> str:
+    """What is no number is null in a report."""
+    return "no number" if number is None else f"{number:{form}}"
+
+
 def _estimated(estimate: dict[str, Any], form: str) -> str:
-    """A number with its interval; what is none is null in a report."""
-    value, low, high = (
-        "no number" if estimate[name] is None else f"{estimate[name]:{form}}" for name in ("value", "low", "high")
-    )
+    """A number with its interval, where that says more."""
+    value, low, high = (_said(estimate[name], form) for name in ("value", "low", "high"))
     return value if low == high else f"{value} ({low} to {high})"
 
 
