@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from passes.errors import message_line
@@ -23,10 +23,13 @@ if TYPE_CHECKING:
 WON = {
     "fastest": "the least time on the device",
     "smallest": "the smallest engine file (both files with a KV cache)",
-    "best_quality": "the least relative error of the verification, which compares logits with PyTorch in a wider "
-    "precision; no measure of the answers' quality exists yet",
+    "best_quality": "the least rise of perplexity over the unquantised model's on real text; where no engine of the "
+    "model has that measured, the least relative error of the verification",
 }
 """Alias -> what a version won it by."""
+
+ERROR = "relative error"
+"""Of the verification: beside the aliases' own numbers, for where a model's quality was not measured."""
 
 _log = logging.getLogger(__name__)
 
@@ -57,13 +60,16 @@ def best(rows: Mapping[str, Row], reports: Mapping[str, dict[str, Any]]) -> dict
         found = {
             "fastest": None if path is None else at(report, path),
             "smallest": size,
-            "best_quality": relative_error(report),
+            "best_quality": plain_metrics(report).get("perplexity_increase"),
+            ERROR: relative_error(report),
         }
         numbers = {alias: float(number) for alias, number in found.items() if number is not None}
         models.setdefault(model, []).append(Candidate(run_id, numbers, _tags(report)))
     chosen = {}
     for model, engines in models.items():
         aliases = [alias for alias in WON if alias != "best_quality" or len(precisions[model]) > 1]
+        if not any("best_quality" in each.numbers for each in engines):
+            engines = [replace(each, numbers=_by_error(each.numbers)) for each in engines]
         timed = {alias: [each for each in engines if alias in each.numbers] for alias in aliases}
         chosen[model] = {
             alias: min(those, key=lambda each: (each.numbers[alias], each.run_id))
@@ -71,6 +77,11 @@ def best(rows: Mapping[str, Row], reports: Mapping[str, dict[str, Any]]) -> dict
             if those
         }
     return chosen
+
+
+def _by_error(numbers: dict[str, float]) -> dict[str, float]:
+    """``numbers`` of an engine none of whose rivals has its quality measured."""
+    return numbers | ({"best_quality": numbers[ERROR]} if ERROR in numbers else {})
 
 
 def _tags(report: dict[str, Any]) -> dict[str, str]:
@@ -110,7 +121,7 @@ def _create(client: MlflowClient, model: str) -> None:
     description = (
         f"TensorRT engines of {model}. Each version is the engine of one run; it was executed on the GPU that its tags "
         f"name and passed its verification there. The aliases are those of the latest sweep:\n\n{won}\n"
-        "A version's tags have its numbers, `won.ALIAS` the one that it won by (ms, bytes or relative error)."
+        "A version's tags have its numbers, `won.ALIAS` the one that it won by (ms, bytes, a share of perplexity or relative error)."
     )
     try:
         client.create_registered_model(model, description=description)
@@ -124,7 +135,7 @@ def _version(client: MlflowClient, model: str, engine: Candidate) -> str:
     run = client.get_run(engine.run_id)
     tags = engine.tags
     numbers = {"ms_per_token": "{} ms a token", "ms_prompt": "{} ms a prompt", "engine_mb": "{} MB",
-               "relative_error": "relative error {}"}  # fmt: skip
+               "perplexity": "perplexity {}", "relative_error": "relative error {}"}  # fmt: skip
     said = ", ".join(text.format(tags[name]) for name, text in numbers.items() if name in tags)
     description = (
         f"{run.info.run_name}: {tags['strategy']}, {tags['precision']}, on {tags.get('gpu', 'a GPU')}; {said}."
