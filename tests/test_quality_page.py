@@ -15,6 +15,8 @@ from pipeline.compare.labels import sections
 from pipeline.compare.rows import row
 from pipeline.compare.sources import Found
 from pipeline.record.report import upgraded
+from pipeline.sweep.jobs import Row
+from pipeline.sweep.registry import best
 from pipeline.tracking.names import metrics
 
 
@@ -108,3 +110,25 @@ def test_perplexity_and_its_rise_are_metrics_under_plain_names() -> None:
 
     assert logged["perplexity"] == pytest.approx(20.08) and logged["perplexity_increase"] == pytest.approx(0.004)
     assert logged["quality.cost.greedy.first_token"] == 3
+
+
+def test_the_registrys_best_quality_is_the_least_rise_of_perplexity_and_the_least_error_where_none_was_measured() -> (
+    None
+):
+    reports = copy.deepcopy(SWEPT)
+    for case in reports["fp8"]["verify"]["cases"]:
+        case["relative_error"] /= 1000
+    rows = {name: Row(name, name, "", False, 1.0, name) for name in reports}
+
+    def won() -> str:
+        (aliases,) = best(rows, {name: upgraded(report) for name, report in reports.items()}).values()
+        return aliases["best_quality"].run_id
+
+    assert won() == "fp16"  # although fp8's logits come nearer to those of its own weights
+
+    reports["fp16"]["quality"] = None
+    assert won() == "int8_weights"
+
+    for report in reports.values():
+        report["quality"] = None
+    assert won() == "fp8"
