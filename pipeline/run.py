@@ -64,7 +64,7 @@ class Loaded:
     device: torch.device
     environment: Environment
     wanted: Wanted
-    text: RealText | None
+    text: RealText | str | None
 
 
 def _load(record: Record) -> Loaded:
@@ -73,7 +73,7 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
-    from pipeline.model import load
+    from pipeline.model import load, quantise
     from pipeline.model.limits import check_fit
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
@@ -84,10 +84,11 @@ def _load(record: Record) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = environment(load_stack().versions() if builds else None)
     record.put(environment=here)
-    model = load.load(config.model, config.precision, device, config.seed, record.update)
+    model = load.load(config.model, config.number_type, device, config.seed, record.update)
+    text = quality.text_for(config.verify, model) if config.judges_quality else None
+    model = quantise.quantised(model, config.precision, config.number_type, config.quantize, config.seed, record.update)
     record.note(*model.notes)
     check_fit(model, config.shape, config.benchmark.generate, config.seed)
-    text = quality.text_for(config.verify, model) if config.judges_quality else None
     asked = (config.cache, config.shape, config.benchmark.generate)
     cache = programs.cache_of(model.model, *asked) if builds else None
     if config.looks_into_store:
@@ -105,11 +106,11 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     from pipeline.store import reuse
     from pipeline.store.entries import Store
     from pipeline.store.key import ingredients
-    from pipeline.verify import candidate, quality
+    from pipeline.verify import candidate
 
     config, stack, on_gpu = record.config, load_stack(), loaded.device.type == "cuda"
     store = Store.of(config.store) if config.looks_into_store else None
-    judged_as = reuse.judged_as(config.verify, config.seed, loaded.text.sha256 if loaded.text else None)
+    judged_as = reuse.judged_as(config.verify, config.seed, loaded.text)
     decided_by = {} if store is None else ingredients(config, loaded.model, stack, loaded.device)
     taken_over = judged_as if config.reaches("verify") and not on_gpu else None
     with reuse.engine_of(folder, store, decided_by, taken_over, record.note, record.display.note) as place:
@@ -127,20 +128,17 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
         if kept is not None and not on_gpu:
             record.stop_before("verify")
             verification = replace(kept.verification, stored=True)
-            record.put(verify=verification, store=place.lookup(verified=True))
-            if config.judges_quality:
-                record.put(quality=(cost := quality.judged_before(kept.quality, loaded.model, config.verify)))
-                quality.gate(cost)
+            record.put(verify=verification, quality=kept.quality, store=place.lookup(verified=True))
         else:
             with record.stage("verify"):
                 if on_gpu:
                     graph, kernels = config.backend.cuda_graph, place.runtime_cache
                     what = candidate.engines(folder, loaded.model, loaded.wanted, graph, kernels)
                 else:  # no engine can run; what can be checked are the graphs that they were built from
-                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
+                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.number_type)
                 verification = _verify(record, loaded, what, stack.flavour, engines.attention.summary.assumed)
-        stages_s, quality_found = record.report.stages_s, record.report.quality
-        place.keep(reuse.Kept(engines, verification, judged_as, stages_s, quality_found), record.note)
+        done = record.report
+        place.keep(reuse.Kept(engines, verification, judged_as, done.stages_s, done.quality), record.note)
     if config.exports:  # the store keeps no graphs
         _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
     record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))
@@ -157,11 +155,13 @@ def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[s
     from passes.graph.rewrite import rewrite
     from pipeline.engine import programs
     from pipeline.engine.sections import attention_of
+    from pipeline.model import few_bits
 
     config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
     with record.stage("export"), collector_paused():
         parts = programs.parts(loaded.model.model, config.model, config.shape, cache)
-        traced = {name: trace() for name, trace in parts.items()}
+        with few_bits.small(loaded.model.model, loaded.model.quantised):
+            traced = {name: trace() for name, trace in parts.items()}
         for name, each in traced.items():
             record.put_graph(name, "graph_before.txt", each.program.graph)
         record.detail = " + ".join(f"{len(each.program.graph.nodes)} nodes" for each in traced.values())
@@ -194,7 +194,9 @@ def _build(
 
     with record.stage("lower"), collector_paused():
         lowered = {
-            name: network.lower(stack, each.program, each.inputs, config.backend, config.precision)
+            name: network.lower(
+                stack, each.program, each.inputs, config.backend, config.number_type, config.holds_few_bits(name)
+            )
             for name, each in made_from.items()
         }
 
@@ -264,9 +266,9 @@ def _verify(
     from pipeline.verify import quality, stage
 
     config, model = record.config, loaded.model
-    record.note(*stage.notes(what.executed, config.precision, flavour))
+    record.note(*stage.notes(what.executed, config.number_type, flavour))
     for found in stage.verify(
-        what, model, config.model, config.verify, precision=config.precision, seed=config.seed, flavour=flavour,
+        what, model, config.model, config.verify, precision=config.number_type, seed=config.seed, flavour=flavour,
         generate=config.benchmark.generate, assumed=assumed, progress=record.display.steps,
     ):  # fmt: skip
         record.put(verify=found)
@@ -274,11 +276,10 @@ def _verify(
     record.detail = str(found)
     if config.judges_quality:
         cost = quality.judge(
-            what, model, config.model, config.strategy, config.verify, loaded.text, precision=config.precision,
-            seed=config.seed, progress=record.display.steps,
+            what, model, config.model, config.strategy, config.verify, loaded.text, config.number_type,
+            record.display.steps,
         )  # fmt: skip
         record.put(quality=cost)
-        record.detail += f"; {cost}"
         quality.gate(cost)
     return found
 
@@ -294,7 +295,7 @@ def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> N
     with turn() as waiting, record.stage("benchmark"):
         for found in stage.measure(
             what.runner, what.generator, model, config.benchmark, logits=config.model.logits,
-            precision=config.precision, seed=config.seed, cached=config.cache.name != "none", waiting=waiting,
+            precision=config.number_type, seed=config.seed, cached=config.cache.name != "none", waiting=waiting,
         ):  # fmt: skip
             record.put_benchmark(found)
         record.draw(found)

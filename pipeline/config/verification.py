@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from passes.errors import UserError
-from passes.precision import PRECISIONS
+from passes.precision import FEW_BITS
 
 
 @dataclass
@@ -27,7 +27,7 @@ class VerifyConfig:
 
     def judges_quality(self, precision: str) -> bool:
         """Whether a run at ``precision`` is asked what that costs."""
-        return precision not in PRECISIONS if self.quality is None else self.quality
+        return precision in FEW_BITS if self.quality is None else self.quality
 
 
 def check_verification(asked: VerifyConfig) -> None:

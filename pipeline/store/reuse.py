@@ -15,6 +15,7 @@ from pipeline.config.schema import STAGES
 from pipeline.config.verification import VerifyConfig
 from pipeline.engine.sections import Engines
 from pipeline.host.plain_json import from_json, to_json
+from pipeline.model.real_text import RealText
 from pipeline.record.sections import StoreLookup
 from pipeline.store.entries import Damaged, Store
 from pipeline.store.key import engine_key
@@ -25,10 +26,14 @@ BUILD_STAGES = STAGES[STAGES.index("export") : STAGES.index("build") + 1]
 Say = Callable[[str], None]
 
 
-def judged_as(asked: VerifyConfig, seed: int, text: str | None = None) -> dict[str, Any]:
-    """What decides the inputs that a verification is made on, beside its code, which is in the key.  ``text``: what its
-    quality is measured on, by its sha256."""
-    return {"lengths": asked.lengths, "samples": asked.samples, "seed": seed, "text": text}
+def judged_as(asked: VerifyConfig, seed: int, text: RealText | str | None = None) -> dict[str, Any]:
+    """What decides the inputs that a verification is made on, beside its code, which is in the key.  ``text``: on which
+    quality is measured, see :func:`pipeline.verify.quality.text_for`; its limit counts too."""
+    found: dict[str, Any] = {"lengths": asked.lengths, "samples": asked.samples, "seed": seed, "quality": None}
+    if text is not None:
+        what = text if isinstance(text, str) else text.sha256
+        found["quality"] = {"text": what, "max_perplexity_increase": asked.max_perplexity_increase}
+    return found
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def engine_of(
 
 def _covers(judged_as: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether that verification is the one that is ``wanted``; it may have measured quality beside it."""
-    return wanted in (judged_as, {**judged_as, "text": None})
+    return wanted in (judged_as, {**judged_as, "quality": None})
 
 
 def _files(folder: Path) -> set[Path]:

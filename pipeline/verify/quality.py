@@ -44,18 +44,16 @@ TEXTS = {"cuda": 8, "cpu": 1}
 """Greedy continuations, at least: as many as the engine takes at once."""
 
 
-def text_for(asked: VerifyConfig, loaded: LoadedModel) -> RealText | None:
-    """The text on which ``loaded`` is to be measured; None where that says nothing.  Raises :class:`UserError`."""
-    if not_judged(loaded):
-        return None
-    return real_text(asked.text, loaded, TOKENS[loaded.model.device.type] + 1)
-
-
-def not_judged(loaded: LoadedModel) -> str | None:
-    """Why the text that ``loaded`` writes says nothing of its precision."""
+def text_for(asked: VerifyConfig, loaded: LoadedModel) -> RealText | str:
+    """The text on which ``loaded``, as it was loaded, is to be measured; or why that would say nothing.  Raises
+    :class:`UserError`."""
     if loaded.weights == "random":
         return "random weights predict no text"
-    return None if loaded.tokenizer is not None else "the model has no tokenizer"
+    if loaded.tokenizer is None:
+        return "the model has no tokenizer"
+    if loaded.quantised:
+        return "the checkpoint has weights of fewer bits alone, and no unquantised ones to compare with"
+    return real_text(asked.text, loaded, TOKENS[loaded.model.device.type] + 1)
 
 
 def judge(
@@ -64,27 +62,18 @@ def judge(
     form: ModelConfig,
     strategy: StrategyConfig,
     asked: VerifyConfig,
-    text: RealText | None,
-    *,
-    precision: str,
-    seed: int,
+    text: RealText | str | None,
+    number_type: str,
     progress: Callable[[str, int, int], object],
 ) -> Quality:
     """What the precision of ``what`` costs on ``text``, see :func:`text_for`.  Hand it to :func:`gate`."""
     allowed = asked.max_perplexity_increase
-    if text is None:
-        return Quality(not_judged(loaded), None, allowed, None)
-    wide = load_reference(replace(form, revision=loaded.revision), precision, loaded.model.device, seed)
-    cost = cost_of(scored(what, loaded, form, strategy, precision), wide, text, progress)
+    if not isinstance(text, RealText):
+        return Quality(text, None, allowed, None)
+    same = replace(form, revision=loaded.revision)  # a branch may have moved since
+    wide = load_reference(same, number_type, loaded.model.device, 0)  # of weights that are not random
+    cost = cost_of(scored(what, loaded, form, strategy, number_type), wide, text, progress)
     return Quality(None, cost, allowed, _passed(cost, allowed))
-
-
-def judged_before(quality: Quality | None, loaded: LoadedModel, asked: VerifyConfig) -> Quality:
-    """What was found of a stored engine, by the limit of today."""
-    allowed = asked.max_perplexity_increase
-    if quality is None or quality.cost is None:
-        return Quality(not_judged(loaded), None, allowed, None)
-    return replace(quality, max_increase=allowed, passed=_passed(quality.cost, allowed))
 
 
 def _passed(cost: PrecisionCost, allowed: float | None) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from passes.graph.rewrite import rewrite
 from pipeline.config.schema import ModelConfig, ShapeConfig, StrategyConfig
+from pipeline.model import few_bits
 from pipeline.model.load import LoadedModel
 from pipeline.trace import call_form
 from pipeline.trace.call_form import CallForm, make_inputs
@@ -84,7 +85,8 @@ def _whole_graph(
 ) -> Forward:
     """The model's graph after ``strategy``, with the logits of every position, in ``precision``'s arithmetic."""
     whole = replace(form, logits="all", inputs=_without_last(form))
-    traced = call_form.trace(CallForm(loaded.model, "all"), whole, shape, torch.device("cpu"))
+    with few_bits.small(loaded.model, loaded.quantised):
+        traced = call_form.trace(CallForm(loaded.model, "all"), whole, shape, torch.device("cpu"))
     asked = (strategy.name, strategy.unproven, strategy.assume)
     module = rewrite(traced.program, *asked, without=strategy.without).program.module()
     return in_arithmetic(lambda inputs: module(**inputs), on_cpu(precision))

@@ -1,0 +1,229 @@
+"""Builds products with weights of fewer bits, and tables of them, so that the engine holds the small ones.
+
+TensorRT takes a quantised constant behind a dequantisation and nowhere else.  Which forms are fast was measured on an
+H100 with TensorRT-RTX 1.6 (docs/precision.md; ``few_bits`` of ``benchmarks.kernels``):
+
+* A dequantisation with a scale for each channel in front of a product is slow (1 row: 93 us where one scale takes 15,
+  2048 x 16384); one scale is not.  The scale of an output channel is a factor of the sum, so it may stand behind it:
+  what is dequantised has one scale, a power of two, which rounds nothing, and each output is multiplied by the rest.
+* Blocks along the input have their scales inside of the sum, and stay in the dequantisation; a single row is then
+  faster as one of :data:`passes.tensorrt.rows.ROWS`.
+* A product with the vocabulary, whose table is looked up too where the two are tied, is multiplied element by element
+  and summed: only then do both read one constant, and else the engine holds the largest weight of a model twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from passes.errors import RunError
+from passes.graph.weights import put, value_of
+from passes.precision import Kind
+from passes.quantised import DEQUANTISED, ROWS_IN_E4M3
+from passes.tensorrt.attention import as_tensor, reshaped
+from passes.tensorrt.registry import Converter
+from passes.tensorrt.versions import Stack
+
+aten = torch.ops.aten
+LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
+CONVERTED = (DEQUANTISED, ROWS_IN_E4M3)
+READERS = (LINEAR, EMBEDDING)
+"""What may read a quantised weight."""
+VOCABULARY = 65536
+"""Outputs from which a product of one row is summed over the table that it shares with the embedding."""
+ROWS = 8
+"""What a single row becomes, all but one of them zero, where its weight is in blocks."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """A quantised weight on its way to the layer that reads it."""
+
+    kind: Kind
+    values: Tensor
+    """[out, in]"""
+    scales: Tensor
+    """float32 [out, blocks]"""
+    dtype: torch.dtype
+    """Of the weight that it stands for."""
+
+    @property
+    def in_blocks(self) -> bool:
+        return self.scales.shape[1] > 1
+
+    @property
+    def base(self) -> float:
+        """The power of two next below its largest scale: of what stands in front of a product, and all others are
+        multiplied on behind it, where nothing is then larger than the largest channel would be anyway."""
+        return float(2 ** self.scales.max().log2().floor())
+
+    @property
+    def rest(self) -> Tensor:
+        """[out] of ``dtype``: the scales over ``base``."""
+        return (self.scales[:, 0] / self.base).to(self.dtype)
+
+
+def weight_of(node: Any) -> Node | None:
+    """The dequantisation that ``node``, a product or a look-up, reads as its weight; None if it reads none."""
+    if not isinstance(node, Node) or node.target not in READERS:
+        return None
+    weight: Any = node.args[1 if node.target is LINEAR else 0]
+    return weight if isinstance(weight, Node) and weight.target is DEQUANTISED else None
+
+
+def reads_few_bits(node: Node) -> bool:
+    """Whether ``node`` is a product or a look-up whose weight is quantised."""
+    return weight_of(node) is not None
+
+
+def share(graph: GraphModule) -> int:
+    """Have what reads the same values read one dequantisation, in place; returns how many there were too many."""
+    first: dict[tuple[int, ...], Node] = {}
+    shared = 0
+    for node in graph.graph.find_nodes(op="call_function", target=DEQUANTISED):
+        parts = [value_of(graph, each) for each in node.args[:2]]
+        if any(part is None for part in parts):
+            continue
+        key = tuple(part.data_ptr() for part in parts if part is not None)
+        if key in first:
+            node.replace_all_uses_with(first[key])
+            graph.graph.erase_node(node)
+            shared += 1
+        else:
+            first[key] = node
+    return shared
+
+
+def together(graph: GraphModule, products: list[Node]) -> Node | None:
+    """One dequantisation of the weights of all ``products``, beside that of the first; None where they differ in more
+    than their outputs."""
+    found = [weight_of(product) for product in products]
+    biases = [each for product in products for each in product.args[2:]]
+    if any(each is not None and value_of(graph, each) is None for each in biases):
+        return None
+    if len({None if each is None else str((*each.args[2:], _sizes(graph, each))) for each in found} - {None}) != 1:
+        return None
+    weights = [each for each in found if each is not None]
+    if len(weights) < len(products):
+        return None
+    parts = [[value_of(graph, weight.args[i]) for weight in weights] for i in range(2)]
+    with torch.no_grad(), graph.graph.inserting_before(weights[0]):
+        name = products[0].name
+        values, scales = (
+            put(graph, f"{name}_{what}", torch.cat([each for each in part if each is not None]))
+            for what, part in zip(("values", "scales"), parts, strict=True)
+        )
+        whole = graph.graph.call_function(DEQUANTISED, (values, scales, *weights[0].args[2:]))
+    whole.meta["val"] = weights[0].meta["val"].new_empty(values.meta["val"].shape)
+    return whole
+
+
+def _sizes(graph: GraphModule, weight: Node) -> tuple[int, int]:
+    """Size of the input, and number of blocks."""
+    values, scales = (value_of(graph, each) for each in weight.args[:2])
+    assert values is not None and scales is not None
+    return values.shape[1], scales.shape[1]
+
+
+def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
+    """The output of ``node``, one of :data:`CONVERTED`: of a weight its parts, which :func:`multiply` and
+    :func:`look_up` take."""
+    if node.target is ROWS_IN_E4M3:
+        return _in_e4m3(stack, ctx, node, *args)
+    values, scales, kind, dtype = args
+    for user in node.users:
+        if user.target not in READERS:
+            raise RunError("conversion", f"{user.name} ({user.target}) reads a quantised weight; a product may")
+    return Small(kind, values.detach().cpu(), scales.detach().cpu(), dtype)
+
+
+def _in_e4m3(stack: Stack, ctx: Any, node: Node, rows: Any, scale: float) -> Any:
+    """``rows`` quantised and dequantised, by the one ``scale``."""
+    at = as_tensor(ctx, torch.tensor(scale, dtype=torch.float32), f"{node.name} [scale]")
+    small = ctx.net.add_quantize(rows, at, stack.trt.DataType.FP8).get_output(0)
+    return ctx.net.add_dequantize(small, at, rows.dtype).get_output(0)
+
+
+def multiply(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Made) -> Any:
+    """The output [..., out] of ``node``: rows [..., in], a weight of few bits [out, in], and maybe a bias [out]."""
+    net, trt = ctx.net, stack.trt
+    rows, small, *bias = args
+    out, inner = small.values.shape
+    ahead = [size if isinstance(size, int) else -1 for size in node.args[0].meta["val"].shape[:-1]]  # type: ignore[union-attr]
+    single = -1 not in ahead and prod(ahead) == 1
+    weight, flat = dequantise(stack, ctx, node, small, made), reshaped(net, rows, (1 if single else -1, inner))
+    if single and out >= VOCABULARY and not small.in_blocks:
+        each = net.add_elementwise(weight, flat, trt.ElementWiseOperation.PROD).get_output(0)
+        result = net.add_reduce(each, trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
+        result = reshaped(net, result, (1, out))
+    else:
+        if fill := single and small.in_blocks:
+            zeros = as_tensor(ctx, torch.zeros(ROWS - 1, inner, dtype=small.dtype), f"{node.name} [zeros]")
+            several = net.add_concatenation([flat, zeros])
+            several.axis, flat = 0, several.get_output(0)
+        none, turned = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
+        result = net.add_matrix_multiply(flat, none, weight, turned).get_output(0)
+        if fill:
+            result = net.add_slice(result, (0, 0), (1, out), (1, 1)).get_output(0)
+    if not small.in_blocks:
+        rest = as_tensor(ctx, small.rest.unsqueeze(0), f"{node.name} [scales]")
+        result = net.add_elementwise(result, rest, trt.ElementWiseOperation.PROD).get_output(0)
+    if bias and bias[0] is not None:
+        added = as_tensor(ctx, bias[0].unsqueeze(0), f"{node.name} [bias]")
+        result = net.add_elementwise(result, added, trt.ElementWiseOperation.SUM).get_output(0)
+    return reshaped(net, result, (*ahead, out))
+
+
+def look_up(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Made) -> Any:
+    """The rows [..., in] of ``node``: a table of few bits [tokens, in], and which of its rows [...]."""
+    net, (small, which) = ctx.net, args[:2]
+    found = net.add_gather(dequantise(stack, ctx, node, small, made), which, 0).get_output(0)
+    if small.in_blocks:
+        return found
+    rest = as_tensor(ctx, small.rest.unsqueeze(1), f"{node.name} [scales]")
+    theirs = net.add_gather(rest, which, 0).get_output(0)
+    return net.add_elementwise(found, theirs, stack.trt.ElementWiseOperation.PROD).get_output(0)
+
+
+Made = dict[int, tuple[Any, Small]]
+"""Of one network: where the values of a weight are -> its tensor [out, in], and the weight, so that they stay there."""
+
+
+def dequantise(stack: Stack, ctx: Any, node: Node, small: Small, made: Made) -> Any:
+    """``small`` as a tensor [out, in] of the network, without :attr:`Small.rest` where it is not in blocks; what was
+    ``made`` before is given again."""
+    address = small.values.data_ptr()
+    if address not in made:
+        scale = small.scales.to(small.dtype) if small.in_blocks else torch.tensor(small.base, dtype=small.dtype)
+        at = as_tensor(ctx, scale, f"{node.name} [scale]")
+        like = stack.torch_tensorrt.dtype.try_from(small.dtype).to(stack.trt.DataType)
+        made[address] = (ctx.net.add_dequantize(_constant(stack, ctx, small), at, like).get_output(0), small)
+    return made[address][0]
+
+
+def _constant(stack: Stack, ctx: Any, small: Small) -> Any:
+    """The values of ``small`` in TensorRT's own type, two of int4 in a byte, the first in its lower half."""
+    trt, values = stack.trt, small.values.contiguous()
+    if small.kind == "int4":
+        pairs = values.view(torch.uint8).reshape(-1, 2) & 0xF
+        values = pairs[:, 0] | (pairs[:, 1] << 4)
+    kinds = {"int8": trt.DataType.INT8, "int4": trt.DataType.INT4, "fp8": trt.DataType.FP8}
+    weights = trt.Weights(kinds[small.kind], values.data_ptr(), small.values.numel())
+    ctx.cpu_weights_reference_holder.append(values)  # TensorRT reads them when it builds
+    return ctx.net.add_constant(tuple(small.values.shape), weights).get_output(0)
+
+
+def converters(stack: Stack) -> list[Converter]:
+    """Those of one network."""
+    made: Made = {}
+    return [
+        Converter(CONVERTED, lambda ctx, node, args, _: convert(stack, ctx, node, args)),
+        Converter((LINEAR,), lambda ctx, node, args, _: multiply(stack, ctx, node, args, made), reads_few_bits),
+        Converter((EMBEDDING,), lambda ctx, node, args, _: look_up(stack, ctx, node, args, made), reads_few_bits),
+    ]
