@@ -77,8 +77,7 @@ def _load(record: Record) -> Loaded:
     from pipeline.model.limits import check_fit
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
-    from pipeline.verify import quality
-    from pipeline.verify.candidate import Wanted
+    from pipeline.verify import candidate, quality
 
     config, builds = record.config, record.config.backend.name == "tensorrt"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -95,7 +94,7 @@ def _load(record: Record) -> Loaded:
         Store.of(config.store)  # refuses a folder that cannot be written
     record.put(model=model.describe())
     record.detail = f"{model.parameters / 1e6:.0f} M parameters from {model.source}"
-    wanted = Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
+    wanted = candidate.Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
     return Loaded(model, device, here, wanted, text)
 
 
@@ -137,8 +136,8 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
                 else:  # no engine can run; what can be checked are the graphs that they were built from
                     what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.number_type)
                 verification = _verify(record, loaded, what, stack.flavour, engines.attention.summary.assumed)
-        done = record.report
-        place.keep(reuse.Kept(engines, verification, judged_as, done.stages_s, done.quality), record.note)
+        kept_of = partial(reuse.Kept, engines, verification, judged_as)
+        place.keep(kept_of(record.report.stages_s, record.report.quality), record.note)
     if config.exports:  # the store keeps no graphs
         _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
     record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))
