@@ -6,8 +6,8 @@ none.  A graph holds such a weight as its values and scales, behind one operatio
 TensorRT see the same numbers.
 
 Round to nearest: the scale is the largest magnitude of a channel, or of a block of one, over the largest value of the
-type.  Scales are numbers of the model's own type, so that an engine, which multiplies by them in that type, multiplies
-by the same.
+type.  Scales are numbers of the model's own type, times a power of two, so that an engine, which multiplies by them in
+that type, multiplies by the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from passes.precision import Kind
 
 LARGEST: dict[Kind, float] = {"int8": 127, "int4": 7, "fp8": 448}
 """The largest magnitude that both signs have; of fp8, that is E4M3: IEEE's draft P3109 and OCP's OFP8 specification."""
+LEAST = 2.0**-100
+"""The scale of what is zero throughout."""
 E4M3 = torch.float8_e4m3fn
 
 
@@ -68,7 +70,7 @@ class QuantisedWeight:
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """The weight [out, in] of ``dtype``: product of float32, rounded once."""
-        return in_aten(self.values, self.scales, dtype)
+        return in_aten(self.values, self.scales, self.kind, dtype)
 
     def to(self, device: torch.device) -> QuantisedWeight:
         """The same on ``device``."""
@@ -79,7 +81,7 @@ class QuantisedWeight:
 def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype) -> QuantisedWeight:
     """``weight`` [out, in] rounded to nearest, in blocks of ``block`` along the input or, None, whole channels.
 
-    ``dtype``: whose numbers the scales are.  Raises :class:`ValueError` where the blocks do not divide the input, or
+    ``dtype``: whose numbers the scales are, times a power of two.  Raises :class:`ValueError` where the blocks do not divide the input, or
     the weight is not finite.
     """
     channels, inner = weight.shape
@@ -88,8 +90,8 @@ def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype
     if not bool(weight.isfinite().all()):
         raise ValueError("it has weights that are no finite numbers")
     blocks = weight.float().reshape(channels, -1, block or inner)
-    limits = torch.finfo(dtype)
-    scales = (blocks.abs().amax(-1) / LARGEST[kind]).to(dtype).float().clamp(limits.smallest_normal, limits.max)
+    parts, exponents = torch.frexp(blocks.abs().amax(-1) / LARGEST[kind])
+    scales = torch.ldexp(parts.to(dtype).float(), exponents).clamp(min=LEAST)
     return QuantisedWeight(kind, rounded(blocks / scales[..., None], kind).reshape(channels, inner), scales)
 
 
@@ -104,10 +106,10 @@ def rounded(numbers: Tensor, kind: Kind) -> Tensor:
 @torch.library.custom_op("proved_attention::dequantised", mutates_args=())
 def dequantised(values: Tensor, scales: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """The weight of :class:`QuantisedWeight` in a graph: its parts and ``kind`` stay to be seen."""
-    return in_aten(values, scales, dtype)
+    return in_aten(values, scales, kind, dtype)
 
 
-def in_aten(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+def in_aten(values: Tensor, scales: Tensor, kind: str, dtype: torch.dtype) -> Tensor:
     """What :func:`dequantised` computes, in torch's own words."""
     channels, inner = values.shape
     blocks = values.float().reshape(channels, -1, inner // scales.shape[1]) * scales.unsqueeze(-1)

@@ -69,6 +69,14 @@ class Small:
         return (self.scales[:, 0] / self.base).to(self.dtype)
 
 
+@dataclass(frozen=True)
+class Rounded:
+    """Rows [..., in] that are to be rounded to E4M3 at ``scale``, on their way to the product that reads them."""
+
+    rows: Any
+    scale: float
+
+
 def weight_of(node: Any) -> Node | None:
     """The dequantisation that ``node``, a product or a look-up, reads as its weight; None if it reads none."""
     if not isinstance(node, Node) or node.target not in READERS:
@@ -83,20 +91,19 @@ def reads_few_bits(node: Node) -> bool:
 
 
 def share(graph: GraphModule) -> int:
-    """Have what reads the same values read one dequantisation, in place; returns how many there were too many."""
-    first: dict[tuple[int, ...], Node] = {}
+    """Have what reads the same values, or rounds the same rows alike, read one operation, in place; returns how many
+    there were too many."""
+    first: dict[tuple[Any, ...], Node] = {}
     shared = 0
-    for node in graph.graph.find_nodes(op="call_function", target=DEQUANTISED):
-        parts = [value_of(graph, each) for each in node.args[:2]]
-        if any(part is None for part in parts):
+    for node in list(graph.graph.nodes):
+        if node.target not in CONVERTED:
             continue
-        key = tuple(part.data_ptr() for part in parts if part is not None)
-        if key in first:
-            node.replace_all_uses_with(first[key])
+        parts = [value_of(graph, each) for each in node.args]
+        key = tuple(a if part is None else part.data_ptr() for a, part in zip(node.args, parts, strict=True))
+        if (kept := first.setdefault(key, node)) is not node:
+            node.replace_all_uses_with(kept)
             graph.graph.erase_node(node)
             shared += 1
-        else:
-            first[key] = node
     return shared
 
 
@@ -131,23 +138,26 @@ def _sizes(graph: GraphModule, weight: Node) -> tuple[int, int]:
     return values.shape[1], scales.shape[1]
 
 
-def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
-    """The output of ``node``, one of :data:`CONVERTED`: of a weight its parts, which :func:`multiply` and
-    :func:`look_up` take."""
-    if node.target is ROWS_IN_E4M3:
-        return _in_e4m3(stack, ctx, node, *args)
-    values, scales, kind, dtype = args
+def convert(node: Node, args: tuple[Any, ...]) -> Small | Rounded:
+    """The parts of ``node``, one of :data:`CONVERTED`, from which :func:`multiply` and :func:`look_up` make layers."""
     for user in node.users:
         if user.target not in READERS:
-            raise RunError("conversion", f"{user.name} ({user.target}) reads a quantised weight; a product may")
+            raise RunError("conversion", f"{user.name} ({user.target}) reads {node.name}, which only a product may")
+    if node.target is ROWS_IN_E4M3:
+        return Rounded(*args)
+    values, scales, kind, dtype = args
     return Small(kind, values.detach().cpu(), scales.detach().cpu(), dtype)
 
 
-def _in_e4m3(stack: Stack, ctx: Any, node: Node, rows: Any, scale: float) -> Any:
-    """``rows`` quantised and dequantised, by the one ``scale``."""
-    at = as_tensor(ctx, torch.tensor(scale, dtype=torch.float32), f"{node.name} [scale]")
-    small = ctx.net.add_quantize(rows, at, stack.trt.DataType.FP8).get_output(0)
-    return ctx.net.add_dequantize(small, at, rows.dtype).get_output(0)
+def _flat(stack: Stack, ctx: Any, node: Node, rows: Any, shape: tuple[int, int]) -> Any:
+    """``rows`` [..., in] in ``shape``; those that are to be rounded quantised and dequantised right before the product:
+    TensorRT gives up the small weights where anything stands between."""
+    if not isinstance(rows, Rounded):
+        return reshaped(ctx.net, rows, shape)
+    flat = reshaped(ctx.net, rows.rows, shape)
+    at = as_tensor(ctx, torch.tensor(rows.scale, dtype=torch.float32), f"{node.name} [scale of rows]")
+    small = ctx.net.add_quantize(flat, at, stack.trt.DataType.FP8).get_output(0)
+    return ctx.net.add_dequantize(small, at, flat.dtype).get_output(0)
 
 
 def multiply(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Made) -> Any:
@@ -157,7 +167,8 @@ def multiply(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Ma
     out, inner = small.values.shape
     ahead = [size if isinstance(size, int) else -1 for size in node.args[0].meta["val"].shape[:-1]]  # type: ignore[union-attr]
     single = -1 not in ahead and prod(ahead) == 1
-    weight, flat = dequantise(stack, ctx, node, small, made), reshaped(net, rows, (1 if single else -1, inner))
+    weight = dequantise(stack, ctx, node, small, made)
+    flat = _flat(stack, ctx, node, rows, (1 if single else -1, inner))
     if single and out >= VOCABULARY and not small.in_blocks:
         each = net.add_elementwise(weight, flat, trt.ElementWiseOperation.PROD).get_output(0)
         result = net.add_reduce(each, trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
@@ -223,7 +234,7 @@ def converters(stack: Stack) -> list[Converter]:
     """Those of one network."""
     made: Made = {}
     return [
-        Converter(CONVERTED, lambda ctx, node, args, _: convert(stack, ctx, node, args)),
+        Converter(CONVERTED, lambda ctx, node, args, _: convert(node, args)),
         Converter((LINEAR,), lambda ctx, node, args, _: multiply(stack, ctx, node, args, made), reads_few_bits),
         Converter((EMBEDDING,), lambda ctx, node, args, _: look_up(stack, ctx, node, args, made), reads_few_bits),
     ]

@@ -9,7 +9,7 @@ from passes.tensorrt import few_bits, network_form, products, rows
 
 PASSES: tuple[Pass[GraphModule], ...] = (
     Pass("write_known_sizes", network_form.prepare),
-    Pass("share_tables", few_bits.share),
+    Pass("share_weights", few_bits.share),
     Pass("transpose_weights", products.transpose_weights, optional=True),
     Pass("write_squares", rows.write_squares, optional=True),
     Pass("fuse_rows", rows.fuse, optional=True),

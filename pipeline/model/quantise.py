@@ -35,7 +35,7 @@ def quantised(
     seed: int,
     progress: Callable[[str], None],
 ) -> LoadedModel:
-    """``loaded`` with weights of ``precision``, put into its model; as it is where that is none of few bits, or where it
+    """``loaded`` with weights of ``precision``, put into its model; as it is where that has none of few bits, or it
     came with weights of few bits.
 
     Raises :class:`UserError` where there is nothing to quantise, a pattern names nothing, or blocks do not divide.
