@@ -81,8 +81,8 @@ class QuantisedWeight:
 def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype) -> QuantisedWeight:
     """``weight`` [out, in] rounded to nearest, in blocks of ``block`` along the input or, None, whole channels.
 
-    ``dtype``: whose numbers the scales are, times a power of two.  Raises :class:`ValueError` where the blocks do not divide the input, or
-    the weight is not finite.
+    ``dtype``: whose numbers the scales are, times a power of two.  Raises :class:`ValueError` where the blocks do not
+    divide the input, or the weight is not finite.
     """
     channels, inner = weight.shape
     if block is not None and inner % block:

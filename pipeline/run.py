@@ -73,7 +73,7 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
-    from pipeline.model import load, quantise
+    from pipeline.model import quantise
     from pipeline.model.limits import check_fit
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
@@ -83,9 +83,8 @@ def _load(record: Record) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = environment(load_stack().versions() if builds else None)
     record.put(environment=here)
-    model = load.load(config.model, config.number_type, device, config.seed, record.update)
-    text = quality.text_for(config.verify, model) if config.judges_quality else None
-    model = quantise.quantised(model, config.precision, config.number_type, config.quantize, config.seed, record.update)
+    model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
+    text = quality.text_for(config.verify, model, config.precision) if config.judges_quality else None
     record.note(*model.notes)
     check_fit(model, config.shape, config.benchmark.generate, config.seed)
     asked = (config.cache, config.shape, config.benchmark.generate)
@@ -154,13 +153,12 @@ def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[s
     from passes.graph.rewrite import rewrite
     from pipeline.engine import programs
     from pipeline.engine.sections import attention_of
-    from pipeline.model import few_bits
 
     config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
     with record.stage("export"), collector_paused():
-        parts = programs.parts(loaded.model.model, config.model, config.shape, cache)
-        with few_bits.small(loaded.model.model, loaded.model.quantised):
-            traced = {name: trace() for name, trace in parts.items()}
+        model, small = loaded.model.model, loaded.model.quantised
+        parts = programs.parts(model, config.model, config.shape, cache, small)
+        traced = {name: trace() for name, trace in parts.items()}
         for name, each in traced.items():
             record.put_graph(name, "graph_before.txt", each.program.graph)
         record.detail = " + ".join(f"{len(each.program.graph.nodes)} nodes" for each in traced.values())
@@ -187,15 +185,13 @@ def _build(
     from pipeline.engine.file import write_engine
     from pipeline.engine.sections import attention_of, engines_of
 
-    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
+    config, asked, cache, kind = record.config, record.config.strategy, loaded.wanted.cache, record.config.number_type
     notes = tuple(dict.fromkeys(note for each in rewritten.values() for note in programs.dropped(each, asked)))
     record.note(*notes)
 
     with record.stage("lower"), collector_paused():
         lowered = {
-            name: network.lower(
-                stack, each.program, each.inputs, config.backend, config.number_type, config.holds_few_bits(name)
-            )
+            name: network.lower(stack, each.program, each.inputs, config.backend, kind, config.holds_small(name))
             for name, each in made_from.items()
         }
 

@@ -138,26 +138,31 @@ def _sizes(graph: GraphModule, weight: Node) -> tuple[int, int]:
     return values.shape[1], scales.shape[1]
 
 
-def convert(node: Node, args: tuple[Any, ...]) -> Small | Rounded:
+def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
     """The parts of ``node``, one of :data:`CONVERTED`, from which :func:`multiply` and :func:`look_up` make layers."""
-    for user in node.users:
-        if user.target not in READERS:
-            raise RunError("conversion", f"{user.name} ({user.target}) reads {node.name}, which only a product may")
+    others = [user for user in node.users if user.target not in READERS]
     if node.target is ROWS_IN_E4M3:
-        return Rounded(*args)
+        rounded = Rounded(*args)
+        return _in_e4m3(stack, ctx, node, rounded, rounded.rows) if others else rounded
+    if others:
+        raise RunError("conversion", f"{others[0].name} ({others[0].target}) reads a quantised weight; a product may")
     values, scales, kind, dtype = args
     return Small(kind, values.detach().cpu(), scales.detach().cpu(), dtype)
 
 
 def _flat(stack: Stack, ctx: Any, node: Node, rows: Any, shape: tuple[int, int]) -> Any:
-    """``rows`` [..., in] in ``shape``; those that are to be rounded quantised and dequantised right before the product:
-    TensorRT gives up the small weights where anything stands between."""
+    """``rows`` [..., in] in ``shape``; those that are to be rounded are rounded right before the product: TensorRT
+    gives up the small weights where anything stands between."""
     if not isinstance(rows, Rounded):
         return reshaped(ctx.net, rows, shape)
-    flat = reshaped(ctx.net, rows.rows, shape)
-    at = as_tensor(ctx, torch.tensor(rows.scale, dtype=torch.float32), f"{node.name} [scale of rows]")
-    small = ctx.net.add_quantize(flat, at, stack.trt.DataType.FP8).get_output(0)
-    return ctx.net.add_dequantize(small, at, flat.dtype).get_output(0)
+    return _in_e4m3(stack, ctx, node, rows, reshaped(ctx.net, rows.rows, shape))
+
+
+def _in_e4m3(stack: Stack, ctx: Any, node: Node, rounded: Rounded, rows: Any) -> Any:
+    """``rows``, in one shape or another those of ``rounded``, quantised and dequantised."""
+    scale = as_tensor(ctx, torch.tensor(rounded.scale, dtype=torch.float32), f"{node.name} [scale of rows]")
+    small = ctx.net.add_quantize(rows, scale, stack.trt.DataType.FP8).get_output(0)
+    return ctx.net.add_dequantize(small, scale, rows.dtype).get_output(0)
 
 
 def multiply(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Made) -> Any:
@@ -234,7 +239,7 @@ def converters(stack: Stack) -> list[Converter]:
     """Those of one network."""
     made: Made = {}
     return [
-        Converter(CONVERTED, lambda ctx, node, args, _: convert(node, args)),
+        Converter(CONVERTED, lambda ctx, node, args, _: convert(stack, ctx, node, args)),
         Converter((LINEAR,), lambda ctx, node, args, _: multiply(stack, ctx, node, args, made), reads_few_bits),
         Converter((EMBEDDING,), lambda ctx, node, args, _: look_up(stack, ctx, node, args, made), reads_few_bits),
     ]

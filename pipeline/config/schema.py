@@ -254,7 +254,7 @@ class Config:
         """What all is computed in: ``precision``, or what stands under its weights of fewer bits."""
         return number_type(self.precision, self.quantize.base)
 
-    def holds_few_bits(self, program: str) -> bool:
+    def holds_small(self, program: str) -> bool:
         return self.quantize.holds_few_bits(program, self.precision, self.cache.name != "none")
 
     @property

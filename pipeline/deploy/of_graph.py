@@ -18,7 +18,7 @@ from pipeline.deploy.described import Described, graph_hash
 from pipeline.deploy.writers import CachedWriter, PrefixWriter, Writer
 from pipeline.engine import programs
 from pipeline.engine.session import GraphSession
-from pipeline.model import few_bits, load, quantise
+from pipeline.model import quantise
 from pipeline.verify.arithmetic import on_cpu
 from pipeline.verify.candidate import graph_generator, vocabulary_of
 
@@ -33,8 +33,7 @@ def writer(described: Described, progress: Callable[[str], None]) -> Writer:
     config = described.run_config
     if described.model.sha256 is None:
         raise UserError("on_cpu=torch: the run's weights are random, and another machine draws others")
-    loaded = load.load(config.model, config.number_type, CPU, config.seed, progress)
-    loaded = quantise.quantised(loaded, config.precision, config.number_type, config.quantize, config.seed, progress)
+    loaded = quantise.load(config.model, config.precision, config.quantize, CPU, config.seed, progress)
     if loaded.sha256 != described.model.sha256:
         raise UserError(
             f"on_cpu=torch: {loaded.source} has weights of sha256 {loaded.sha256}, and the run's were of "
@@ -43,10 +42,10 @@ def writer(described: Described, progress: Callable[[str], None]) -> Writer:
     cache = programs.cache_of(loaded.model, config.cache, config.shape, config.benchmark.generate)
     made: dict[str, programs.Program] = {}
     asked = config.strategy
-    for name, trace in programs.parts(loaded.model, config.model, config.shape, cache).items():
+    parts = programs.parts(loaded.model, config.model, config.shape, cache, loaded.quantised)
+    for name, trace in parts.items():
         progress(f"tracing {name}")
-        with few_bits.small(loaded.model, loaded.quantised):
-            traced = trace()
+        traced = trace()
         again = rewrite(traced.program, asked.name, asked.unproven, asked.assume, without=asked.without)
         if graph_hash(str(again.program.graph)) != described.graphs.get(name):
             here = ", ".join(f"{key} {value}" for key, value in _versions(described).items())

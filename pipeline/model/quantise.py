@@ -13,30 +13,46 @@ import torch
 from torch import nn
 
 from passes.errors import RunError, UserError
-from passes.precision import FEW_BITS, PRECISIONS, FewBits, Kind
+from passes.precision import FEW_BITS, PRECISIONS, FewBits, Kind, number_type
 from passes.quantised import LARGEST, QuantisedWeight, to_nearest
 from pipeline.model import few_bits
+from pipeline.model.load import LoadedModel
+from pipeline.model.load import load as load_wide
 from pipeline.model.text import tokens_for
 
 if TYPE_CHECKING:
     from pipeline.config.quantize import CalibrationConfig, QuantizeConfig
-    from pipeline.model.load import LoadedModel
+    from pipeline.config.schema import ModelConfig
 
 TABLE: Kind = "int8"
 """What an embedding becomes that is tied to a quantised product with the vocabulary, together with that product,
 whatever the other layers become: its rows are the model's input, and one table is read by both."""
 
 
+def load(
+    config: ModelConfig,
+    precision: str,
+    asked: QuantizeConfig,
+    device: torch.device,
+    seed: int,
+    progress: Callable[[str], None],
+) -> LoadedModel:
+    """:func:`pipeline.model.load.load` at ``precision``, which may be one of few bits; raises as that does, and as
+    :func:`quantised`."""
+    within = number_type(precision, asked.base)
+    return quantised(load_wide(config, within, device, seed, progress), precision, within, asked, seed, progress)
+
+
 def quantised(
     loaded: LoadedModel,
     precision: str,
-    number_type: str,
+    within: str,
     asked: QuantizeConfig,
     seed: int,
     progress: Callable[[str], None],
 ) -> LoadedModel:
     """``loaded`` with weights of ``precision``, put into its model; as it is where that has none of few bits, or it
-    came with weights of few bits.
+    came with weights of few bits.  ``within``: what all else is computed in.
 
     Raises :class:`UserError` where there is nothing to quantise, a pattern names nothing, or blocks do not divide.
     """
@@ -48,7 +64,7 @@ def quantised(
     others = {name: layer for name, layer in layers.items() if name not in tables}
     block = _block(few, others, asked.block)
     progress(f"{precision}: {len(layers)} layers of {loaded.name}")
-    dtype = PRECISIONS[number_type].dtype
+    dtype = PRECISIONS[within].dtype
     made: dict[str, QuantisedWeight] = {}
     for name, table in tables.items():
         made |= dict.fromkeys((name, table), _rounded(precision, name, layers[name].weight, TABLE, None, dtype))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError
+from passes.precision import FEW_BITS
 from pipeline.config.schema import ModelConfig, StrategyConfig
 from pipeline.config.verification import VerifyConfig
 from pipeline.model.load import LoadedModel, load_reference
@@ -44,14 +45,14 @@ TEXTS = {"cuda": 8, "cpu": 1}
 """Greedy continuations, at least: as many as the engine takes at once."""
 
 
-def text_for(asked: VerifyConfig, loaded: LoadedModel) -> RealText | str:
-    """The text on which ``loaded``, as it was loaded, is to be measured; or why that would say nothing.  Raises
-    :class:`UserError`."""
+def text_for(asked: VerifyConfig, loaded: LoadedModel, precision: str) -> RealText | str:
+    """The text on which ``loaded``, at the run's ``precision``, is to be measured; or why that would say nothing.
+    Raises :class:`UserError`."""
     if loaded.weights == "random":
         return "random weights predict no text"
     if loaded.tokenizer is None:
         return "the model has no tokenizer"
-    if loaded.quantised:
+    if loaded.quantised and precision not in FEW_BITS:
         return "the checkpoint has weights of fewer bits alone, and no unquantised ones to compare with"
     return real_text(asked.text, loaded, TOKENS[loaded.model.device.type] + 1)
 
