@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from reports import generating, keep, real
 
+from benchmarks import results
+from benchmarks.results import Figures
+from benchmarks.stacks import Measured, stack_of
 from pipeline.compare.__main__ import main
 from pipeline.compare.fronts import Front, fronts, on_front
 from pipeline.compare.labels import sections
@@ -23,7 +27,7 @@ from pipeline.tracking.names import metrics
 def costing(precision: str, increase: float, tpot_ms: float, size: int, **changes: Any) -> dict[str, Any]:
     """A report of a generation at ``precision``, whose perplexity rose by ``increase`` from 20."""
     report = copy.deepcopy(generating(real("llama3_1b-detect_causal"), "in_engine", 9.3, tpot_ms))
-    report["config"]["precision"] = precision
+    report["config"] |= {"precision": precision, "quantize": {"method": None, "calibration": {"samples": 16}}}
     report["engine"]["bytes"] = size
     rise = {"value": increase, "low": increase - 0.001, "high": increase + 0.001}
     cost = {
@@ -132,3 +136,21 @@ def test_the_registrys_best_quality_is_the_least_rise_of_perplexity_and_the_leas
     for report in reports.values():
         report["quality"] = None
     assert won() == "fp8"
+
+
+def test_the_picture_of_quality_is_of_models_with_real_weights_alone_and_names_every_row() -> None:
+    def picture(weights: str) -> str | None:
+        made = [copy.deepcopy(report) for report in SWEPT.values()]
+        for report in made:
+            report["config"]["model"]["weights"] = weights
+        kept = [Found(upgraded(report), str(i)) for i, report in enumerate(made)]
+        environment = made[0]["environment"]
+        return results.quality_picture(Figures(Measured(stack_of(environment), environment, kept), older=False))
+
+    assert picture("random") is None
+    drawn = picture("pretrained")
+    assert drawn is not None
+    said = [each.text or "" for each in ElementTree.fromstring(drawn).iter("{http://www.w3.org/2000/svg}text")]
+    assert any("int8_weights: 0.800 ms, +0.40 %" in each for each in said)
+    assert any("int4_weights: 800 MB, +9.00 %" in each for each in said) and "lost more than is allowed" in said
+    assert drawn.count("<circle") == 2 * len(SWEPT) and drawn == picture("pretrained")

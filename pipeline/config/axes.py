@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError
+from passes.precision import FEW_BITS
 from pipeline.config.overrides import split
 
-GROUPS = ("model", "precision", "strategy", "backend", "shape", "cache")
+GROUPS = ("model", "precision", "quantize", "strategy", "backend", "shape", "cache")
 """What a report's ``config`` calls them."""
 NO_AXES = ("model.source", "model.revision", "model.architecture", "model.path")  # the model's name stands for them
 SHORT = {"model": "model.name", "strategy": "strategy.name", "backend": "backend.name", "cache": "cache.name",
@@ -25,7 +26,8 @@ Axes = dict[str, str]
 def axes(config: Mapping[str, Any]) -> Axes:
     """The settings of a config that tell rows apart, dotted, as the command line writes them.
 
-    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption.
+    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption,
+    how weights are made smaller that are not.
     """
     found = {key: _written(value) for key, value in settings(config) if value not in (None, [], {})}
     model = config.get("model") or {}
@@ -33,6 +35,8 @@ def axes(config: Mapping[str, Any]) -> Axes:
         found["model.name"] = Path(model["path"]).name
     if found.get("backend.name", "tensorrt") != "tensorrt":
         found = {key: value for key, value in found.items() if not key.startswith("strategy.")}
+    if found.get("precision") not in FEW_BITS:
+        found = {key: value for key, value in found.items() if not key.startswith("quantize.")}
     if "strategy.assume" not in found:
         found.pop("strategy.guard", None)
     return found
@@ -41,13 +45,17 @@ def axes(config: Mapping[str, Any]) -> Axes:
 def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every setting of a config that can be an axis, unset ones too."""
     for group in GROUPS:
-        value = config.get(group)
-        if not isinstance(value, Mapping):
-            yield group, value
-            continue
-        for key, setting in value.items():
-            if f"{group}.{key}" not in NO_AXES:
-                yield f"{group}.{key}", setting
+        if group in config or group != "quantize":  # reports of before had no such group
+            yield from _settings_of(group, config.get(group))
+
+
+def _settings_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, Mapping):
+        yield name, value
+        return
+    for key, setting in value.items():
+        if f"{name}.{key}" not in NO_AXES:
+            yield from _settings_of(f"{name}.{key}", setting)
 
 
 def _written(value: Any) -> str:
