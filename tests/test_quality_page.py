@@ -69,7 +69,7 @@ def test_quality_is_drawn_against_time_per_token_against_the_prompt_and_against_
     assert "prefill" in prompt.title and size.title == "Quality against bytes"
     assert [point.cells[0] for point in tokens.points] == ["0.800 ms", "0.950 ms", "1.16 ms", "1.20 ms"]
     assert [point.worth for point in tokens.points] == [True, False, True, False]  # int8_weights and fp16
-    assert tokens.verdict.startswith("detect_causal, int8_weights (0.800 ms, +0.40 % (+0.30 to +0.50))")
+    assert tokens.verdict == "detect_causal, int8_weights, 0.800 ms, +0.40 %; detect_causal, fp16, 1.16 ms, +0.01 %"
     assert [point.cells[0] for point in size.points] == ["800 MB", "1290 MB", "1300 MB", "2471 MB"]
     assert [point.worth for point in size.points] == [False, True, True, True]  # int4_weights lost more than is allowed
     assert size.points[0].css == "bad"

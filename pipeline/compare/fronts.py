@@ -17,6 +17,10 @@ ROOM = 0.06
 """Of the plot's width and height, beyond the outermost points."""
 
 
+_PRICES = {"tpot_ms": "ms a token", "device_ms": "ms a prompt"}
+"""By the clock of a measure."""
+
+
 @dataclass(frozen=True)
 class Point:
     """One row; places in per cent, from the left and from the top."""
@@ -59,9 +63,9 @@ class Front:
 
     @property
     def verdict(self) -> str:
-        """Which rows are worth having, in a sentence without its end."""
-        said = [f"{point.label} ({point.cells[0]}, {point.cells[2]})" for point in self.points if point.worth]
-        return ", ".join(said)
+        """Which rows are worth having, for what price and what rise."""
+        worth = [point for point in self.points if point.worth]
+        return "; ".join(f"{point.label}, {point.cells[0]}, {point.cells[2].partition(' (')[0]}" for point in worth)
 
 
 def fronts(section: Section) -> Iterator[Front]:
@@ -75,7 +79,9 @@ def fronts(section: Section) -> Iterator[Front]:
     others = sum(texts.values()) - len(rows)
     for measure in _measures(section):
         timed = [row for row in rows if measure in row.timings]
-        yield from _front(f"Quality against {_asked(measure)}", "ms", timed, partial(_time, measure), others)
+        yield from _front(
+            f"Quality against {_asked(measure)}", _PRICES[measure.clock], timed, partial(_time, measure), others
+        )
     yield from _front("Quality against bytes", "MB", rows, _megabytes, others)
 
 
@@ -98,7 +104,8 @@ def _asked(measure: Measure) -> str:
     return f"the {measure.what}, {measure.size}"
 
 
-def _front(title: str, unit: str, rows: Sequence[Row], price: Callable[[Row], float], others: int) -> Iterator[Front]:
+def _front(title: str, name: str, rows: Sequence[Row], price: Callable[[Row], float], others: int) -> Iterator[Front]:
+    """``name``: of the price, which begins with its unit."""
     priced = sorted((row for row in rows if price(row) > 0), key=price)
     if len(priced) < 2:
         return
@@ -112,19 +119,19 @@ def _front(title: str, unit: str, rows: Sequence[Row], price: Callable[[Row], fl
     def y(rise: float) -> float:
         return 100 * (high - rise) / (high - low)
 
-    points = []
-    for row, cost, name, is_worth in zip(priced, costs, names(priced), worth, strict=True):
+    points, unit = [], name.partition(" ")[0]
+    for row, cost, label, is_worth in zip(priced, costs, names(priced), worth, strict=True):
         cells = (f"{number(price(row))} {unit}", f"{number(cost.perplexity)} / {number(cost.reference)}", percent(cost))
-        tip = f"{name}: {cells[0]}; perplexity {cells[1]}, {cells[2]}, over {cost.tokens} tokens"
+        tip = f"{label}: {cells[0]}; perplexity {cells[1]}, {cells[2]}, over {cost.tokens} tokens"
         css = "bad" if not cost.passed else "fastest" if is_worth else "rival" if row.rival else "engine"
         x, at, ends = 100 * price(row) / most, y(100 * cost.increase), (y(100 * cost.low), y(100 * cost.high))
-        points.append(Point(name, x, at, *ends, is_worth, css, tip, cells))
+        points.append(Point(label, x, at, *ends, is_worth, css, tip, cells))
     note = "Line: what nothing beats in both. Whisker: 95 % interval; the unquantised model is at 0."
     note += f" Left out, since they were measured on another text: {others}." if others else ""
     yield Front(
         title,
-        ", ".join([f"rise of perplexity in %, over {unit}", *shared(priced)]),
-        unit,
+        ", ".join([f"rise of perplexity in %, over {name}", *shared(priced)]),
+        name,
         points,
         [(100 * tick / most, f"{tick:g}") for tick in ticks(most)],
         [(y(tick), f"{tick:g}") for tick in _around_nothing(low, high)],

@@ -150,7 +150,7 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             )
         if answer := verify["answer"]:
             yield "answer", f"“{answer['candidate']}”{' (the graph, in PyTorch)' if alone else ''}"
-    if quality := report["quality"]:
+    if quality := report.get("quality"):  # none in a report of before
         yield from _quality_rows(quality)
     benchmark = report["benchmark"] or {"prefill": None, "prefill_shapes": [], "generate": None}
     for entry in filter(None, (benchmark["prefill"], *benchmark["prefill_shapes"])):
