@@ -283,14 +283,15 @@ def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> N
     """Time what was verified; nothing else ever reaches this."""
     from pipeline.measure import stage
 
-    config = record.config
+    config, cached = record.config, record.config.cache.name != "none"
     if not config.benchmark.shapes and what.generator is None:
         return
     assert what.runner is not None
     with turn() as waiting, record.stage("benchmark"):
         for found in stage.measure(
             what.runner, what.generator, model, config.benchmark, logits=config.model.logits,
-            precision=config.number_type, seed=config.seed, cached=config.cache.name != "none", waiting=waiting,
+            precision=config.quantize.products_in(config.precision), seed=config.seed, cached=cached, waiting=waiting,
+            few_bits=(config.holds_small("engine"), config.holds_small("decode")),
         ):  # fmt: skip
             record.put_benchmark(found)
         record.draw(found)

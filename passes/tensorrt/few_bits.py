@@ -1,15 +1,17 @@
 """Builds products with weights of fewer bits, and tables of them, so that the engine holds the small ones.
 
 TensorRT takes a quantised constant behind a dequantisation and nowhere else.  Which forms are fast was measured on an
-H100 with TensorRT-RTX 1.6 (docs/precision.md; ``few_bits`` of ``benchmarks.kernels``):
+H100 with TensorRT-RTX 1.6 (docs/precision.md):
 
-* A dequantisation with a scale for each channel in front of a product is slow (1 row: 93 us where one scale takes 15,
-  2048 x 16384); one scale is not.  The scale of an output channel is a factor of the sum, so it may stand behind it:
+* A dequantisation with a scale for each channel in front of a product of many rows is slow (2048 rows by 2048 x 8192:
+  599 us where one scale takes 282).  The scale of an output channel is a factor of the sum, so it may stand behind it:
   what is dequantised has one scale, a power of two, which rounds nothing, and each output is multiplied by the rest.
-* Blocks along the input have their scales inside of the sum, and stay in the dequantisation; a single row is then
-  faster as one of :data:`passes.tensorrt.rows.ROWS`.
-* A product with the vocabulary, whose table is looked up too where the two are tied, is multiplied element by element
-  and summed: only then do both read one constant, and else the engine holds the largest weight of a model twice.
+* A single row times int8 is fastest element by element and summed, as it is in fp16 (:mod:`passes.tensorrt.rows`):
+  TensorRT fuses the cast into that kernel (8192 x 2048: 11 us, as a matrix product 19; fp16 17).  Only so, too, do a
+  product with the vocabulary and the look-up of a table that is tied to it read one constant; else the engine holds the
+  largest weight of a model twice.
+* A single row times int4 is fastest as the matrix product that it is (13 us; element by element 36).
+* Of E4M3 the small weights are kept only where the rows are quantised too, right before the product.
 """
 
 from __future__ import annotations
@@ -35,10 +37,6 @@ LINEAR, EMBEDDING = aten.linear.default, aten.embedding.default
 CONVERTED = (DEQUANTISED, ROWS_IN_E4M3)
 READERS = (LINEAR, EMBEDDING)
 """What may read a quantised weight."""
-VOCABULARY = 65536
-"""Outputs from which a product of one row is summed over the table that it shares with the embedding."""
-ROWS = 8
-"""What a single row becomes, all but one of them zero, where its weight is in blocks."""
 
 
 @dataclass(frozen=True)
@@ -174,19 +172,13 @@ def multiply(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Ma
     single = -1 not in ahead and prod(ahead) == 1
     weight = dequantise(stack, ctx, node, small, made)
     flat = _flat(stack, ctx, node, rows, (1 if single else -1, inner))
-    if single and out >= VOCABULARY and not small.in_blocks:
+    if single and small.kind == "int8" and not small.in_blocks:
         each = net.add_elementwise(weight, flat, trt.ElementWiseOperation.PROD).get_output(0)
         result = net.add_reduce(each, trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
         result = reshaped(net, result, (1, out))
     else:
-        if fill := single and small.in_blocks:
-            zeros = as_tensor(ctx, torch.zeros(ROWS - 1, inner, dtype=small.dtype), f"{node.name} [zeros]")
-            several = net.add_concatenation([flat, zeros])
-            several.axis, flat = 0, several.get_output(0)
         none, turned = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
         result = net.add_matrix_multiply(flat, none, weight, turned).get_output(0)
-        if fill:
-            result = net.add_slice(result, (0, 0), (1, out), (1, 1)).get_output(0)
     if not small.in_blocks:
         rest = as_tensor(ctx, small.rest.unsqueeze(0), f"{node.name} [scales]")
         result = net.add_elementwise(result, rest, trt.ElementWiseOperation.PROD).get_output(0)
@@ -229,7 +221,7 @@ def _constant(stack: Stack, ctx: Any, small: Small) -> Any:
     if small.kind == "int4":
         pairs = values.view(torch.uint8).reshape(-1, 2) & 0xF
         values = pairs[:, 0] | (pairs[:, 1] << 4)
-    kinds = {"int8": trt.DataType.INT8, "int4": trt.DataType.INT4, "fp8": trt.DataType.FP8}
+    kinds = {"int8": trt.DataType.INT8, "int4": trt.DataType.INT4, "e4m3": trt.DataType.FP8}
     weights = trt.Weights(kinds[small.kind], values.data_ptr(), small.values.numel())
     ctx.cpu_weights_reference_holder.append(values)  # TensorRT reads them when it builds
     return ctx.net.add_constant(tuple(small.values.shape), weights).get_output(0)

@@ -21,6 +21,8 @@ NO_AXES = ("model.source", "model.revision", "model.architecture", "model.path")
 SHORT = {"model": "model.name", "strategy": "strategy.name", "backend": "backend.name", "cache": "cache.name",
          "shape": "shape.kind"}  # fmt: skip
 Axes = dict[str, str]
+USUAL = {"quantize.calibration.samples": "16", "quantize.calibration.length": "512"}
+"""What a run has that asks for nothing else, written as an axis: no row is told from another by it."""
 
 
 def axes(config: Mapping[str, Any]) -> Axes:
@@ -35,8 +37,8 @@ def axes(config: Mapping[str, Any]) -> Axes:
         found["model.name"] = Path(model["path"]).name
     if found.get("backend.name", "tensorrt") != "tensorrt":
         found = {key: value for key, value in found.items() if not key.startswith("strategy.")}
-    if found.get("precision") not in FEW_BITS:
-        found = {key: value for key, value in found.items() if not key.startswith("quantize.")}
+    few_bits = found.get("precision") in FEW_BITS
+    found = {k: v for k, v in found.items() if not k.startswith("quantize.") or (few_bits and v != USUAL.get(k))}
     if "strategy.assume" not in found:
         found.pop("strategy.guard", None)
     return found
@@ -45,17 +47,18 @@ def axes(config: Mapping[str, Any]) -> Axes:
 def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every setting of a config that can be an axis, unset ones too."""
     for group in GROUPS:
-        if group in config or group != "quantize":  # reports of before had no such group
-            yield from _settings_of(group, config.get(group))
+        value = config.get(group)
+        if not isinstance(value, Mapping):
+            yield group, value
+            continue
+        yield from ((key, each) for key, each in _dotted(value, group) if key not in NO_AXES)
 
 
-def _settings_of(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, Mapping):
-        yield name, value
-        return
-    for key, setting in value.items():
-        if f"{name}.{key}" not in NO_AXES:
-            yield from _settings_of(f"{name}.{key}", setting)
+def _dotted(group: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    """What stands in a group, and in groups within it."""
+    for key, setting in group.items():
+        full = f"{name}.{key}"
+        yield from _dotted(setting, full) if isinstance(setting, Mapping) and full not in NO_AXES else [(full, setting)]
 
 
 def _written(value: Any) -> str:

@@ -47,6 +47,11 @@ class QuantizeConfig:
         form = self.prompt if program == "engine" else self.step
         return precision in FEW_BITS and (not cached or form in (None, precision))
 
+    def products_in(self, precision: str) -> str:
+        """In what type a run multiplies: its numbers', or that of few bits to which rows are rounded too."""
+        few = FEW_BITS.get(precision)
+        return precision if few is not None and few.rounds_rows else number_type(precision, self.base)
+
 
 def check_quantize(precision: str, asked: QuantizeConfig, backend: str, strategy: str) -> None:
     """Raises :class:`UserError` for what cannot be had of ``precision``."""

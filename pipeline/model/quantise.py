@@ -59,6 +59,8 @@ def quantised(
     few = FEW_BITS.get(precision)
     if few is None or loaded.quantised:
         return loaded
+    if few.kind == "e4m3":
+        _refuse_without_e4m3(precision, loaded.model.device)
     layers = _chosen(loaded.model, precision, asked.without)
     tables = _tables(loaded.model, layers)
     others = {name: layer for name, layer in layers.items() if name not in tables}
@@ -79,9 +81,18 @@ def quantised(
             made[name] = _rounded(precision, name, layer.weight, few.kind, block, dtype)
     if few.rounds_rows:
         largest = _largest_rows(loaded, others, _texts(loaded, asked.calibration, seed))
-        made |= {name: replace(made[name], row_scale=each / LARGEST["fp8"]) for name, each in largest.items()}
+        made |= {name: replace(made[name], row_scale=each / LARGEST["e4m3"]) for name, each in largest.items()}
     few_bits.put(loaded.model, made)
     return replace(loaded, quantised=made, notes=(*loaded.notes, *_notes(few, block, asked.block, tables)))
+
+
+def _refuse_without_e4m3(precision: str, device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):  # Ada is the first that has it
+        major, minor = torch.cuda.get_device_capability(device)
+        raise UserError(
+            f"precision={precision}: {torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) has no "
+            f"E4M3, which begins with 8.9; set precision=int8_weights"
+        )
 
 
 def _rounded(
