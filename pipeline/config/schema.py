@@ -11,6 +11,7 @@ from typing import Any
 
 from passes.precision import number_type
 from pipeline.config.quantize import QuantizeConfig
+from pipeline.config.verification import VerifyConfig
 
 STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "write", "benchmark")
 STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` may be, the default first
@@ -166,16 +167,6 @@ class BenchmarkConfig:
 
 
 @dataclass
-class VerifyConfig:
-    """What the engine is compared on."""
-
-    lengths: list[int] | None = None
-    """Sequence lengths in tokens; null: chosen over the whole profile."""
-    samples: int = 1
-    """Inputs for each length."""
-
-
-@dataclass
 class TrackingConfig:
     """Where MLflow keeps the run."""
 
@@ -286,6 +277,11 @@ class Config:
     def exports(self) -> bool:
         """Whether this run writes files for others."""
         return bool(self.export.format) and self.backend.name == "tensorrt" and self.reaches("write")
+
+    @property
+    def judges_quality(self) -> bool:
+        """Whether this run measures what its precision costs."""
+        return self.reaches("verify") and self.verify.judges_quality(self.precision)
 
     @property
     def looks_into_store(self) -> bool:
