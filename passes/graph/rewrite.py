@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.export import ExportedProgram
 
-from passes.graph import cache_ops, driver, ops
+from passes.graph import cache_ops, driver, local_attention, ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import PASSES, Work
 from passes.graph.rewritten import Rewritten, record
@@ -20,6 +20,8 @@ IN_ATEN = {
     ops.NATIVE: ops.native_in_aten,
     cache_ops.UPDATE: cache_ops.update_in_aten,
     cache_ops.CACHED: cache_ops.cached_in_aten,
+    local_attention.WINDOWED: local_attention.windowed_in_aten,
+    local_attention.CHUNKED: local_attention.chunked_in_aten,
 }
 """Every operation of ours, in torch's own words."""
 

@@ -25,7 +25,7 @@ from passes.precision import PRECISIONS
 from passes.private.of_torch_tensorrt import builder_config
 from passes.proof.calls import FORMS
 from passes.tensorrt import attention as converters
-from passes.tensorrt import cache, rows
+from passes.tensorrt import cache, local_attention, rows
 from passes.tensorrt import missing as missing_converters
 from passes.tensorrt.fused_kernels import FusedKernels, of_this_process
 from passes.tensorrt.network_passes import PASSES
@@ -183,8 +183,16 @@ def _converters(
         made.append(layer)
         return output
 
+    masks: local_attention.Masks = {}
+
+    def local(ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output, layers = local_attention.convert(stack, ctx, node, args, kernels, masks)
+        made.extend(layers)
+        return output
+
     ours = [
         Converter(converters.CONVERTED, attention),
+        Converter(local_attention.CONVERTED, local),
         Converter(cache.CONVERTED, lambda ctx, node, args, _: cache.convert(stack, ctx, node, args, in_place)),
         Converter(
             missing_converters.CONVERTED, lambda ctx, node, args, _: missing_converters.convert(stack, ctx, node, args)
