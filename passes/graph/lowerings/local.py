@@ -32,13 +32,13 @@ from passes.proof.calls import AttentionCall
 from passes.proof.mask import Chunked, Window
 from passes.proof.masks import Proof, Status
 
-NARROWEST, WIDEST = 128, 1024
+NARROWEST, WIDEST = 128, 512
 """Queries of a block."""
 
 
 def block_of(width: int) -> int:
     """Queries of a block, for a window of ``width`` keys."""
-    return min(max(width, NARROWEST), WIDEST)
+    return min(max(width // 8, NARROWEST), WIDEST)
 
 
 def _is_of_a_prompt(call: AttentionCall, proof: Proof) -> bool:
