@@ -81,7 +81,7 @@ def _slice(layer: Any, values: list[Any]) -> Tensor:
     assert set(layer.stride) == {1}
     for axis, (first, size) in enumerate(zip(start, sizes, strict=True)):
         have = x.shape[axis]
-        inside = 0 <= first and first + size <= have
+        inside = first >= 0 and first + size <= have
         assert inside or layer.mode == load_stack().trt.SampleMode.FILL, f"{layer.name}: {first} + {size} of {have}"
         piece = x.narrow(axis, min(first, have), max(min(size, have - first), 0))
         missing = list(piece.shape)

@@ -45,8 +45,8 @@ def programs(
     shape = ShapeConfig("dynamic", batch, 2, 32, 48)
     cache = cache_shape(model, CacheConfig(mode), shape, 60)
     traced = [
-        cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
-        cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU),
+        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache.rings), cache, shape, CPU),
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU),
     ]
     return cache, traced, [rewrite(each.program, strategy, "mask") for each in traced]
 
@@ -79,8 +79,8 @@ def test_a_cache_is_handed_over_without_a_word_of_deprecation(name: str, recwarn
     layers = cache.tensors(CPU)
     caches = layers[: len(cache.layers)], layers[len(cache.layers) :]
     with torch.no_grad():
-        cached_forms.PrefillForm(model, len(cache.layers))(tokens)
-        cached_forms.DecodeForm(model)(tokens[:, :1], torch.tensor([3]), *caches)
+        cached_forms.PrefillForm(model, cache.rings)(tokens)
+        cached_forms.DecodeForm(model, cache.rings)(tokens[:, :1], torch.tensor([3]), *caches)
         for kind in ("none", "static", "dynamic"):
             rival = EagerGenerator(model, kind, None, cudnn=False)
             rival.prepare(tokens, 2)
@@ -181,11 +181,11 @@ def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refuse
     shape = ShapeConfig("dynamic", 3, 2, 32, 48)
     cache = cache_shape(model, CacheConfig("in_engine"), shape, 60)
     monkeypatch.setattr(
-        cached_forms, "masks_of_rows", lambda position: nullcontext()
+        cached_forms, "masks_of_rows", lambda position, rings: nullcontext()
     )  # as a mask of the model's own making
 
     with pytest.raises(RunError, match=r"shape.batch=3: LlamaForCausalLM computes with one length") as caught:
-        cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU)
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU)
 
     assert caught.value.kind == "ragged_batch"
 
@@ -307,7 +307,9 @@ def test_a_mask_that_is_not_proved_an_offset_is_applied() -> None:
 
 def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_for() -> None:
     cache, _, _ = programs("mistral", "static", 1, **WINDOWED)
-    traced = cached_forms.trace_decode(cached_forms.DecodeForm(tiny.model("mistral", **WINDOWED)), cache, CPU)
+    traced = cached_forms.trace_decode(
+        cached_forms.DecodeForm(tiny.model("mistral", **WINDOWED), cache.rings), cache, CPU
+    )
 
     with pytest.raises(RunError, match="not proved causal"):
         rewrite(traced.program, "detect_causal", "error")

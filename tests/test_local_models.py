@@ -7,15 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from runs import DONE, do
-from test_compile import network
 from tiny import CPU, SIZES, tokens
 
 from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from pipeline.config.schema import ModelConfig, ShapeConfig
-from pipeline.engine.build import build_engine
-from passes.tensorrt.versions import load_stack
 from pipeline.model.load import load
 from pipeline.trace.call_form import CallForm, Traced, trace
 

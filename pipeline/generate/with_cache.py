@@ -130,7 +130,8 @@ class CachedGenerator:
         names = [spec.name for spec in self.cache.specs()]
         first = dict(zip(names, self._caches[0], strict=True))
         in_place = len(self._decode) == 1
-        self._fresh = self._caches[0] if in_place else [cache[:, :, :length].clone() for cache in self._caches[0]]
+        filled = zip(self._caches[0], self.cache.rows_of_prompt(length), strict=True)
+        self._fresh = self._caches[0] if in_place else [cache[:, :, :rows].clone() for cache, rows in filled]
         self._prefill.bind(
             {"input_ids": self._prompts, "last": self._last, "output0": logits} | first | _outputs(self._fresh)
         )
