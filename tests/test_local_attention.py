@@ -45,8 +45,9 @@ def test_a_window_in_blocks_is_the_window_at_every_length(width: int, block: int
     for length in LENGTHS:
         inputs = tensors(length, batch=2, values=8, seed=length)
         wanted = seen(*inputs, window=width)
-        torch.testing.assert_close(windowed(*inputs, width, block, SCALE), wanted, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(windowed_in_aten(*inputs, width, block, SCALE), wanted, rtol=1e-5, atol=1e-5)
+        for made in (windowed, windowed_in_aten):
+            out = made(*inputs, width, block, length % 2 == 0, SCALE)
+            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 5, 6, 12])
@@ -92,9 +93,9 @@ def _spec(stack: Any, name: str, x: Tensor, dynamic: bool) -> Any:
 
 
 FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, int]]] = {
-    "blocks of a window": (lambda q, k, v: windowed(q, k, v, 6, 6, SCALE), {"window": 6}),
-    "blocks of less": (lambda q, k, v: windowed(q, k, v, 7, 3, SCALE), {"window": 7}),
-    "blocks of more": (lambda q, k, v: windowed(q, k, v, 3, 8, SCALE), {"window": 3}),
+    "blocks of a window": (lambda q, k, v: windowed(q, k, v, 6, 6, False, SCALE), {"window": 6}),
+    "blocks that shrink": (lambda q, k, v: windowed(q, k, v, 7, 3, True, SCALE), {"window": 7}),
+    "blocks of more": (lambda q, k, v: windowed(q, k, v, 3, 8, False, SCALE), {"window": 3}),
     "chunks": (lambda q, k, v: chunked(q, k, v, 6, SCALE), {"chunk": 6}),
 }
 

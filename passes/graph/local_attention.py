@@ -53,23 +53,24 @@ class Words(Protocol[X]):
         ``(1 + reach) * size`` of them."""
 
 
-def in_windows(words: Words[X], query: X, key: X, value: X, width: int, block: int) -> X:
+def in_windows(words: Words[X], query: X, key: X, value: X, width: int, block: int, shrinks: bool) -> X:
     """Attention of query [B, Hq, L, D] over key [B, Hkv, L, D], value [B, Hkv, L, Dv]; row q sees the keys
     q - width + 1 .. q.
 
     The first ``width`` rows see all of their past: that is causal attention, without a mask.  The others are cut into
     blocks of ``block`` queries.  The one that begins at row w + i sees keys i + 1 .. w + i + block - 1, those of
     1 + w / block blocks; and which row of it sees which of those is the same for every i, so that one small mask does
-    for all.  Rows and keys beyond the length are zeros, and what comes of them is cut off.  Where nothing is left
-    for blocks, one row stands in for them: an engine that is built for many lengths makes one block at least, and a
-    short prompt need not pay for a whole one.
+    for all.  Rows and keys beyond the length are zeros, and what comes of them is cut off.
+
+    An engine that is built for many lengths makes one block at least.  Where nothing is left for it, it is made for
+    nothing, or, if a block ``shrinks``, of one query.
     """
     length = words.length(query)
     first = words.least(length, width)
     start = words.attention(*(words.first(x, first) for x in (query, key, value)))
     rest, reach = length - first, -(-width // block)
     count = words.most((rest + block - 1) // block, 1)
-    size = words.least(words.most(rest * block, 1), block)
+    size = words.least(words.most(rest * block, 1), block) if shrinks else block
     queries = words.blocks(words.filled(query, first, count * size), count, size, 0)
     keys, values = (words.blocks(words.filled(x, 0, (count + reach) * size), count, size, reach) for x in (key, value))
     made = words.attention_in_band(queries, keys, values, size, reach, width)
@@ -143,9 +144,9 @@ class InTorch:
 
 
 @torch.library.custom_op("proved_attention::windowed", mutates_args=())
-def windowed(query: Tensor, key: Tensor, value: Tensor, width: int, block: int, scale: float) -> Tensor:
+def windowed(query: Tensor, key: Tensor, value: Tensor, width: int, block: int, shrinks: bool, scale: float) -> Tensor:
     """:func:`in_windows`."""
-    return in_windows(InTorch(scale), query, key, value, width, block).contiguous()
+    return in_windows(InTorch(scale), query, key, value, width, block, shrinks).contiguous()
 
 
 @torch.library.custom_op("proved_attention::chunked", mutates_args=())
@@ -155,7 +156,7 @@ def chunked(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) 
 
 
 @windowed.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, width: int, block: int, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, width: int, block: int, shrinks: bool, scale: float) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
@@ -164,7 +165,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Ten
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-def windowed_in_aten(query: Tensor, key: Tensor, value: Tensor, width: int, block: int, scale: float) -> Tensor:
+def windowed_in_aten(
+    query: Tensor, key: Tensor, value: Tensor, width: int, block: int, shrinks: bool, scale: float
+) -> Tensor:
     """What :func:`windowed` computes, in torch's own words, whose mask is of every query and key."""
     q, k = _places(query)
     return _masked(query, key, value, (k <= q) & (q - k < width), scale)
