@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from passes.errors import AS_IT_IS, RunError, first_line, message_line
 from passes.graph import driver
 from passes.graph.driver import Pass
-from passes.graph.rewrite import DECOMPOSITIONS
+from passes.graph.rewrite import DECOMPOSITIONS, without_evidence
 from passes.precision import PRECISIONS
 from passes.private.of_torch_tensorrt import builder_config
 from passes.proof.calls import FORMS
@@ -74,7 +74,7 @@ def lower(
         table = {**get_decompositions(), **DECOMPOSITIONS}
         try:
             program = pre_export_lowering(program, settings)
-            graph = post_lowering(program.run_decompositions(table).module(), settings)
+            graph = post_lowering(without_evidence(program.run_decompositions(table)).module(), settings)
         except (RunError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
