@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.export import ExportedProgram
 
+from passes import quantised
 from passes.graph import cache_ops, driver, local_attention, ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import PASSES, Work
@@ -22,6 +23,8 @@ IN_ATEN = {
     cache_ops.CACHED: cache_ops.cached_in_aten,
     local_attention.WINDOWED: local_attention.windowed_in_aten,
     local_attention.CHUNKED: local_attention.chunked_in_aten,
+    quantised.DEQUANTISED: quantised.in_aten,
+    quantised.ROWS_IN_E4M3: quantised.rows_in_aten,
 }
 """Every operation of ours, in torch's own words."""
 
