@@ -84,7 +84,7 @@ def lowered(work: Work) -> int:
         call = each.call
         if each.is_assumed:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
-        call = replace(call, sees_keys=every_row_sees_a_key(call, each.proof))
+        call = replace(call, sees_keys=every_row_sees_a_key(call, each.proof), proved=each.proof.mask)
         each.decision.lowering.write(work.program.graph_module.graph, call)
     return sum(each.decision.lowering.action is not Action.UNTOUCHED for each in work.attention)
 

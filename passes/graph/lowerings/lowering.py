@@ -26,6 +26,10 @@ class Action(StrEnum):
     """``scaled_dot_product_attention(is_causal=True)`` in the graph; converted to the native layer's causal flag."""
     REWRITTEN_FULL = "rewritten_full"
     """``scaled_dot_product_attention`` without mask in the graph."""
+    NATIVE_WINDOW = "native_window"
+    """The native layer over blocks of queries, each with the keys that a window lets them see."""
+    NATIVE_CHUNKS = "native_chunks"
+    """The native layer with its causal flag, over each chunk by itself."""
     CACHED = "cached"
     """Attention of one token over a cache of fixed capacity, in which its position says what it sees."""
     DECOMPOSED = "decomposed"
@@ -40,6 +44,7 @@ class Ability(Enum):
 
     NATIVE = "the native layer, by our converter: proved_attention::native"
     CACHE = "one token over a cache of fixed capacity, by our converter: proved_attention::cached"
+    LOCAL = "windows and chunks, by our converter: proved_attention::windowed and ::chunked"
     ATEN = "what aten has a word for"
 
 
