@@ -372,6 +372,7 @@ def refusal(taught: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
     ("setting", "parts"),
     [
         ("verify.text=none.txt", ["verify.text=none.txt", "no such file"]),
+        ("verify.text=a, b.txt", ["verify.text=a, b.txt", "no such file"]),
         ("verify.text=short.txt", ["verify.text=short.txt", "holds 300 tokens", "at least 2"]),
         ("verify.text=bytes.bin", ["verify.text=bytes.bin", "no UTF-8"]),
         ("verify.max_perplexity_increase=nan", ["verify.max_perplexity_increase=nan", "from 0"]),
