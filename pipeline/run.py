@@ -23,7 +23,6 @@ from pipeline.record.sections import Status
 if TYPE_CHECKING:
     import torch
 
-    from passes.graph.rewritten import Rewritten
     from passes.tensorrt.versions import Stack
     from pipeline.engine.programs import Program
     from pipeline.engine.sections import Engines
@@ -120,8 +119,8 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
             record.note(*engines.notes)
             record.display.done("store", place.seconds, f"hit {place.key[:12]}, built {kept.built}")
         else:
-            made_from, rewritten = _rewrite(record, loaded)
-            engines = _build(record, folder, loaded, stack, place, made_from, rewritten)
+            made_from = _rewrite(record, loaded)
+            engines = _build(record, folder, loaded, stack, place, made_from)
 
         if kept is not None and not on_gpu:
             record.stop_before("verify")
@@ -138,7 +137,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
         kept_of = partial(reuse.Kept, engines, verification, judged_as)
         place.keep(kept_of(record.report.stages_s, record.report.quality), record.note)
     if config.exports:  # the store keeps no graphs
-        _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
+        _export(record, folder, stack, made_from or _rewrite(record, loaded), engines, verification)
     record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))
     if not on_gpu:
         return "not_executed"
@@ -148,13 +147,11 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     return "ok"
 
 
-def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[str, Rewritten]]:
-    """export → strategy, for each of the run's programs; returns them, and what was done to them."""
-    from passes.graph.rewrite import rewrite
+def _rewrite(record: Record, loaded: Loaded) -> dict[str, Program]:
+    """export → strategy, for each of the run's programs."""
     from pipeline.engine import programs
-    from pipeline.engine.sections import attention_of
 
-    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
+    config, cache = record.config, loaded.wanted.cache
     with record.stage("export"), collector_paused():
         model, small = loaded.model.model, loaded.model.quantised
         parts = programs.parts(model, config.model, config.shape, cache, small)
@@ -164,29 +161,26 @@ def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[s
         record.detail = " + ".join(f"{len(each.program.graph.nodes)} nodes" for each in traced.values())
 
     with record.stage("strategy"):
-        rewritten, summaries = {}, []
+        made = {}
         for name, each in traced.items():
-            rewritten[name] = rewrite(each.program, asked.name, asked.unproven, asked.assume, without=asked.without)
-            attention = attention_of(rewritten[name])
-            record.put_graph(name, "graph_after.txt", rewritten[name].program.graph)
-            record.put_attention(name, attention)
-            summaries.append(str(attention.summary))
-        record.detail = " + ".join(summaries)
-    return {name: programs.Program(rewritten[name].program, each.inputs) for name, each in traced.items()}, rewritten
+            made[name] = programs.rewritten(each, config.strategy)
+            record.put_graph(name, "graph_after.txt", made[name].program.graph)
+            record.put_attention(name, made[name].attention)
+        record.detail = " + ".join(str(each.attention.summary) for each in made.values())
+    return made
 
 
 def _build(
-    record: Record, folder: Path, loaded: Loaded, stack: Stack, place: Place,
-    made_from: dict[str, Program], rewritten: dict[str, Rewritten],
-) -> Engines:  # fmt: skip
+    record: Record, folder: Path, loaded: Loaded, stack: Stack, place: Place, made_from: dict[str, Program]
+) -> Engines:
     """lower → interpret → build, for each program of ``made_from``; returns what the engines in ``folder`` are."""
-    from pipeline.engine import kernel_cache, network, programs, unfused
+    from pipeline.engine import kernel_cache, network, unfused
     from pipeline.engine.build import build_engine
     from pipeline.engine.file import write_engine
-    from pipeline.engine.sections import attention_of, engines_of
+    from pipeline.engine.sections import engines_of
 
     config, asked, cache, kind = record.config, record.config.strategy, loaded.wanted.cache, record.config.number_type
-    notes = tuple(dict.fromkeys(note for each in rewritten.values() for note in programs.dropped(each, asked)))
+    notes = tuple(dict.fromkeys(note for each in made_from.values() for note in each.notes))
     record.note(*notes)
 
     with record.stage("lower"), collector_paused():
@@ -212,7 +206,7 @@ def _build(
             made = build_engine(stack, networks.pop(name), record.display.steps, place.timing_cache, f"{name}.trt")
             built[name] = made.engine
             record.put_engine(name, made.engine)
-            conditions, inputs = rewritten[name].assumed, made_from[name].inputs
+            conditions, inputs = made_from[name].attention.summary.assumed, made_from[name].inputs
             here, guarded = asdict(loaded.environment), bool(asked.guard)
             write_engine(folder, made.data, made.engine, inputs, here, conditions, guarded, cache, made.read)
             del made  # hundreds of megabytes, and on disk
@@ -220,7 +214,7 @@ def _build(
     del lowered
     gc.collect()
     trim()
-    return engines_of({name: attention_of(each) for name, each in rewritten.items()}, built, notes)
+    return engines_of({name: each.attention for name, each in made_from.items()}, built, notes)
 
 
 def _export(

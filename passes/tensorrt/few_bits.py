@@ -6,7 +6,7 @@ H100 with TensorRT-RTX 1.6 (docs/precision.md):
 * A dequantisation with a scale for each channel in front of a product of many rows is slow (2048 rows by 2048 x 8192:
   599 us where one scale takes 282).  The scale of an output channel is a factor of the sum, so it may stand behind it:
   what is dequantised has one scale, a power of two, which rounds nothing, and each output is multiplied by the rest.
-* A single row times int8 is fastest element by element and summed, as it is in fp16 (:mod:`passes.tensorrt.rows`):
+* A single row times int8 is fastest element by element and summed, as it is in fp16 (:mod:`passes.tensorrt.one_row`):
   TensorRT fuses the cast into that kernel (8192 x 2048: 11 us, as a matrix product 19; fp16 17).  Only so, too, do a
   product with the vocabulary and the look-up of a table that is tied to it read one constant; else the engine holds the
   largest weight of a model twice.
@@ -29,6 +29,7 @@ from passes.graph.weights import put, value_of
 from passes.precision import Kind
 from passes.quantised import DEQUANTISED, ROWS_IN_E4M3
 from passes.tensorrt.attention import as_tensor, reshaped
+from passes.tensorrt.one_row import PIECES_OF_INT8, times_row
 from passes.tensorrt.registry import Converter
 from passes.tensorrt.versions import Stack
 
@@ -173,9 +174,7 @@ def multiply(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Ma
     weight = dequantise(stack, ctx, node, small, made)
     flat = _flat(stack, ctx, node, rows, (1 if single else -1, inner))
     if single and small.kind == "int8" and not small.in_blocks:
-        each = net.add_elementwise(weight, flat, trt.ElementWiseOperation.PROD).get_output(0)
-        result = net.add_reduce(each, trt.ReduceOperation.SUM, 1 << 1, False).get_output(0)
-        result = reshaped(net, result, (1, out))
+        result = reshaped(net, times_row(stack, net, weight, flat, PIECES_OF_INT8), (1, out))
     else:
         none, turned = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
         result = net.add_matrix_multiply(flat, none, weight, turned).get_output(0)

@@ -13,7 +13,7 @@ from pipeline.record.report import ENGINE, engine_bytes, verified_by
 from pipeline.sweep.jobs import Row, at, headline
 from pipeline.sweep.tracking import Parent
 from pipeline.tracking.names import plain_metrics
-from pipeline.tracking.runs import ENGINE_FILE
+from pipeline.tracking.runs import ENGINE_FILE, MODEL
 from pipeline.tracking.store import check_store, open_client, quiet, store_errors
 
 if TYPE_CHECKING:
@@ -101,11 +101,12 @@ def register(parent: Parent, rows: Mapping[str, Row], reports: Mapping[str, dict
             client = open_client(parent.uri)
             for model, aliases in best(rows, reports).items():
                 _create(client, model)
-                known = {each.run_id: str(each.version) for each in client.search_model_versions(f"name='{model}'")}
+                known = {each.source: str(each.version) for each in client.search_model_versions(f"name='{model}'")}
                 for alias, engine in aliases.items():
-                    if engine.run_id not in known:
-                        known[engine.run_id] = _version(client, model, engine)
-                    version = known[engine.run_id]
+                    run = client.get_run(engine.run_id)
+                    if (place := source(client, run)) not in known:
+                        known[place] = _version(client, model, engine, run, place)
+                    version = known[place]
                     client.set_model_version_tag(model, version, f"won.{alias}", f"{engine.numbers[alias]:.6g}")
                     client.set_registered_model_alias(model, alias, version)
     except store_errors() as error:
@@ -120,7 +121,9 @@ def _create(client: MlflowClient, model: str) -> None:
         f"TensorRT engines of {model}. Each version is the engine of one run; it was executed on the GPU that its tags "
         f"name and passed its verification there. The aliases are those of the latest sweep:\n\n{won}\n"
         "A version's tags have its numbers, `won.ALIAS` the one that it won by (ms, bytes, a rise of perplexity as a "
-        "share, or relative error)."
+        "share, or relative error).\n\n"
+        f"A version answers chat messages, by `mlflow.pyfunc.load_model('models:/{model}@ALIAS')` and by "
+        f"`python -m pipeline.chat models:/{model}@ALIAS`, on a GPU of the kind that its tags name."
     )
     try:
         client.create_registered_model(model, description=description)
@@ -130,8 +133,7 @@ def _create(client: MlflowClient, model: str) -> None:
         client.update_registered_model(model, description)
 
 
-def _version(client: MlflowClient, model: str, engine: Candidate) -> str:
-    run = client.get_run(engine.run_id)
+def _version(client: MlflowClient, model: str, engine: Candidate, run: Run, place: str) -> str:
     tags = engine.tags
     numbers = {"ms_per_token": "{} ms a token", "ms_prompt": "{} ms a prompt", "engine_mb": "{} MB",
                "perplexity": "perplexity {}", "relative_error": "relative error {}"}  # fmt: skip
@@ -139,10 +141,12 @@ def _version(client: MlflowClient, model: str, engine: Candidate) -> str:
     description = (
         f"{run.info.run_name}: {tags['strategy']}, {tags['precision']}, on {tags.get('gpu', 'a GPU')}; {said}."
     )
-    made = client.create_model_version(model, source(run), engine.run_id, tags=tags, description=description)
+    made = client.create_model_version(model, place, engine.run_id, tags=tags, description=description)
     return str(made.version)
 
 
-def source(run: Run) -> str:
-    """What a version points at."""
+def source(client: MlflowClient, run: Run) -> str:
+    """What a version points at: the run's model that answers, or the engine alone where it left none."""
+    if MODEL in {item.path for item in client.list_artifacts(run.info.run_id)}:
+        return f"runs:/{run.info.run_id}/{MODEL}"
     return f"{run.info.artifact_uri}/{ENGINE_FILE}"
