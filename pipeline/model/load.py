@@ -50,6 +50,7 @@ def load(
 ) -> LoadedModel:
     """Load the model and its tokenizer; raises :class:`UserError` before it creates anything but cache entries."""
     name = Path(config.path).resolve().name if config.path is not None else config.name
+    said: tuple[str, ...] = ()
     if config.weights == "random":
         hf_config = checkpoint.architecture(config)
         progress(f"drawing random weights of {name}")
@@ -61,10 +62,10 @@ def load(
         progress(f"reading {name}")
         tokenizer = _tokenizer(found, where)  # before the weights: it may be refused
         model = _pretrained(found, where, PRECISIONS[precision].dtype, device, progress)
-        source, revision, sha256 = found.source, found.revision, found.sha256
+        source, revision, sha256, said = found.source, found.revision, found.sha256, found.notes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
-    notes = tuple(dict.fromkeys(note for each in read if (note := checkpoint.unused_code(each))))
+    notes = (*said, *dict.fromkeys(note for each in read if (note := checkpoint.unused_code(each))))
     return LoadedModel(model, tokenizer, name, source, revision, sha256, parameters, config.weights, notes)
 
 
