@@ -71,8 +71,7 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
-    from pipeline.model import load
-    from pipeline.model.limits import check_fit
+    from pipeline.model import limits, load
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
     from pipeline.verify.candidate import Wanted
@@ -83,7 +82,8 @@ def _load(record: Record) -> Loaded:
     record.put(environment=here)
     model = load.load(config.model, config.precision, device, config.seed, record.update)
     record.note(*model.notes)
-    check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    limits.check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    limits.check_range(model, config.seed)
     cache = None
     if builds:
         cache = programs.cache_of(model.model, config.cache, config.shape, config.benchmark.generate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,12 +17,20 @@ from pipeline.config import lengths
 from pipeline.config.checks import check
 from pipeline.config.schema import BenchmarkShape, Config
 
+Describe = Callable[[str, str | None], dict[str, Any]]
 
-def from_hydra(composed: DictConfig) -> Config:
-    """The composed Hydra config as a validated :class:`Config`; raises :class:`UserError`."""
+
+def from_hydra(composed: DictConfig, describe: Describe | None = None) -> Config:
+    """The composed Hydra config as a validated :class:`Config`; raises :class:`UserError`.
+
+    ``describe`` gives the config.json of a repository of the hub at a revision: the architecture of a model of which
+    the settings name nothing else.
+    """
     plain = OmegaConf.create(
         {k: v for k, v in OmegaConf.to_container(composed, resolve=False).items() if k != "hydra"}  # type: ignore[union-attr]
     )
+    if describe is not None:
+        _describe(plain, describe)
     notes = lengths.settle(plain)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
@@ -32,6 +41,16 @@ def from_hydra(composed: DictConfig) -> Config:
     config = replace(_at_home(config), notes=notes)
     check(config)
     return config
+
+
+def _describe(plain: DictConfig, describe: Describe) -> None:
+    model = plain.get("model")
+    if isinstance(model, DictConfig) and model.get("path") is None and model.get("architecture") == {}:
+        source = None if OmegaConf.is_missing(model, "source") else model.get("source")
+        if source and not str(source).startswith("pypi:"):
+            model.architecture = describe(str(source), model.get("revision"))
+            if model.get("name") == "hub":
+                model.name = str(source).rpartition("/")[2]
 
 
 def _at_home(config: Config) -> Config:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError, message_line
+from pipeline.host import gguf_header
 from pipeline.host.files import locked, sha256_of
 
 Progress = Callable[[str], None]
@@ -46,6 +47,14 @@ def quiet() -> Iterator[None]:
 def cache_folder() -> Path:
     """``$XDG_CACHE_HOME/proved-attention``, ``~/.cache`` where that is not set (XDG base directories)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "proved-attention"
+
+
+def blocks(file: Path) -> str:
+    """The types of a GGUF file's tensors that are stored in blocks; empty where all of them are plain numbers."""
+    from gguf import GGMLQuantizationType
+
+    types = {GGMLQuantizationType(tensor.type).name for tensor in gguf_header.read(file).tensors.values()}
+    return ", ".join(sorted(types - {"F64", "F32", "F16", "BF16"}))
 
 
 def dequantised(file: str, blocks: str) -> str:

@@ -13,7 +13,7 @@ import torch
 from passes.errors import UserError
 from passes.precision import PRECISIONS
 from pipeline.config.schema import ModelConfig
-from pipeline.model import checkpoint
+from pipeline.model import checkpoint, config_json
 from pipeline.model.gguf import quiet
 from pipeline.model.sections import Model
 
@@ -65,7 +65,7 @@ def load(
         source, revision, sha256, said = found.source, found.revision, found.sha256, found.notes
     parameters = sum(parameter.numel() for parameter in model.parameters())
     read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
-    notes = (*said, *dict.fromkeys(note for each in read if (note := checkpoint.unused_code(each))))
+    notes = (*said, *dict.fromkeys(note for each in read if (note := config_json.unused_code(each))))
     return LoadedModel(model, tokenizer, name, source, revision, sha256, parameters, config.weights, notes)
 
 
