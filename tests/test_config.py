@@ -191,7 +191,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["strategy=foo"], ["strategy=foo", "decompose, detect_causal, lowering, mask_input, upstream"]),
     (["model=foo"], ["model=foo", "smollm2_135m"]),
     (["model=a/b/c"], ["model=a/b/c", "smollm2_135m"]),
-    (["model=hub"], ["model.source", "set it"]),
+    (["model=hub"], ["model.source=???", "model=ORG/NAME"]),
     (["backend=onnx"], ["backend=onnx", "eager, plugin, tensorrt, torch_compile"]),
     (["shape=ragged"], ["shape=ragged", "dynamic, static"]),
     (["cache=paged"], ["cache=paged", "none"]),

@@ -44,13 +44,17 @@ def from_hydra(composed: DictConfig, describe: Describe | None = None) -> Config
 
 
 def _describe(plain: DictConfig, describe: Describe) -> None:
+    """Give a repository's model its architecture, and its name where it has none of its own."""
     model = plain.get("model")
-    if isinstance(model, DictConfig) and model.get("path") is None and model.get("architecture") == {}:
-        source = None if OmegaConf.is_missing(model, "source") else model.get("source")
-        if source and not str(source).startswith("pypi:"):
-            model.architecture = describe(str(source), model.get("revision"))
-            if model.get("name") == "hub":
-                model.name = str(source).rpartition("/")[2]
+    if not isinstance(model, DictConfig) or model.get("path") is not None or model.get("architecture") != {}:
+        return
+    if OmegaConf.is_missing(model, "source"):
+        raise UserError("model.source=???: name a repository of the hub, model=ORG/NAME")
+    source = str(model.get("source") or "pypi:")
+    if not source.startswith("pypi:"):
+        model.architecture = describe(source, model.get("revision"))
+        if model.get("name") == "hub":
+            model.name = source.rpartition("/")[2]
 
 
 def _at_home(config: Config) -> Config:

@@ -17,6 +17,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.host import gguf_header
 from pipeline.host.files import sha256_of
 from pipeline.model import config_json, gguf, gguf_config, hub, packages
+from pipeline.model.stored.folder import Stored, format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -44,6 +45,8 @@ class Checkpoint:
     """Of the safetensors or GGUF file; of several, sha256 over their lines ``name sha256``, sorted."""
     notes: tuple[str, ...] = ()
     """What the reader of the report must know of how it was come by."""
+    stored: Stored | None = None
+    """Where its weights come quantised."""
 
 
 def find(model: ModelConfig, progress: Progress, *, fetch: bool = True) -> Checkpoint:
@@ -126,6 +129,12 @@ def _raw(folder: Path, origin: str) -> dict[str, Any]:
         raise UserError(f"{origin}: {file.name} has no config.json beside it, and {reason}; {remedy}") from None
 
 
+def _stored(folder: Path, files: list[Path], origin: str) -> Stored | None:
+    """How the weights in ``files`` are quantised, as the config files in ``folder`` say."""
+    form = format_of(config_json.read_json(folder / "config.json", origin), folder, origin)
+    return None if form is None else Stored(form, tuple(files))
+
+
 def _safetensors(folder: Path, origin: str) -> list[Path]:
     """The safetensors files of a model folder; of a sharded one those that its index names, all or none."""
     if (folder / "model.safetensors").is_file():
@@ -156,7 +165,8 @@ def _local(model: ModelConfig, folder: Path, progress: Progress) -> Checkpoint:
     if file is None:
         files = _safetensors(folder, where(model))
         if files:
-            return Checkpoint(config, folder, _tokenizer_in(folder), source, None, _sha256(files))
+            stored = _stored(folder, files, where(model))
+            return Checkpoint(config, folder, _tokenizer_in(folder), source, None, _sha256(files), stored=stored)
         file = _gguf_beside(folder, where(model))
     sha256 = sha256_of(file)
     raw, tokenizer = _raw(folder, where(model)), _tokenizer_in(folder)
@@ -204,4 +214,5 @@ def _hub(model: ModelConfig, progress: Progress, fetch: bool) -> Checkpoint:
         raise UserError(
             f"{where(model)}: no safetensors weights could be had at revision {small.name}; {hub.OTHERWISE}"
         )
-    return Checkpoint(config, folder, _tokenizer_in(folder), model.source, folder.name, _sha256(files))
+    stored = _stored(small, files, where(model))
+    return Checkpoint(config, folder, _tokenizer_in(folder), model.source, folder.name, _sha256(files), stored=stored)

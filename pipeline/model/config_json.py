@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError, whole_message
 from pipeline.model import gguf
+from pipeline.model.stored.folder import format_of
 from pipeline.private.of_transformers import has_sdpa
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def causal_lm(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
     """``raw`` (the contents of a config.json) as the config of a causal LM that transformers has code for.
 
     Raises :class:`UserError`, beginning with ``origin``, for anything else: encoders, encoder-decoders, models
-    that bring code of their own, quantised checkpoints.
+    that bring code of their own, and weights quantised in a way that is not read.  How weights are stored is not in it.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
@@ -59,12 +60,11 @@ def causal_lm(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
         if raw.get("auto_map"):
             raise UserError(f"{origin}: model_type={kind} {needs_code}")
         raise UserError(f"{origin}: model_type={kind} is not known to transformers {__version__}; install a newer one?")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise UserError(f"{origin}: holds weights quantised by {method}; name the unquantised model")
+    format_of(raw, None, origin)  # refuses what is not read
+    plain = {key: value for key, value in raw.items() if key != "quantization_config"}
     try:
         with gguf.quiet():
-            config = CONFIG_MAPPING[kind].from_dict(dict(raw))
+            config = CONFIG_MAPPING[kind].from_dict(plain)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{origin}: transformers refuses this {kind} config ({whole_message(error)})") from None
 

@@ -16,6 +16,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.model import checkpoint, config_json
 from pipeline.model.gguf import quiet
 from pipeline.model.sections import Model
+from pipeline.model.stored.folder import dequantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,8 +126,10 @@ def _pretrained(
 
     try:
         with quiet():
+            tensors = None if found.stored is None else dequantised(found.stored, dtype, where)
             model, info = AutoModelForCausalLM.from_pretrained(
-                found.folder,
+                found.folder if tensors is None else None,
+                state_dict=tensors,
                 config=found.config,
                 dtype=dtype,
                 attn_implementation="sdpa",
@@ -137,6 +140,8 @@ def _pretrained(
                 output_loading_info=True,
                 device_map={"": device},
             )
+    except UserError:
+        raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{where}: its weights cannot be read ({' '.join(str(error).split())})") from None
     # transformers only warns and draws random numbers for these.
