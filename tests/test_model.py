@@ -249,7 +249,7 @@ def test_sharded_weights_are_loaded_and_hashed_together(tiny_llama_dir: Path) ->
         ({"model_type": "their_own", "auto_map": {"AutoConfig": "a.B"}}, "trust_remote_code is never on"),
         ({"model_type": "their_own"}, "not known to transformers"),
         ({}, "model_type=None"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}, "quantised by hqq"),
         ({"model_type": "llama", "hidden_size": "wide"}, "refuses this llama config"),
     ],
 )

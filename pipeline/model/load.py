@@ -64,6 +64,8 @@ def load(
         tokenizer = _tokenizer(found, where)  # before the weights: it may be refused
         model = _pretrained(found, where, PRECISIONS[precision].dtype, device, progress)
         source, revision, sha256, said = found.source, found.revision, found.sha256, found.notes
+        if found.stored is not None:
+            said += (f"weights come as {found.stored.format.name}: they were dequantised to {precision}",)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
     notes = (*said, *dict.fromkeys(note for each in read if (note := config_json.unused_code(each))))
@@ -122,12 +124,12 @@ def _pretrained(
     found: checkpoint.Checkpoint, where: str, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         with quiet():
             tensors = None if found.stored is None else dequantised(found.stored, dtype, where)
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)].from_pretrained(
                 found.folder if tensors is None else None,
                 state_dict=tensors,
                 config=found.config,

@@ -11,7 +11,7 @@ KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
 def scaled(values: Tensor, scales: Tensor, zeros: Tensor | None = None, block: tuple[int, int] | None = None) -> Grid:
-    """``values`` [out, in] by ``scales`` of one element, [out], [out, groups], or, with ``block``, one for each block of
+    """``values`` [out, in] by ``scales`` of one element, [out], [out, groups], or, with ``block``, for each block of
     that many rows and columns, the last ones cut off."""
     if values.dim() != 2 or values.dtype not in KINDS:
         raise ValueError(f"its weight {list(values.shape)} of {values.dtype} is no matrix of int8 or E4M3 numbers")
