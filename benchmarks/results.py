@@ -113,7 +113,6 @@ RAW: dict[str, tuple[str, Callable[[Path, str], str]]] = {
     "layers": ("steps.jsonl", _kernels),
     "layers_together": ("steps_together.jsonl", _kernels),
     "prompt_attention": ("prompt_attention.jsonl", profile_tables.prompt_attention),
-    "products": ("products.jsonl", profile_tables.products),
 }
 """Part of the page -> the file that it is made of, and how; the latter takes what the stack's rows were measured on."""
 

@@ -71,7 +71,7 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
-    from pipeline.model import limits, load
+    from pipeline.model import limits, quantise
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
     from pipeline.verify.candidate import Wanted
@@ -80,10 +80,10 @@ def _load(record: Record) -> Loaded:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = environment(load_stack().versions() if builds else None)
     record.put(environment=here)
-    model = load.load(config.model, config.precision, device, config.seed, record.update)
+    model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
     record.note(*model.notes)
     limits.check_fit(model, config.shape, config.benchmark.generate, config.seed)
-    limits.check_range(model, config.seed)
+    limits.check_range(model, config.precision, config.seed)
     cache = None
     if builds:
         cache = programs.cache_of(model.model, config.cache, config.shape, config.benchmark.generate)
@@ -143,7 +143,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
                     graph, kernels = config.backend.cuda_graph, place.runtime_cache
                     what = candidate.engines(folder, loaded.model, loaded.wanted, graph, kernels)
                 else:  # no engine can run; what can be checked are the graphs that they were built from
-                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
+                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.number_type)
                 verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
         place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
     if config.exports:  # the store keeps no graphs
@@ -165,7 +165,8 @@ def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[s
 
     config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
     with record.stage("export"), collector_paused():
-        parts = programs.parts(loaded.model.model, config.model, config.shape, cache)
+        model, small = loaded.model.model, loaded.model.quantised
+        parts = programs.parts(model, config.model, config.shape, cache, small)
         traced = {name: trace() for name, trace in parts.items()}
         for name, each in traced.items():
             record.put_graph(name, "graph_before.txt", each.program.graph)
@@ -193,13 +194,13 @@ def _build(
     from pipeline.engine.file import write_engine
     from pipeline.engine.sections import attention_of, engines_of
 
-    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
+    config, asked, cache, kind = record.config, record.config.strategy, loaded.wanted.cache, record.config.number_type
     notes = tuple(dict.fromkeys(note for each in rewritten.values() for note in programs.dropped(each, asked)))
     record.note(*notes)
 
     with record.stage("lower"), collector_paused():
         lowered = {
-            name: network.lower(stack, each.program, each.inputs, config.backend, config.precision)
+            name: network.lower(stack, each.program, each.inputs, config.backend, kind, config.holds_small(name))
             for name, each in made_from.items()
         }
 
@@ -270,9 +271,9 @@ def _verify(
     from pipeline.verify import stage
 
     config = record.config
-    record.note(*stage.notes(what.executed, config.precision, flavour))
+    record.note(*stage.notes(what.executed, config.number_type, flavour))
     for found in stage.verify(
-        what, model, config.model, config.verify, precision=config.precision, seed=config.seed, flavour=flavour,
+        what, model, config.model, config.verify, precision=config.number_type, seed=config.seed, flavour=flavour,
         generate=config.benchmark.generate, assumed=assumed, progress=record.display.steps,
     ):  # fmt: skip
         record.put(verify=found)
@@ -285,14 +286,15 @@ def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> N
     """Time what was verified; nothing else ever reaches this."""
     from pipeline.measure import stage
 
-    config = record.config
+    config, cached = record.config, record.config.cache.name != "none"
     if not config.benchmark.shapes and what.generator is None:
         return
     assert what.runner is not None
     with turn() as waiting, record.stage("benchmark"):
         for found in stage.measure(
             what.runner, what.generator, model, config.benchmark, logits=config.model.logits,
-            precision=config.precision, seed=config.seed, cached=config.cache.name != "none", waiting=waiting,
+            precision=config.quantize.products_in(config.precision), seed=config.seed, cached=cached, waiting=waiting,
+            few_bits=(config.holds_small("engine"), config.holds_small("decode")),
         ):  # fmt: skip
             record.put_benchmark(found)
         record.draw(found)

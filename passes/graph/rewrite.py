@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.export import ExportedProgram
 
+from passes import quantised
 from passes.graph import cache_ops, driver, ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import PASSES, Work
@@ -20,6 +21,8 @@ IN_ATEN = {
     ops.NATIVE: ops.native_in_aten,
     cache_ops.UPDATE: cache_ops.update_in_aten,
     cache_ops.CACHED: cache_ops.cached_in_aten,
+    quantised.DEQUANTISED: quantised.in_aten,
+    quantised.ROWS_IN_E4M3: quantised.rows_in_aten,
 }
 """Every operation of ours, in torch's own words."""
 

@@ -59,12 +59,15 @@ def _describe(plain: DictConfig, describe: Describe) -> None:
 
 def _at_home(config: Config) -> Config:
     """``config`` with ``~`` in its paths as the shell expands it, where that stood in front of a ``/`` or a name."""
+    calibration = config.quantize.calibration
+    text = _expanded("quantize.calibration.text", calibration.text)
     return replace(
         config,
         model=replace(config.model, path=_expanded("model.path", config.model.path)),
         backend=replace(
             config.backend, plugin_library=_expanded("backend.plugin_library", config.backend.plugin_library)
         ),
+        quantize=replace(config.quantize, calibration=replace(calibration, text=text)),
         tracking=replace(config.tracking, uri=_expanded("tracking.uri", config.tracking.uri) or ""),
         store=replace(config.store, folder=_expanded("store.folder", config.store.folder)),
         output=_expanded("output", config.output) or "",

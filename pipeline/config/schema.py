@@ -6,8 +6,11 @@ must answer at once.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from passes.precision import number_type
+from pipeline.config.quantize import QuantizeConfig
 
 STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "write", "benchmark")
 STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` may be, the default first
@@ -19,8 +22,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
 OPTIONAL_PASSES = (
-    "fold_scale", "group_heads", "narrow_rows",
-    "transpose_weights", "write_squares", "fuse_rows", "join_queries_and_keys",
+    "fold_scale", "group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys",
 )  # fmt: skip
 """What `strategy.without` takes: those of `passes.graph.passes` and `passes.tensorrt.network_passes` that may be left
 out, in the order in which they run."""
@@ -242,6 +244,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     precision: str = "fp16"
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     until: str | None = None
     """Stop after this stage, with the report of what was done so far."""
     seed: int = 0
@@ -253,6 +256,14 @@ class Config:
     """Print what would be done, with an estimate of time and device memory, and do nothing."""
     notes: tuple[str, ...] = field(default=(), metadata={"omegaconf_ignore": True})
     """No setting: what the report must say of how the settings came about."""
+
+    @property
+    def number_type(self) -> str:
+        """What all is computed in: ``precision``, or what stands under its weights of fewer bits."""
+        return number_type(self.precision, self.quantize.base)
+
+    def holds_small(self, program: str) -> bool:
+        return self.quantize.holds_few_bits(program, self.precision, self.cache.name != "none")
 
     @property
     def last_stage(self) -> str:
@@ -286,12 +297,3 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Every setting."""
         return {key: value for key, value in asdict(self).items() if key != "notes"}
-
-
-def schema_keys(prefix: str = "") -> list[str]:
-    """The settings of one level of the schema: ``schema_keys("backend")``; empty for what is no group of settings."""
-    schema: Any = Config
-    for part in filter(None, prefix.split(".")):
-        hint = get_type_hints(schema).get(part) if is_dataclass(schema) else None
-        schema = next(filter(is_dataclass, (hint, *get_args(hint))), None) if get_origin(hint) is not list else None
-    return sorted(f.name for f in fields(schema) if not f.metadata) if is_dataclass(schema) else []

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
+from passes.quantised import QuantisedWeight
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
+from pipeline.model import few_bits
 from pipeline.trace import cached_forms, call_form
 from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
@@ -39,18 +43,28 @@ def cache_of(
 
 
 def parts(
-    model: PreTrainedModel, form: ModelConfig, shape: ShapeConfig, cache: CacheShape | None
+    model: PreTrainedModel,
+    form: ModelConfig,
+    shape: ShapeConfig,
+    cache: CacheShape | None,
+    quantised: Mapping[str, QuantisedWeight] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Traced]]:
     """What is built, by the name of its engine file: one program, or with a cache the prompts' (``engine``) and the
-    next token's (``decode``); each with the function that traces it."""
+    next token's (``decode``); each with the function that traces it.  The layers that ``quantised`` names have their
+    small weights in it."""
     device = model.device
+
+    def traced(trace: Callable[..., Traced], *arguments: Any) -> Traced:
+        with few_bits.small(model, quantised):
+            return trace(*arguments, device)
+
     if cache is None:
         whole = call_form.CallForm(model, form.logits)
-        return {"engine": lambda: call_form.trace(whole, form, shape, device)}
+        return {"engine": partial(traced, call_form.trace, whole, form, shape)}
     prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
     return {
-        "engine": lambda: cached_forms.trace_prefill(prefill, cache, shape, device),
-        "decode": lambda: cached_forms.trace_decode(decode, cache, device),
+        "engine": partial(traced, cached_forms.trace_prefill, prefill, cache, shape),
+        "decode": partial(traced, cached_forms.trace_decode, decode, cache),
     }
 
 

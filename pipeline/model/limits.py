@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from passes.errors import UserError
+from passes.precision import PRECISIONS
 from pipeline.config.schema import GenerateShape, ShapeConfig
 from pipeline.model.load import LoadedModel
 from pipeline.model.text import token_batch, tokens_for
@@ -29,7 +30,7 @@ def check_fit(loaded: LoadedModel, shape: ShapeConfig, generate: GenerateShape |
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, seed)
 
 
-def check_range(loaded: LoadedModel, seed: int) -> None:
+def check_range(loaded: LoadedModel, precision: str, seed: int) -> None:
     """Raises :class:`UserError` where pretrained weights are numbers and what they compute is none in fp16: its largest
     is 65504, and models that were trained in bf16 may go beyond.  A longer text may still; verification sees to that.
     """
@@ -38,7 +39,8 @@ def check_range(loaded: LoadedModel, seed: int) -> None:
     with torch.no_grad():
         logits = loaded.model(tokens_for(loaded, 1, TRIED, seed), logits_to_keep=1).logits
     if not logits.isfinite().all() and all(weight.isfinite().all() for weight in loaded.model.parameters()):
+        key, value = ("precision", precision) if precision in PRECISIONS else ("quantize.base", "fp16")
         raise UserError(
-            f"precision=fp16: what {loaded.source} computes goes beyond its range, and its logits are no numbers; "
-            f"set precision=bf16"
+            f"{key}={value}: what {loaded.source} computes goes beyond its range, and its logits are no numbers; "
+            f"set {key}=bf16"
         )

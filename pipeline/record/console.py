@@ -12,6 +12,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from passes.precision import FEW_BITS
 from pipeline.record import markdown
 from pipeline.record.report import GRAPH, worst_case
 
@@ -112,6 +113,8 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), "
             f"{engine['softmax']} softmax{size}",
         )
+        if few := _few_bits(report):
+            yield "weights", few
         if len(profiles := engine["profiles"] or ()) > 1:
             yield (
                 "profiles",
@@ -169,6 +172,17 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             _tainted(generate),
         )
     yield "stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages_s"].items())
+
+
+def _few_bits(report: dict[str, Any]) -> str:
+    """What the engines hold by type, where one has weights of few bits."""
+    engines = {"engine": report["engine"], "decode": (report["decode"] or {}).get("engine")}
+    held = {name: (each or {}).get("weights") or {} for name, each in engines.items()}
+    if not any(few.kind in each for few in FEW_BITS.values() for each in held.values()):
+        return ""
+    said = {name: ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in each.items() if size >= 50_000)
+            for name, each in held.items() if each}  # fmt: skip
+    return "; ".join(said.values()) if len(said) == 1 else "; ".join(f"{name}: {text}" for name, text in said.items())
 
 
 def _tainted(entry: dict[str, Any]) -> Part:
