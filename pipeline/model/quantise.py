@@ -59,7 +59,7 @@ def quantised(
     few = FEW_BITS.get(precision)
     if few is None or loaded.quantised:
         return loaded
-    if few.kind == "fp8":
+    if few.kind == "e4m3":
         _refuse_without_e4m3(precision, loaded.model.device)
     layers = _chosen(loaded.model, precision, asked.without)
     tables = _tables(loaded.model, layers)
@@ -81,7 +81,7 @@ def quantised(
             made[name] = _rounded(precision, name, layer.weight, few.kind, block, dtype)
     if few.rounds_rows:
         largest = _largest_rows(loaded, others, _texts(loaded, asked.calibration, seed))
-        made |= {name: replace(made[name], row_scale=each / LARGEST["fp8"]) for name, each in largest.items()}
+        made |= {name: replace(made[name], row_scale=each / LARGEST["e4m3"]) for name, each in largest.items()}
     few_bits.put(loaded.model, made)
     return replace(loaded, quantised=made, notes=(*loaded.notes, *_notes(few, block, asked.block, tables)))
 

@@ -178,7 +178,7 @@ def _few_bits(report: dict[str, Any]) -> str:
     """What the engines hold by type, where one has weights of few bits."""
     engines = {"engine": report["engine"], "decode": (report["decode"] or {}).get("engine")}
     held = {name: (each or {}).get("weights") or {} for name, each in engines.items()}
-    if not any(few.kind in each for few in FEW_BITS.values() for each in held.values()):
+    if not any(name in each for few in FEW_BITS.values() for name in (few.kind, few.name) for each in held.values()):
         return ""
     said = {name: ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in each.items() if size >= 50_000)
             for name, each in held.items() if each}  # fmt: skip
