@@ -10,17 +10,25 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_LLAMA, save_tiny_llama
+from runs import DONE, SMALL, do
 from safetensors.torch import load_file, save_file
 from test_model import CPU, local, nothing, refusal
 from torch import Tensor
 
-from pipeline.model.load import load, load_reference
+from passes.errors import UserError
+from passes.quantised import DEQUANTISED
+from pipeline.config.quantize import QuantizeConfig
+from pipeline.config.schema import ShapeConfig
+from pipeline.engine import programs
+from pipeline.model import quantise
+from pipeline.model.load import LoadedModel, load, load_reference
 
 Parts = dict[str, Tensor]
 Packed = tuple[Parts, Tensor]
 """What a layer is stored as, and the weight in float64 that it stands for."""
 GROUP = 32
 HALF = torch.float16
+SHAPE = ShapeConfig("dynamic", 1, 2, 16, 16)
 
 
 def words(numbers: Tensor, bits: int) -> Tensor:
@@ -47,10 +55,13 @@ def spread(grouped: Tensor, inner: int) -> Tensor:
     return grouped.double().repeat_interleave(inner // grouped.shape[1], 1)
 
 
-def gptq(bits: int, version: str = "gptq", act_order: bool = False) -> Callable[[int, int], Packed]:
+def gptq(
+    bits: int, version: str = "gptq", act_order: bool = False, symmetric: bool = False
+) -> Callable[[int, int], Packed]:
     def layer(out: int, inner: int) -> Packed:
         groups, most = inner // GROUP, 2**bits
         values, zeros, scale = whole(0, most, out, inner), whole(1, most, out, groups), scales(out, groups)
+        zeros = torch.full_like(zeros, most // 2) if symmetric else zeros
         order = torch.randperm(inner) // GROUP if act_order else torch.arange(inner) // GROUP
         weight = (values - zeros[:, order]).double() * scale.double()[:, order]
         less = 1 if version == "gptq" else 0
@@ -126,6 +137,7 @@ def ct(form: str, **weights: Any) -> dict[str, Any]:
 
 FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int], Packed]]] = {
     "GPTQ int4": ({"quant_method": "gptq", "bits": 4, "group_size": GROUP}, gptq(4)),
+    "GPTQ int4 symmetric": ({"quant_method": "gptq", "bits": 4, "sym": True}, gptq(4, symmetric=True)),
     "GPTQ int4 act order": ({"quant_method": "gptq", "bits": 4, "desc_act": True}, gptq(4, act_order=True)),
     "GPTQ int3": ({"quant_method": "gptq", "bits": 3}, gptq(3)),
     "GPTQ int8 v2": ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, gptq(8, "gptq_v2")),
@@ -201,6 +213,97 @@ def test_sharded_weights_and_the_file_of_modelopt_alone_are_read(tmp_path: Path)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     model = load(local(tmp_path), "fp32", CPU, 0, nothing).model
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+# What an engine holds as it came
+
+
+def held(folder: Path, precision: str, **asked: Any) -> LoadedModel:
+    return quantise.load(local(folder), precision, QuantizeConfig(**asked), CPU, 0, nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "kind", "block"),
+    [
+        ("GPTQ int4 symmetric", "int4_weights", "int4", GROUP),
+        ("compressed-tensors int4", "int4_weights", "int4", GROUP),
+        ("ModelOpt int4", "int4_weights", "int4", GROUP),
+        ("compressed-tensors int8", "int8_weights", "int8", None),
+        ("ModelOpt int8", "int8_weights", "int8", None),
+        ("ModelOpt fp8", "fp8", "e4m3", None),
+    ],
+)
+def test_weights_that_an_engine_can_hold_stay_as_they_came(
+    name: str, precision: str, kind: str, block: int | None, tmp_path: Path
+) -> None:
+    expected = quantised(tmp_path, name)
+    loaded = held(tmp_path, precision, base="bf16")
+    assert {layer.rpartition(".")[2] for layer in loaded.quantised} == {
+        *(f"{each}_proj" for each in ("q", "k", "v", "o", "gate", "up", "down"))
+    }
+    for layer, weight in loaded.quantised.items():
+        meant = weight.dequantised(torch.float32) * (1 if weight.row_factors is None else weight.row_factors)
+        assert (weight.kind, weight.block) == (kind, block)
+        assert torch.allclose(meant, expected[f"{layer}.weight"], rtol=2**-8)  # scales are numbers of bf16
+        assert (weight.row_scale is None) == (kind != "e4m3")
+        assert (weight.row_factors is None) == (name != "ModelOpt int8")
+    assert [note for note in loaded.notes if note.endswith("7 layers as they came, scales rounded to bf16")]
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        ("ModelOpt int8", "int8_weights"),  # with factors of the rows
+        pytest.param("GPTQ int4 symmetric", "int4_weights", marks=pytest.mark.slow),
+        pytest.param("ModelOpt fp8", "fp8", marks=pytest.mark.slow),
+    ],
+)
+def test_a_graph_holds_them_as_they_came(name: str, precision: str, tmp_path: Path) -> None:
+    quantised(tmp_path, name)
+    loaded, tokens = held(tmp_path, precision, base="bf16"), torch.arange(8)[None]
+    (form,) = programs.parts(loaded.model, local(tmp_path), SHAPE, None, loaded.quantised).values()
+    program = form().program
+    nodes = [node.target for node in program.graph.nodes]
+    assert nodes.count(DEQUANTISED) == 7
+    with torch.no_grad():
+        graph, model = program.module()(input_ids=tokens), loaded.model(tokens, logits_to_keep=1).logits
+    assert torch.equal(graph, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "asked", "says"),
+    [
+        (
+            "AWQ int4",
+            "int4_weights",
+            {},
+            "comes as AWQ int4, which no engine holds as int4; set precision=fp16 or bf16",
+        ),
+        ("GPTQ int4 act order", "int4_weights", {}, "comes as GPTQ int4, which no engine holds as int4"),
+        ("GPTQ int4 symmetric", "int8_weights", {}, "comes as GPTQ int4, which no engine holds as int8"),
+        ("fp8 in blocks", "fp8", {}, "comes as fp8 in blocks, which no engine holds as e4m3"),
+        ("ModelOpt int4", "int4_weights", {"method": "awq"}, "comes as ModelOpt int4; leave it out"),
+    ],
+)
+def test_what_an_engine_cannot_hold_as_asked_is_one_line(
+    name: str, precision: str, asked: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    quantised(tmp_path, name)
+    with pytest.raises(UserError) as caught:
+        held(tmp_path, precision, **asked)
+    assert says in str(caught.value)
+
+
+@pytest.mark.slow  # whole builds
+@pytest.mark.parametrize("precision", ["int4_weights", "fp16"])
+def test_a_checkpoint_that_comes_as_int4_becomes_an_engine_of_int4_where_that_is_asked_for(
+    precision: str, store: str, tmp_path: Path
+) -> None:
+    quantised(tmp_path / "model", "GPTQ int4 symmetric")
+    outcome = do(store, tmp_path / "out", tmp_path / "model", f"precision={precision}", *SMALL)
+    assert outcome.report["status"] == DONE, outcome.report["failure"]
+    came = "7 layers as they came, scales rounded" if precision == "int4_weights" else "7 dequantised"
+    assert any(note == f"weights come as GPTQ int4: {came} to fp16" for note in outcome.report["notes"])
 
 
 # What is refused

@@ -10,6 +10,7 @@ input, with ``weight_shape``; zero points are packed likewise along the output. 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 
 from pipeline.model.stored.format import Format, Settings, one_of, two_sizes
 from pipeline.model.stored.grid import Grid, in_groups, unpacked
-from pipeline.model.stored.scaled import scaled
+from pipeline.model.stored.scaled import of_rows, scaled
 
 PACKED = "pack-quantized"
 FORMATS = (PACKED, "int-quantized", "float-quantized", "naive-quantized")
-UNUSED = ("input_scale", "input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
+UNUSED = ("input_zero_point", "input_global_scale", "output_scale", "k_scale", "v_scale", "q_scale")
 
 
 def read(settings: Settings) -> Format:
@@ -38,6 +39,7 @@ def read(settings: Settings) -> Format:
     sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
     one_of("sparsity_config.format", sparsity, ("dense",))
     block = two_sizes("block_structure", of.get("block_structure")) if strategy == "block" else None
+    rows = any(group.get("input_activations") for group in groups)
     needed = ("weight_scale", *(() if of.get("symmetric", True) else ("weight_zero_point",)))
 
     def packed(parts: Mapping[str, Tensor]) -> Grid:
@@ -57,9 +59,12 @@ def read(settings: Settings) -> Format:
         return Grid(values, scales, zeros, in_groups(inner, scales.shape[1]) if order is None else order.long())
 
     def plain(parts: Mapping[str, Tensor]) -> Grid:
-        return scaled(parts["weight"], parts["weight_scale"], parts.get("weight_zero_point"), block)
+        grid = scaled(parts["weight"], parts["weight_scale"], parts.get("weight_zero_point"), block)
+        return replace(grid, row_scale=of_rows(parts.get("input_scale")))
 
     name = f"compressed-tensors {'fp' if kind == 'float' else 'int'}{bits}"
     if form == PACKED:
-        return Format(name, "weight_packed", (*needed, "weight_shape"), ("weight_g_idx",), packed, UNUSED)
-    return Format(name, "weight", needed, (), plain, UNUSED)
+        return Format(
+            name, "weight_packed", (*needed, "weight_shape"), ("weight_g_idx",), packed, (*UNUSED, "input_scale"), rows
+        )
+    return Format(name, "weight", needed, ("input_scale",), plain, UNUSED, rows)

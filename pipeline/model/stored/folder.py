@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from passes.errors import UserError, whole_message
+from passes.precision import Kind
+from passes.quantised import QuantisedWeight
 from pipeline.model.stored import awq, compressed_tensors, fp8, gptq, modelopt
 from pipeline.model.stored.format import Format, Settings
 from pipeline.model.stored.grid import Grid
+from pipeline.model.stored.held import held
 
 _FORMATS: dict[str, Callable[[Settings], Format]] = {
     "gptq": gptq.read,
@@ -68,11 +71,14 @@ def layers(stored: Stored, origin: str) -> Iterator[tuple[str, Tensor | Grid]]:
 
     Raises :class:`UserError`, beginning with ``origin``, where a layer lacks a part, or its parts do not fit.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     form = stored.format
     with ExitStack() as opened:
-        files = [opened.enter_context(safe_open(file, framework="pt")) for file in stored.files]
+        try:
+            files = [opened.enter_context(safe_open(file, framework="pt")) for file in stored.files]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{origin}: its weights cannot be read ({whole_message(error)})") from None
         where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no mapping)
         small = [name.rpartition(".")[0] for name, file in where.items() if _is_small(name, file, form)]
         parts = {f"{layer}.{part}" for layer in small for part in (form.values, *form.needed, *form.optional)}
@@ -99,6 +105,37 @@ def _is_small(name: str, file: Any, form: Format) -> bool:
     return named and (form.values != "weight" or file.get_slice(name).get_dtype() in _SMALL)
 
 
-def dequantised(stored: Stored, dtype: torch.dtype, origin: str) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint, quantised weights as those of ``dtype`` that they stand for."""
-    return {name: each.dequantised(dtype) if isinstance(each, Grid) else each for name, each in layers(stored, origin)}
+@dataclass(frozen=True)
+class Read:
+    """A checkpoint that came quantised, read."""
+
+    format: Format
+    tensors: dict[str, Tensor]
+    """All of it by name, quantised weights as those that they stand for."""
+    kept: dict[str, QuantisedWeight]
+    """Layer -> its weight as it came, where an engine can hold that."""
+    quantised: list[str]
+    """Every layer whose weight came quantised."""
+
+    def said(self, held: int, number_type: str) -> str:
+        """What the reader of the report must know, where ``held`` of the layers stay as they came."""
+        total = len(self.quantised)
+        parts = [f"{held} layers as they came, scales rounded to {number_type}"] if held else []
+        parts += [f"{total - held} dequantised to {number_type}"] if held < total else []
+        rows = "; rows, which it means to be rounded too, are not" if self.format.rounds_rows and held < total else ""
+        return f"weights come as {self.format.name}: {', '.join(parts)}{rows}"
+
+
+def read(stored: Stored, dtype: torch.dtype, origin: str, keep: Kind | None = None) -> Read:
+    """The checkpoint with weights of ``dtype``, and those as they came that can be held as ``keep``; raises as
+    :func:`layers`."""
+    found = Read(stored.format, {}, {}, [])
+    for name, each in layers(stored, origin):
+        if isinstance(each, Tensor):
+            found.tensors[name] = each
+            continue
+        found.tensors[name] = each.dequantised(dtype)
+        found.quantised.append(name.removesuffix(".weight"))
+        if keep is not None and (weight := held(each, keep, dtype)) is not None:
+            found.kept[name.removesuffix(".weight")] = weight
+    return found

@@ -30,6 +30,8 @@ class Format:
     """The weight of a layer, of its tensors; raises :class:`ValueError` where they are none."""
     unused: tuple[str, ...] = ()
     """What is for arithmetic of fewer bits, which is not done here: scales of rows and of a cache."""
+    rounds_rows: bool = False
+    """Whether it means rows to be rounded too."""
 
 
 def one_of(key: str, value: Any, allowed: tuple[T, ...]) -> T:

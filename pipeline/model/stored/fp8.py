@@ -22,4 +22,4 @@ def read(settings: Settings) -> Format:
     def layer(parts: Mapping[str, Tensor]) -> Grid:
         return scaled(parts["weight"], parts["weight_scale_inv"], None, block)
 
-    return Format("fp8 in blocks", "weight", ("weight_scale_inv",), (), layer, ("input_scale",))
+    return Format("fp8 in blocks", "weight", ("weight_scale_inv",), (), layer, ("input_scale",), rounds_rows=True)

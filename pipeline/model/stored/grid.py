@@ -28,6 +28,8 @@ class Grid:
     """int64 [in]: the group of each input."""
     row_factors: Tensor | None = None
     """Floats [in], by which the layer's rows are multiplied before the product; None: by nothing."""
+    row_scale: float | None = None
+    """The scale at which rows are meant to be rounded to E4M3, where the checkpoint has one."""
 
     def __post_init__(self) -> None:
         channels, inner = self.values.shape

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.model.stored.format import Format, Settings, one_of
 from pipeline.model.stored.grid import Grid, in_groups
-from pipeline.model.stored.scaled import scaled
+from pipeline.model.stored.scaled import of_rows, scaled
 
 NAMES = {
     "FP8": "fp8",
@@ -24,7 +24,7 @@ NAMES = {
     "W8A8_SQ_PER_CHANNEL": "int8",
     "W4A16_AWQ": "int4",
 }
-UNUSED = ("input_scale", "k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "output_scale")
+UNUSED = ("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "output_scale")
 
 
 def read(settings: Settings) -> Format:
@@ -32,9 +32,19 @@ def read(settings: Settings) -> Format:
 
     def layer(parts: Mapping[str, Tensor]) -> Grid:
         grid = (_two_a_byte if algorithm == "W4A16_AWQ" else scaled)(parts["weight"], parts["weight_scale"])
-        return replace(grid, row_factors=parts.get("pre_quant_scale"))
+        row_scale = of_rows(parts.get("input_scale")) if algorithm == "FP8" else None
+        return replace(grid, row_factors=parts.get("pre_quant_scale"), row_scale=row_scale)
 
-    return Format(f"ModelOpt {NAMES[algorithm]}", "weight", ("weight_scale",), ("pre_quant_scale",), layer, UNUSED)
+    rows = algorithm not in ("W8A16", "W4A16_AWQ")
+    return Format(
+        f"ModelOpt {NAMES[algorithm]}",
+        "weight",
+        ("weight_scale",),
+        ("pre_quant_scale", "input_scale"),
+        layer,
+        UNUSED,
+        rows,
+    )
 
 
 def _two_a_byte(values: Tensor, scales: Tensor) -> Grid:

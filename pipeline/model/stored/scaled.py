@@ -10,6 +10,11 @@ from pipeline.model.stored.grid import Grid, in_groups
 KINDS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
+def of_rows(scale: Tensor | None) -> float | None:
+    """The one scale of a layer's rows, where that is what ``scale`` is."""
+    return float(scale) if scale is not None and scale.numel() == 1 and 0 < float(scale) < float("inf") else None
+
+
 def scaled(values: Tensor, scales: Tensor, zeros: Tensor | None = None, block: tuple[int, int] | None = None) -> Grid:
     """``values`` [out, in] by ``scales`` of one element, [out], [out, groups], or, with ``block``, for each block of
     that many rows and columns, the last ones cut off."""
