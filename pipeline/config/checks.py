@@ -27,6 +27,7 @@ from pipeline.config.schema import (
     ShapeConfig,
     StrategyConfig,
 )
+from pipeline.config.verification import check_verification
 from pipeline.host import gguf_header
 
 
@@ -55,7 +56,7 @@ def check(config: Config) -> None:
     _check_cache(config)
     _check_lengths(config)
     at_least("seed", config.seed, 0)
-    at_least("verify.samples", config.verify.samples, 1)
+    check_verification(config.verify)
     if not config.output:
         raise UserError("output=: name a folder for the runs, for example output=outputs")
     if config.store.folder == "":

@@ -67,6 +67,7 @@ def _at_home(config: Config) -> Config:
         backend=replace(
             config.backend, plugin_library=_expanded("backend.plugin_library", config.backend.plugin_library)
         ),
+        verify=replace(config.verify, text=_expanded("verify.text", config.verify.text)),
         quantize=replace(config.quantize, calibration=replace(calibration, text=text)),
         tracking=replace(config.tracking, uri=_expanded("tracking.uri", config.tracking.uri) or ""),
         store=replace(config.store, folder=_expanded("store.folder", config.store.folder)),

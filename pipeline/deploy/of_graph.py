@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from passes.errors import UserError
-from passes.graph.rewrite import rewrite
 from passes.precision import PRECISIONS
 from pipeline.deploy.described import Described, graph_hash
 from pipeline.deploy.writers import CachedWriter, PrefixWriter, Writer
@@ -41,16 +40,13 @@ def writer(described: Described, progress: Callable[[str], None]) -> Writer:
         )
     cache = programs.cache_of(loaded.model, config.cache, config.shape, config.benchmark.generate)
     made: dict[str, programs.Program] = {}
-    asked = config.strategy
     parts = programs.parts(loaded.model, config.model, config.shape, cache, loaded.quantised)
     for name, trace in parts.items():
         progress(f"tracing {name}")
-        traced = trace()
-        again = rewrite(traced.program, asked.name, asked.unproven, asked.assume, without=asked.without)
-        if graph_hash(str(again.program.graph)) != described.graphs.get(name):
+        made[name] = programs.rewritten(trace(), config.strategy)
+        if graph_hash(str(made[name].program.graph)) != described.graphs.get(name):
             here = ", ".join(f"{key} {value}" for key, value in _versions(described).items())
             raise UserError(f"on_cpu=torch: {name} becomes another graph here than in the run, which had {here}")
-        made[name] = programs.Program(again.program, traced.inputs)
     if cache is not None:
         generator = graph_generator(made, cache, vocabulary_of(loaded), config.number_type)
         return CachedWriter(generator, config.shape)

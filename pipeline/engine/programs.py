@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
+from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
 from passes.quantised import QuantisedWeight
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
+from pipeline.engine.sections import Attention, attention_of
 from pipeline.model import few_bits
 from pipeline.trace import cached_forms, call_form
 from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
+from pipeline.trace.rings import with_rings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,10 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that an engine was built from, after its strategy; ``inputs`` in the order of its arguments."""
+    """A program that an engine is built from, after its strategy; ``inputs`` in the order of its arguments."""
 
     program: ExportedProgram
     inputs: tuple[InputSpec, ...]
+    attention: Attention
+    notes: tuple[str, ...]
+    """What must be said of the masks that it lost."""
 
 
 def cache_of(
@@ -39,7 +45,7 @@ def cache_of(
     if cache.name == "none":
         return None
     longest = generate.input_length + generate.output_length if generate else shape.max + GRANULE
-    return cache_shape(model, cache, shape, max(longest, shape.max + 1))
+    return with_rings(model, cache_shape(model, cache, shape, max(longest, shape.max + 1)))
 
 
 def parts(
@@ -61,11 +67,17 @@ def parts(
     if cache is None:
         whole = call_form.CallForm(model, form.logits)
         return {"engine": partial(traced, call_form.trace, whole, form, shape)}
-    prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
+    prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
     return {
         "engine": partial(traced, cached_forms.trace_prefill, prefill, cache, shape),
         "decode": partial(traced, cached_forms.trace_decode, decode, cache),
     }
+
+
+def rewritten(traced: Traced, asked: StrategyConfig) -> Program:
+    """``traced`` after the strategy ``asked``; raises what :func:`passes.graph.rewrite.rewrite` does."""
+    done = rewrite(traced.program, asked.name, asked.unproven, asked.assume, without=asked.without)
+    return Program(done.program, traced.inputs, attention_of(done), tuple(dropped(done, asked)))
 
 
 def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
