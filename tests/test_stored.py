@@ -302,7 +302,12 @@ def test_a_checkpoint_that_comes_as_int4_becomes_an_engine_of_int4_where_that_is
     quantised(tmp_path / "model", "GPTQ int4 symmetric")
     outcome = do(store, tmp_path / "out", tmp_path / "model", f"precision={precision}", *SMALL)
     assert outcome.report["status"] == DONE, outcome.report["failure"]
-    came = "7 layers as they came, scales rounded" if precision == "int4_weights" else "7 dequantised"
+    small = precision == "int4_weights"
+    products = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64  # of the layer; int4 is half a byte
+    assert outcome.report["engine"]["weights"].get("int4") == (products // 2 if small else None)
+    if small:
+        assert "no unquantised ones" in outcome.report["verify"]["quality"]["not_judged"]
+    came = "7 layers as they came, scales rounded" if small else "7 dequantised"
     assert any(note == f"weights come as GPTQ int4: {came} to fp16" for note in outcome.report["notes"])
 
 
