@@ -54,7 +54,7 @@ class Net:
         return self.net.add_constant(value.shape, self.trt.Weights(value)).get_output(0)
 
     def weight(self, value: np.ndarray, bits: int = 16, wide: bool = False) -> Any:
-        """``value`` [out, in] as fp16: itself, or dequantised from int8 with a scale an output (one, if all are alike) or
+        """``value`` [out, in] as fp16: itself, or dequantised from int8 with a scale an output (one, if alike) or
         from int4 with a scale for each :data:`BLOCK` inputs of an output.  ``wide``: as fp32."""
         kind, scale_type = (self.trt.float32, np.float32) if wide else (self.trt.float16, np.float16)
         if bits == 16:

@@ -20,10 +20,10 @@ keys and values are outputs, to be put into the cache by somebody else.  ``d``: 
 multiplied on behind the product.  ``j``: query and key are normed and rotated together.  ``g``: a norm's gain is part
 of the weights behind it.  ``u``: the softmax is divided before the values are weighted, not behind.  ``m``: the mean of
 a norm is computed for each output of the product behind it, in its kernel, and divides what comes out; ``k`` that for
-query, key and value only; ``b``: the mean alone is computed before, and divides behind.  ``r``: what a layer adds to its
-input is added up together with it, in one sum.  ``h``: the activated gate is a factor of the other product's terms.
+query, key and value only; ``b``: the mean alone is computed before, and divides behind.  ``r``: what a layer adds to
+its input is added up together with it, in one sum.  ``h``: the activated gate is a factor of the other product's terms.
 ``w``: the terms of a sum are products in fp32.  ``i``: weights of int8 with a scale an output; ``f``: of int4 in blocks
-of 128; ``c``: the scales are multiplied on behind.
+of 128; ``c``: the scales are multiplied on behind.  ``t``: the softmax's weights are rounded before they are added up.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ STEP = (
     "merged.fused.jgrf",
     "merged.fused.jgmri",
     "merged.wide.jgh",
+    "merged.wide.jgt",
     "merged@x2.wide.jg",
     "merged@x4.wide.jg",
     "merged@x8.wide.jg",
@@ -317,10 +318,13 @@ class StepNet(Net):
         if self.attention.startswith("fused"):
             return self.fused(scores, self.reshape(value, (h, 1, d, keys)))
         weights = self.unary(self.binary(scores, self.reduce(scores, "MAX", 2), "SUB"), "EXP")
+        if "t" in self.flags:
+            rounded = self.cast(weights, "half")
+            weights = self.cast(rounded, "float")
         total, early = self.reduce(weights, "SUM", 2), "u" in self.flags
         if early:
             weights = self.binary(weights, total, "DIV")
-        rows = self.reshape(self.cast(weights, "half"), (h, g, 1, keys))
+        rows = self.reshape(rounded if "t" in self.flags else self.cast(weights, "half"), (h, g, 1, keys))
         width = keys // int(self.key_pieces or 1)
         terms = self.side_by_side(
             self.cast(

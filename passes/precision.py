@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 Products = Literal["fp16_accumulation", "tf32"]
-Kind = Literal["int8", "int4", "fp8"]
+Kind = Literal["int8", "int4", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ FEW_BITS = {
     for each in (
         FewBits("int8_weights", "int8", 8),
         FewBits("int4_weights", "int4", 4, (128, 64, 32), ("round", "awq")),
-        FewBits("fp8", "fp8", 8, rounds_rows=True),
+        FewBits("fp8", "e4m3", 8, rounds_rows=True),
     )
 }
 BASES = tuple(name for name, each in PRECISIONS.items() if each.is_narrow)

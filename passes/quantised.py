@@ -19,8 +19,8 @@ from torch import Tensor
 
 from passes.precision import Kind
 
-LARGEST: dict[Kind, float] = {"int8": 127, "int4": 7, "fp8": 448}
-"""The largest magnitude that both signs have; of fp8, that is E4M3: IEEE's draft P3109 and OCP's OFP8 specification."""
+LARGEST: dict[Kind, float] = {"int8": 127, "int4": 7, "e4m3": 448}
+"""The largest magnitude that both signs have; of E4M3: OCP's OFP8 specification."""
 LEAST = 2.0**-100
 """The scale of what is zero throughout."""
 E4M3 = torch.float8_e4m3fn
@@ -35,7 +35,7 @@ class QuantisedWeight:
 
     kind: Kind
     values: Tensor
-    """[out, in]: int8 for ``int8`` and ``int4`` (-8 to 7, one a byte), ``float8_e4m3fn`` for ``fp8``."""
+    """[out, in]: int8 for ``int8`` and ``int4`` (-8 to 7, one a byte), ``float8_e4m3fn`` for ``e4m3``."""
     scales: Tensor
     """float32 [out, blocks]: one a channel, or one for each of so many equal blocks along the input."""
     row_factors: Tensor | None = None
@@ -44,7 +44,7 @@ class QuantisedWeight:
     """The scale at which the rows are rounded to E4M3 before the product; None: they are taken as they are."""
 
     def __post_init__(self) -> None:
-        wanted = E4M3 if self.kind == "fp8" else torch.int8
+        wanted = E4M3 if self.kind == "e4m3" else torch.int8
         if self.values.dim() != 2 or self.values.dtype != wanted:
             raise ValueError(f"{self.kind} values must be a matrix of {wanted}, not {tuple(self.values.shape)} of "
                              f"{self.values.dtype}")  # fmt: skip
@@ -98,7 +98,7 @@ def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype
 def rounded(numbers: Tensor, kind: Kind) -> Tensor:
     """``numbers``, already divided by their scale, as values of ``kind``."""
     largest = LARGEST[kind]
-    if kind == "fp8":
+    if kind == "e4m3":
         return numbers.clamp(-largest, largest).to(E4M3)
     return numbers.round().clamp(-largest, largest).to(torch.int8)
 
@@ -129,7 +129,7 @@ def rows_in_e4m3(rows: Tensor, scale: float) -> Tensor:
 
 def rows_in_aten(rows: Tensor, scale: float) -> Tensor:
     """What :func:`rows_in_e4m3` computes, in torch's own words."""
-    largest = LARGEST["fp8"]
+    largest = LARGEST["e4m3"]
     return ((rows.float() / scale).clamp(-largest, largest).to(E4M3).float() * scale).to(rows.dtype)
 
 

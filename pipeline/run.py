@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
-from pipeline.frame import Outcome, framed
+from pipeline.frame import Outcome, framed, unavailable
 from pipeline.host.memory import collector_paused, trim
 from pipeline.host.turn import Turn, alone
 from pipeline.record.console import StageDisplay
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.engine.programs import Program
     from pipeline.engine.sections import Engines
     from pipeline.model.load import LoadedModel
+    from pipeline.model.real_text import RealText
     from pipeline.record.environment import Environment
     from pipeline.store.reuse import Place
     from pipeline.tracking.runs import Tracked
@@ -49,19 +50,20 @@ def run(
     if config.generates and config.model.logits != "last":  # of a prompt, generation needs no other
         config = replace(config, model=replace(config.model, logits="last"))
     if config.backend.name == "plugin":
-        return framed(config, display, track, _unavailable, lambda record, folder, loaded: "unavailable")
+        return framed(config, display, track, unavailable, lambda record, folder, loaded: "unavailable")
     work = _tensorrt if config.backend.name == "tensorrt" else _rival
     return framed(config, display, track, _load, partial(work, turn=turn))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model, where it runs, and what it has to do there."""
+    """The model, where it runs, what it has to do there, and the text on which its precision's cost is measured."""
 
     model: LoadedModel
     device: torch.device
     environment: Environment
     wanted: Wanted
+    text: RealText | str | None
 
 
 def _load(record: Record) -> Loaded:
@@ -70,40 +72,28 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
-    from pipeline.model import quantise
-    from pipeline.model.limits import check_fit
+    from pipeline.model import limits, quantise
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
-    from pipeline.verify.candidate import Wanted
+    from pipeline.verify import candidate, quality
 
     config, builds = record.config, record.config.backend.name == "tensorrt"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = environment(load_stack().versions() if builds else None)
     record.put(environment=here)
     model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
+    text = quality.text_for(config.verify, model, config.precision) if config.judges_quality else None
     record.note(*model.notes)
-    check_fit(model, config.shape, config.benchmark.generate, config.seed)
-    cache = None
-    if builds:
-        cache = programs.cache_of(model.model, config.cache, config.shape, config.benchmark.generate)
+    limits.check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    limits.check_range(model, config.precision, config.seed)
+    asked = (config.cache, config.shape, config.benchmark.generate)
+    cache = programs.cache_of(model.model, *asked) if builds else None
     if config.looks_into_store:
         Store.of(config.store)  # refuses a folder that cannot be written
     record.put(model=model.describe())
     record.detail = f"{model.parameters / 1e6:.0f} M parameters from {model.source}"
-    wanted = Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
-    return Loaded(model, device, here, wanted)
-
-
-def _unavailable(record: Record) -> None:
-    """Record why the attention plugin cannot run here."""
-    from passes.tensorrt.versions import load_stack
-    from pipeline.record.environment import environment
-    from pipeline.rivals.plugin import why_not
-
-    stack = load_stack()
-    record.put(environment=environment(stack.versions()))
-    record.put(unavailable=(reason := why_not(record.config.backend, stack)))
-    record.note(f"unavailable: {reason}")
+    wanted = candidate.Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
+    return Loaded(model, device, here, wanted, text)
 
 
 def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
@@ -117,7 +107,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
 
     config, stack, on_gpu = record.config, load_stack(), loaded.device.type == "cuda"
     store = Store.of(config.store) if config.looks_into_store else None
-    judged_as = reuse.judged_as(config.verify, config.seed)
+    judged_as = reuse.judged_as(config.verify, config.seed, loaded.text)
     decided_by = {} if store is None else ingredients(config, loaded.model, stack, loaded.device)
     taken_over = judged_as if config.reaches("verify") and not on_gpu else None
     with reuse.engine_of(folder, store, decided_by, taken_over, record.note, record.display.note) as place:
@@ -135,7 +125,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
         if kept is not None and not on_gpu:
             record.stop_before("verify")
             verification = replace(kept.verification, stored=True)
-            record.put(verify=verification, store=place.lookup(verified=True))
+            record.put(verify=verification, quality=kept.quality, store=place.lookup(verified=True))
         else:
             with record.stage("verify"):
                 if on_gpu:
@@ -143,8 +133,9 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
                     what = candidate.engines(folder, loaded.model, loaded.wanted, graph, kernels)
                 else:  # no engine can run; what can be checked are the graphs that they were built from
                     what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.number_type)
-                verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
-        place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
+                verification = _verify(record, loaded, what, stack.flavour, engines.attention.summary.assumed)
+        kept_of = partial(reuse.Kept, engines, verification, judged_as)
+        place.keep(kept_of(record.report.stages_s, record.report.quality), record.note)
     if config.exports:  # the store keeps no graphs
         _export(record, folder, stack, made_from or _rewrite(record, loaded), engines, verification)
     record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))
@@ -243,8 +234,7 @@ def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
     """verify → measure of eager PyTorch or torch.compile; without a GPU nothing is timed."""
     from pipeline.verify import candidate
 
-    config = record.config
-    name = config.backend.name
+    config, name = record.config, record.config.backend.name
     record.note(f"backend={name} runs the model as it is: strategy has no part in this run")
     if config.benchmark.generate is None and config.cache.name != "none":
         record.note(f"cache={config.cache.name} has no part in this run: nothing is generated")
@@ -253,18 +243,18 @@ def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
         return "not_executed"
     with record.stage("verify"):
         what = candidate.rival(config.backend, loaded.model, loaded.wanted, config.model, config.cache)
-        _verify(record, loaded.model, what)
+        _verify(record, loaded, what)
     _measure(record, loaded.model, what, turn)
     return "ok"
 
 
 def _verify(
-    record: Record, model: LoadedModel, what: Machine, flavour: str | None = None, assumed: Collection[str] = ()
+    record: Record, loaded: Loaded, what: Machine, flavour: str | None = None, assumed: Collection[str] = ()
 ) -> Verification:
     """Record what is found step by step; the first that fails ends the run."""
-    from pipeline.verify import stage
+    from pipeline.verify import quality, stage
 
-    config = record.config
+    config, model = record.config, loaded.model
     record.note(*stage.notes(what.executed, config.number_type, flavour))
     for found in stage.verify(
         what, model, config.model, config.verify, precision=config.number_type, seed=config.seed, flavour=flavour,
@@ -273,6 +263,13 @@ def _verify(
         record.put(verify=found)
         stage.gate(found)
     record.detail = str(found)
+    if config.judges_quality:
+        cost = quality.judge(
+            what, model, config.model, config.strategy, config.verify, loaded.text, config.number_type,
+            record.display.steps,
+        )  # fmt: skip
+        record.put(quality=cost)
+        quality.gate(cost)
     return found
 
 

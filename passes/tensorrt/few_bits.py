@@ -220,7 +220,7 @@ def _constant(stack: Stack, ctx: Any, small: Small) -> Any:
     if small.kind == "int4":
         pairs = values.view(torch.uint8).reshape(-1, 2) & 0xF
         values = pairs[:, 0] | (pairs[:, 1] << 4)
-    kinds = {"int8": trt.DataType.INT8, "int4": trt.DataType.INT4, "fp8": trt.DataType.FP8}
+    kinds = {"int8": trt.DataType.INT8, "int4": trt.DataType.INT4, "e4m3": trt.DataType.FP8}
     weights = trt.Weights(kinds[small.kind], values.data_ptr(), small.values.numel())
     ctx.cpu_weights_reference_holder.append(values)  # TensorRT reads them when it builds
     return ctx.net.add_constant(tuple(small.values.shape), weights).get_output(0)

@@ -28,7 +28,8 @@ USUAL = {"quantize.calibration.samples": "16", "quantize.calibration.length": "5
 def axes(config: Mapping[str, Any]) -> Axes:
     """The settings of a config that tell rows apart, dotted, as the command line writes them.
 
-    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption.
+    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption,
+    how weights are made smaller that are not.
     """
     found = {key: _written(value) for key, value in settings(config) if value not in (None, [], {})}
     model = config.get("model") or {}

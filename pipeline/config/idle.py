@@ -23,6 +23,9 @@ def idle(config: Config) -> dict[str, str]:
     found |= idle_of_quantize(config.precision, config.quantize, config.cache.name != "none")
     if config.benchmark.generate is None:
         found["benchmark.min_generations"] = "nothing is generated (benchmark=generate does)"
+    if not config.judges_quality:
+        why = "no quality is judged here (verify.quality=true does)"
+        found |= dict.fromkeys(("verify.text", "verify.max_perplexity_increase"), why)
     if model.path is not None:
         found |= dict.fromkeys(("model.source", "model.revision"), "the model is that of model.path")
     elif model.weights == "random":

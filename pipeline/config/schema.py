@@ -11,6 +11,7 @@ from typing import Any
 
 from passes.precision import number_type
 from pipeline.config.quantize import QuantizeConfig
+from pipeline.config.verification import VerifyConfig
 
 STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "write", "benchmark")
 STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` may be, the default first
@@ -21,9 +22,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
-OPTIONAL_PASSES = (
-    "fold_scale", "group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys",
-)  # fmt: skip
+OPTIONAL_PASSES = ("group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys")
 """What `strategy.without` takes: those of `passes.graph.passes` and `passes.tensorrt.network_passes` that may be left
 out, in the order in which they run."""
 ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDITIONS`) -> the input that each is about
@@ -168,16 +167,6 @@ class BenchmarkConfig:
 
 
 @dataclass
-class VerifyConfig:
-    """What the engine is compared on."""
-
-    lengths: list[int] | None = None
-    """Sequence lengths in tokens; null: chosen over the whole profile."""
-    samples: int = 1
-    """Inputs for each length."""
-
-
-@dataclass
 class TrackingConfig:
     """Where MLflow keeps the run."""
 
@@ -288,6 +277,11 @@ class Config:
     def exports(self) -> bool:
         """Whether this run writes files for others."""
         return bool(self.export.format) and self.backend.name == "tensorrt" and self.reaches("write")
+
+    @property
+    def judges_quality(self) -> bool:
+        """Whether this run measures what its precision costs."""
+        return self.reaches("verify") and self.verify.judges_quality(self.precision)
 
     @property
     def looks_into_store(self) -> bool:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from passes.precision import PRECISIONS
-from pipeline.config.schema import GenerateShape, ModelConfig, VerifyConfig
+from pipeline.config.schema import GenerateShape, ModelConfig
+from pipeline.config.verification import VerifyConfig
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.host import gpu
