@@ -134,7 +134,7 @@ def test_records_say_what_was_proved_and_what_was_done() -> None:
     first, second = rewritten.calls
     assert (first.index, second.index) == (0, 1) and first.op == "aten.scaled_dot_product_attention.default"
     assert (first.mask, first.proof, first.unproved, first.native_gqa) == ("causal", "proved", False, True)
-    assert first.reason.startswith("causal proved") and first.scale == "in the weights"
+    assert first.reason.startswith("causal proved")
     section = rewritten.describe()
     assert section["summary"]["by_action"] == {"native_causal": 2} and section["summary"]["by_mask"] == {"causal": 2}
     assert section["summary"]["proof_seconds"] == first.seconds > 0 == second.seconds

@@ -73,8 +73,7 @@ class Lowering:
     fits: Callable[[AttentionCall, Proof], bool] = _always
     """What else must be so."""
     own_words: bool = True
-    """Whether the call is written in one of our forms, in which the scale and the grouped heads are told apart from
-    what they are applied to."""
+    """Whether the call is written in one of our forms, which take grouped heads as they are."""
 
     @property
     def applies_mask(self) -> bool:
