@@ -21,6 +21,10 @@ POSITIONS = ("max_position_embeddings", "n_positions")
 GENERATED = {"input_length": 1920, "output_length": 128}
 """``benchmark.generate`` where it leaves them out; both fit ``shape.max=2048``."""
 
+GRANULE = 128
+"""Capacities of a cache, and chunks of a prompt, are multiples of it (tokens), so that a channel's values, side by side,
+begin at addresses that suit wide loads."""
+
 SHARE = 16
 """Of the room for a generation, one part in so many is for new tokens: 128 of 2048."""
 

@@ -11,9 +11,10 @@ from torch.export import ExportedProgram
 
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
+from pipeline.config.lengths import GRANULE
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
-from pipeline.trace import cached_forms, call_form
-from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
+from pipeline.trace import cached_forms, call_form, chunk_form
+from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ def parts(
         whole = call_form.CallForm(model, form.logits)
         return {"engine": lambda: call_form.trace(whole, form, shape, device)}
     prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
-    return {
-        "engine": lambda: cached_forms.trace_prefill(prefill, cache, shape, device),
-        "decode": lambda: cached_forms.trace_decode(decode, cache, device),
-    }
+
+    def prompts() -> Traced:
+        if cache.chunk is not None:
+            return chunk_form.trace_chunk(chunk_form.ChunkForm(model), cache, cache.chunk, device)
+        return cached_forms.trace_prefill(prefill, cache, shape, device)
+
+    return {"engine": prompts, "decode": lambda: cached_forms.trace_decode(decode, cache, device)}
 
 
 def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from passes.errors import UserError
 from pipeline.engine.session import Runs, captured
+from pipeline.generate.prompt_pass import outputs, prompt_pass
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.rows import aligned
 from pipeline.generate.sampling import Sampling
@@ -82,9 +83,7 @@ class CachedGenerator:
             self._bind(prompts.shape, new_tokens)
             self._sampling = sampling
             self._draws = sampling.draws(new_tokens, len(prompts), self._device)
-        self._prompts.copy_(prompts)
-        self._lengths.copy_(lengths)
-        self._last.copy_(lengths - 1)
+        self._hold(prompts, lengths)
         if not was_ready and self.stream is not None:
             with behind_caller(self.stream):
                 self._compile(self.stream, min(len(self._decode), new_tokens - 1))
@@ -120,29 +119,28 @@ class CachedGenerator:
         self.generation += 1
         self._graphs, self._prepared = [], None
         zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
-        self._prompts = zeros(batch, length)
-        self._lengths, self._last, self._position = (zeros(batch) for _ in range(3))
+        self._lengths, self._position = zeros(batch), zeros(batch)
         self._token = zeros(batch, 1)
         self._count = zeros(1)
         self._tokens = zeros(batch, max(new_tokens, 1))
         logits = torch.full((batch, 1, self._vocabulary), float("nan"), dtype=self.cache.dtype, device=self._device)
         self._logits = logits
-        names = [spec.name for spec in self.cache.specs()]
-        first = dict(zip(names, self._caches[0], strict=True))
-        in_place = len(self._decode) == 1
-        self._fresh = self._caches[0] if in_place else [cache[:, :, :length].clone() for cache in self._caches[0]]
-        self._prefill.bind(
-            {"input_ids": self._prompts, "last": self._last, "output0": logits} | first | _outputs(self._fresh)
-        )
+        self._prompts = prompt_pass(self._prefill, self.cache, self._caches[0])
+        self._prompts.bind(batch, length, logits)
         for turn, session in enumerate(self._decode):
             before, after = self._caches[turn], self._caches[(turn + 1) % len(self._decode)]
             session.bind(
                 {"input_ids": self._token, "position": self._position, "output0": logits}
-                | dict(zip(names, before, strict=True))
-                | _outputs(after)
+                | self.cache.named(before)
+                | outputs(after)
             )
         self._turn = 0
         self._wait()
+
+    def _hold(self, prompts: Tensor, lengths: Tensor) -> None:
+        """Take ``prompts`` [batch, length], of which the first ``lengths`` [batch] tokens are real."""
+        self._prompts.hold(prompts, lengths)
+        self._lengths.copy_(lengths)
 
     def prefill(self) -> None:
         self.run_prompts()
@@ -154,19 +152,14 @@ class CachedGenerator:
         compiled."""
         self._check(tokens, 0)
         self._bind(tokens.shape, 1)
-        self._prompts.copy_(tokens)
-        self._lengths.fill_(tokens.shape[1])
-        self._last.fill_(tokens.shape[1] - 1)
+        self._hold(*aligned(tokens, None))
         with behind_caller(self.stream):
             self.run_prompts()
         self._wait()
 
     def run_prompts(self) -> None:
         """Launch the pass over the prompts."""
-        self._prefill.run(self.stream)
-        if len(self._decode) > 1:
-            for cache, fresh in zip(self._caches[0], self._fresh, strict=True):
-                cache[:, :, : fresh.shape[2]].copy_(fresh)
+        self._prompts.run(self.stream)
         self._position.copy_(self._lengths)
         self._turn = 0
 
@@ -266,9 +259,7 @@ class CachedGenerator:
         length = rows.shape[1] - decoded
         self._check(rows[:, :length], decoded)
         self._bind((len(rows), length), 1)
-        self._prompts.copy_(rows[:, :length])
-        self._lengths.copy_((lengths - decoded).clamp(min=1))
-        self._last.copy_(self._lengths - 1)
+        self._hold(rows[:, :length], (lengths - decoded).clamp(min=1))
         collected = []
         with behind_caller(self.stream):
             self.run_prompts()
@@ -293,7 +284,3 @@ class CachedGenerator:
     def _wait(self) -> None:
         if self.stream is not None:
             torch.cuda.synchronize()
-
-
-def _outputs(caches: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"output{i + 1}": cache for i, cache in enumerate(caches)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.errors import UserError, whole_message
+from pipeline.config.lengths import GRANULE
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.trace.call_form import InputSpec
-
-GRANULE = 128
-"""Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,8 @@ class CacheShape:
     """Tokens of a sequence at most: the capacity, or what the model has positions for."""
     layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: torch.dtype
+    chunk: int | None = None
+    """Tokens of a prompt that run at once over the cache, whose capacity is a multiple of it; None: all of them."""
 
     @staticmethod
     def of(described: dict[str, Any]) -> CacheShape:
@@ -50,6 +51,10 @@ class CacheShape:
             for i, layer in enumerate(self.layers)
         )
 
+    def named(self, caches: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``caches`` in the order of :meth:`specs`, by the names of the inputs."""
+        return dict(zip([spec.name for spec in self.specs()], caches, strict=True))
+
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
         return [torch.zeros(spec.shape(0), dtype=self.dtype, device=device) for spec in self.specs()]
@@ -61,7 +66,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     Raises :class:`UserError` for a model whose layers do not all keep keys and values of every token.
     """
     capacity = cache.capacity or longest
-    capacity = -(-capacity // GRANULE) * GRANULE
+    capacity = -(-capacity // (granule := cache.chunk or GRANULE)) * granule
     layers = []
     for layer in _filled(model, cache.name).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
@@ -73,7 +78,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
         layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
     longest = min(capacity, positions)
-    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype)
+    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype, cache.chunk)
 
 
 def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
