@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
-from pipeline.config.lengths import GRANULE
+from pipeline.config.lengths import longest_sequence
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.trace import cached_forms, call_form, chunk_form
 from pipeline.trace.cache_shape import CacheShape, cache_shape
@@ -35,8 +35,7 @@ def cache_of(
     """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one."""
     if cache.name == "none":
         return None
-    longest = generate.input_length + generate.output_length if generate else shape.max + GRANULE
-    return cache_shape(model, cache, shape, max(longest, shape.max + 1))
+    return cache_shape(model, cache, shape, longest_sequence(shape, generate))
 
 
 def parts(

@@ -151,6 +151,9 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
         if answer := verify["answer"]:
             yield "answer", f"“{answer['candidate']}”{' (the graph, in PyTorch)' if alone else ''}"
     benchmark = report["benchmark"] or {"prefill": None, "prefill_shapes": [], "generate": None}
+    chunk = report["config"]["cache"].get("chunk")
+    if engine and chunk:
+        yield "prompts", f"in chunks of {chunk} tokens, over the cache"
     for entry in filter(None, (benchmark["prefill"], *benchmark["prefill_shapes"])):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
         yield (

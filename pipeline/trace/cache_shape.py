@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -12,9 +13,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.errors import UserError, whole_message
-from pipeline.config.lengths import GRANULE
+from pipeline.config.lengths import capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.trace.call_form import InputSpec
+from pipeline.trace.largest import MOST
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
 
     Raises :class:`UserError` for a model whose layers do not all keep keys and values of every token.
     """
-    capacity = cache.capacity or longest
-    capacity = -(-capacity // (granule := cache.chunk or GRANULE)) * granule
+    capacity = capacity_of(cache, longest)
     layers = []
     for layer in _filled(model, cache.name).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
@@ -76,6 +77,12 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
         keys, values = layer.keys, layer.values
         heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
         layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
+    most = max(prod(sizes) for layer in layers for sizes in layer)
+    if most > MOST:
+        raise UserError(
+            f"shape.batch={shape.batch} cache.capacity={capacity}: {most} numbers in the keys of a layer, above the "
+            f"{MOST} that an engine's indices reach; set fewer rows, or a smaller capacity"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
     longest = min(capacity, positions)
     return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype, cache.chunk)
