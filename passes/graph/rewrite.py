@@ -19,6 +19,7 @@ IN_ATEN = {
     **DECOMPOSITIONS,
     ops.NATIVE: ops.native_in_aten,
     cache_ops.UPDATE: cache_ops.update_in_aten,
+    cache_ops.READ: cache_ops.read_in_aten,
     cache_ops.CACHED: cache_ops.cached_in_aten,
 }
 """Every operation of ours, in torch's own words."""

@@ -16,27 +16,31 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import Cache, PreTrainedModel
 
+from passes.graph.cache_ops import cache_read
 from pipeline.trace import cached_forms
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.call_form import InputSpec, Traced, exported, own_rows
 
 
 class _Layer(cached_forms._Layer):
-    """A layer of a cache whose first ``seen`` places attention is given to read, the last of them just written."""
+    """A layer of a cache of which attention is given the first ``places`` [1, S] to read, the last of them just
+    written."""
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, past: int, seen: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, length: int, places: Tensor) -> None:
         super().__init__(keys, values, position, whole=True)
-        self.past, self.seen = past, seen
+        self.length, self.places = length, places
 
     def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        keys, values = super().update(key_states, value_states, *more, **named)
-        return keys[:, :, : self.seen], values[:, :, : self.seen]
+        super().update(key_states, value_states, *more, **named)
+        batch, heads, _, size = value_states.shape
+        keys, values = (cache_read(cache, self.places) for cache in (self.keys, self.values))
+        return keys, values.view(batch, heads, size, -1).transpose(2, 3)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.seen, 0
+        return self.places.shape[1], 0
 
     def get_seq_length(self) -> Any:
-        return self.past
+        return self.places.shape[1] - self.length
 
 
 class ChunkForm(nn.Module):
@@ -56,11 +60,9 @@ class ChunkForm(nn.Module):
         Returns logits [batch, 1, vocabulary] and the caches.
         """
         batch, length = input_ids.shape
-        seen = places.shape[1]
         own = places[:, -length:]
         position = own[:, 0].expand(batch)
-        layers = [_Layer(k, v, position, seen - length, seen) for k, v in zip(keys, values, strict=True)]
-        cache = Cache(layers=list(layers))
+        cache = Cache(layers=[_Layer(k, v, position, length, places) for k, v in zip(keys, values, strict=True)])
         output = self.model(input_ids=input_ids, position_ids=own, cache=cache, use_cache=True, logits_to_keep=last)
         return cached_forms._results(own_rows(output.logits), cache)
 

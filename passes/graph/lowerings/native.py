@@ -12,6 +12,7 @@ from functools import partial
 from torch.fx import Graph, Node
 
 from passes.graph import ops
+from passes.graph.blank_rows import every_row_sees_a_key
 from passes.graph.lowerings.lowering import Ability, Action, Lowering
 from passes.graph.writing import aten, is_one, made_in, put, size_of
 from passes.proof.calls import AttentionCall
@@ -48,6 +49,8 @@ def _full_mask(graph: Graph, call: AttentionCall) -> Node:
 
 
 CAUSAL = Lowering(Action.NATIVE_CAUSAL, partial(_causal, "upper_left"), (Causal,), Ability.NATIVE)
-LOWER_RIGHT = Lowering(Action.NATIVE_CAUSAL, partial(_causal, "lower_right"), (LowerRight,), Ability.NATIVE)
+LOWER_RIGHT = Lowering(
+    Action.NATIVE_CAUSAL, partial(_causal, "lower_right"), (LowerRight,), Ability.NATIVE, every_row_sees_a_key
+)
 FULL = Lowering(Action.NATIVE_FULL, _full, (Absent, Full), Ability.NATIVE)
 MASKED = Lowering(Action.NATIVE_MASK, _masked, (Mask,), Ability.NATIVE)
