@@ -81,7 +81,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     if most > MOST:
         raise UserError(
             f"shape.batch={shape.batch} cache.capacity={capacity}: {most} numbers in the keys of a layer, above the "
-            f"{MOST} that an engine's indices reach; set fewer rows, or a smaller capacity"
+            f"{MOST} up to which engines were seen right; set fewer rows, or a smaller capacity"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
     longest = min(capacity, positions)

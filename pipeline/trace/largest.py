@@ -1,7 +1,8 @@
 """Refuses a program with a tensor of more elements than 32 bits count.
 
-Each dimension of a tensor may be small and their product beyond what the indices inside of a kernel reach: a mask of
-65536 x 65536 tokens, the keys of 16 long rows.  TensorRT-RTX 1.6 builds such an engine without a word.
+Each dimension of a tensor may be small and their product beyond what an index inside of a kernel reaches: the logits of
+16384 tokens, the keys of 16 long rows.  TensorRT-RTX 1.6 builds such an engine without a word.  A bool mask of
+65536 x 65536 was seen right there (H100), so masks may be larger.
 """
 
 from __future__ import annotations
@@ -18,26 +19,28 @@ from passes.errors import RunError
 from passes.graph import ops
 
 MOST = 2**31 - 1
-"""Elements of a tensor at most, so that an int32 counts them."""
+"""Elements at most of a tensor that is no mask: an int32 counts them."""
 
 
 def refuse_larger(program: ExportedProgram) -> None:
-    """Raise :class:`RunError` of kind ``too_large`` where a tensor that ``program`` computes with has more than
-    :data:`MOST` elements at the longest lengths of its inputs."""
-    node, elements = max(((node, at_most(node)) for node in computed(program)), key=lambda found: found[1])
+    """Raise :class:`RunError` of kind ``too_large`` where a tensor of numbers that ``program`` computes with has more
+    than :data:`MOST` elements at the longest lengths of its inputs."""
+    node, elements = max(((node, at_most(node)) for node in _numbers(program)), key=lambda found: found[1])
     if elements <= MOST:
         return
     shape = " x ".join(str(_most(size)) for size in node.meta["val"].shape)
     raise RunError(
         "too_large",
-        f"{node.name} has {shape} elements, above the {MOST} that an engine's indices reach; set a smaller shape.max "
+        f"{node.name} has {shape} elements, above the {MOST} up to which engines were seen right; set a smaller shape.max "
         "or shape.batch, or run prompts in chunks (cache=in_engine cache.chunk=2048)",
     )
 
 
-def computed(program: ExportedProgram) -> Iterator[Node]:
-    """The nodes of ``program`` that a result hangs on: not the mask of an attention call that was proved to do without
-    it, which stays in the graph as the evidence and is no part of the engine."""
+def _numbers(program: ExportedProgram) -> Iterator[Node]:
+    """The nodes of ``program`` that a result hangs on and that are not made of truth values.
+
+    Not the mask of an attention call that was proved to do without it, whatever it is made of: it stays in the graph as
+    the evidence, and is no part of the engine."""
     pending, seen = list(program.graph.find_nodes(op="output")), set()
     while pending:
         node = pending.pop()
@@ -46,7 +49,9 @@ def computed(program: ExportedProgram) -> Iterator[Node]:
         seen.add(node)
         evidence = node.args[3] if node.target is ops.NATIVE and node.args[4] != "none" else None
         pending += [source for source in node.all_input_nodes if source is not evidence]
-        yield node
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+            yield node
 
 
 def at_most(node: Node) -> int:
