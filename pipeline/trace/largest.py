@@ -31,8 +31,8 @@ def refuse_larger(program: ExportedProgram) -> None:
     shape = " x ".join(str(_most(size)) for size in node.meta["val"].shape)
     raise RunError(
         "too_large",
-        f"{node.name} has {shape} elements, above the {MOST} up to which engines were seen right; set a smaller shape.max "
-        "or shape.batch, or run prompts in chunks (cache=in_engine cache.chunk=2048)",
+        f"{node.name} has {shape} elements, above the {MOST} up to which engines were seen right; set a smaller "
+        "shape.max or shape.batch, or run prompts in chunks (cache=in_engine cache.chunk=2048)",
     )
 
 
