@@ -29,7 +29,7 @@ from pipeline.generate.with_cache import CachedGenerator
 from pipeline.record.console import described
 from pipeline.sweep.estimate import device_bytes
 from pipeline.trace.cache_shape import CacheShape, cache_shape
-from pipeline.trace.call_form import InputSpec, trace
+from pipeline.trace.call_form import CallForm, InputSpec, trace
 from pipeline.trace.largest import MOST, at_most, refuse_larger
 from pipeline.verify.cases import DECODED, lengths
 
@@ -208,7 +208,8 @@ def test_a_run_in_chunks_is_built_verified_at_their_ends_and_reported(batch: int
     model = save_tiny_llama(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=600)
     outcome = do(
         store, tmp_path / "out", model, "benchmark=generate", "cache=in_engine", f"cache.chunk={CHUNK}",
-        "shape.max=300", f"shape.batch={batch}", f"benchmark.generate.batch={batch}", "benchmark.generate.input_length=260",
+        "shape.max=300", f"shape.batch={batch}", f"benchmark.generate.batch={batch}",
+        "benchmark.generate.input_length=260",
         "benchmark.generate.output_length=8", "benchmark.min_generations=3", "benchmark.min_seconds=0.1",
     )  # fmt: skip
     report = outcome.report
