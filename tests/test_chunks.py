@@ -22,9 +22,11 @@ from passes.graph.rewritten import Rewritten
 from pipeline.__main__ import compose_config
 from pipeline.config.lengths import capacity_of, longest_sequence
 from pipeline.config.schema import CacheConfig, GenerateShape, ShapeConfig
+from pipeline.deploy.writers import CachedWriter
 from pipeline.engine import programs
 from pipeline.engine.session import GraphSession
 from pipeline.generate.prompts import PromptRunner
+from pipeline.generate.sampling import Sampling
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.record.console import described
 from pipeline.sweep.estimate import device_bytes
@@ -155,6 +157,13 @@ def test_a_prompt_of_any_length_up_to_the_capacity_runs_and_none_beyond() -> Non
         engine.generate(tokens, 2)
 
 
+def test_a_model_that_is_deployed_takes_prompts_of_any_length_that_leaves_room_for_an_answer() -> None:
+    writer = CachedWriter(generator("llama", 1), SHAPE)
+    assert (writer.shortest, writer.longest_prompt, writer.longest) == (1, 511, 512)
+    prompt = tiny.tokens(1, 400)[0]
+    assert list(writer.steps(prompt.tolist(), 3, Sampling())) == alone("llama", prompt, 3)
+
+
 def test_prompts_are_timed_on_all_of_their_chunks() -> None:
     engine, tokens = generator("llama", 1), tiny.tokens(1, 200)
     launched = 0
@@ -249,6 +258,7 @@ def test_prompts_on_both_sides_of_a_chunks_end_are_verified_where_they_fit(end: 
         (["cache=in_engine", "cache.chunk=500"], "cache.chunk=500: must be a multiple of 128 tokens"),
         (["cache=in_engine", "cache.chunk=4096"], "cache.chunk=4096: above shape.max=2048, the longest prompt"),
         (["cache=in_engine", "cache.chunk=4096", "cache.capacity=3000"], "cache.chunk=4096: above cache.capacity=3000"),
+        (["cache=in_engine", "shape=static", "cache.chunk=512"], "cache.chunk=512: prompts of any length run in"),
         (["cache=in_engine", "cache.chunk=many"], "cache.chunk=many: must be a whole number or null"),
     ],
 )

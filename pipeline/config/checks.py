@@ -220,6 +220,8 @@ def _check_chunk(config: Config) -> None:
             f"{asked}: backend={config.backend.name} cache={cache.name} runs no prompt in chunks; "
             "use backend=tensorrt cache=in_engine, or leave it out"
         )
+    if config.shape.kind == "static":
+        raise UserError(f"{asked}: prompts of any length run in chunks, and shape=static has one; use shape=dynamic")
     if cache.chunk < GRANULE or cache.chunk % GRANULE:
         raise UserError(f"{asked}: must be a multiple of {GRANULE} tokens, and at least {GRANULE}")
     if cache.capacity is not None and cache.chunk > cache.capacity:
