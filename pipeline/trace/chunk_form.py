@@ -15,32 +15,44 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
-from passes.graph.cache_ops import cache_read
-from pipeline.trace import cached_forms
+from passes.graph.cache_ops import cache_read, cache_update
 from pipeline.trace.cache_shape import CacheShape
+from pipeline.trace.cached_forms import WITHOUT
 from pipeline.trace.call_form import InputSpec, Traced, exported, own_rows
 
 
-class _Layer(cached_forms._Layer):
-    """A layer of a cache of which attention is given the first ``places`` [1, S] to read, the last of them just
-    written."""
+class _Layer(CacheLayerMixin):
+    """A layer of a cache that is written at ``position`` [batch], and of which attention is given the first ``places``
+    [1, S] to read, the last of them just written."""
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, length: int, places: Tensor) -> None:
-        super().__init__(keys, values, position, whole=True)
-        self.length, self.places = length, places
+    is_sliding = False
 
-    def update(self, key_states: Tensor, value_states: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
-        super().update(key_states, value_states, *more, **named)
-        batch, heads, _, size = value_states.shape
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, places: Tensor, length: int) -> None:
+        super().__init__()
+        self.keys, self.values, self.position, self.places, self.length = keys, values, position, places, length
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: Any) -> None:
+        raise AssertionError("a cache that is handed in is there from the start")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        batch, heads, length, size = value_states.shape
+        channels = value_states.transpose(2, 3).reshape(batch, heads * size, length, 1)
+        self.keys = cache_update(self.keys, key_states, self.position)
+        self.values = cache_update(self.values, channels, self.position)
         keys, values = (cache_read(cache, self.places) for cache in (self.keys, self.values))
         return keys, values.view(batch, heads, size, -1).transpose(2, 3)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.places.shape[1], 0
 
-    def get_seq_length(self) -> Any:
+    def get_seq_length(self) -> int:
         return self.places.shape[1] - self.length
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
 
 
 class ChunkForm(nn.Module):
@@ -62,9 +74,10 @@ class ChunkForm(nn.Module):
         batch, length = input_ids.shape
         own = places[:, -length:]
         position = own[:, 0].expand(batch)
-        cache = Cache(layers=[_Layer(k, v, position, length, places) for k, v in zip(keys, values, strict=True)])
+        cache = Cache(layers=[_Layer(k, v, position, places, length) for k, v in zip(keys, values, strict=True)])
         output = self.model(input_ids=input_ids, position_ids=own, cache=cache, use_cache=True, logits_to_keep=last)
-        return cached_forms._results(own_rows(output.logits), cache)
+        written = (layer.keys for layer in cache.layers), (layer.values for layer in cache.layers)
+        return (own_rows(output.logits), *written[0], *written[1])
 
 
 def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.device) -> Traced:
@@ -82,9 +95,10 @@ def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.de
         "last": torch.zeros(batch, dtype=torch.int64, device=device),
         "places": torch.arange(seen, device=device).unsqueeze(0),
     }
-    inputs |= cached_forms._caches(cache, device)
+    tensors, count = cache.tensors(device), len(cache.layers)
+    inputs |= {"keys": tensors[:count], "values": tensors[count:]}
     dynamic: dict[str, Any] | None = None
     if chunk < capacity:
         dynamic = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
         dynamic["places"] = {1: Dim("seen", min=chunk, max=capacity)}
-    return Traced(exported(form, inputs, dynamic, cached_forms.WITHOUT), specs)
+    return Traced(exported(form, inputs, dynamic, WITHOUT), specs)
