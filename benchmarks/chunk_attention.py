@@ -42,11 +42,11 @@ def build(model: str, form: str, chunk: int, capacity: int) -> bytes:
     net = Net()
     kinds, softmax = causal_kinds(net.trt), net.trt.AttentionNormalizationOp.SOFTMAX
     if form == "whole":
-        tensors = [net.input(name, (1, count, -1, size)) for name, count in zip("qkv", (heads, *[kv_heads] * 2))]
+        counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+        tensors = [net.input(name, (1, count, -1, size)) for name, count in counts.items()]
         layer = net.net.add_attention_v2(*tensors, softmax, kinds["upper_left"])
         open_sizes = [
-            (name, [(1, count, tokens, size) for tokens in (128, capacity, capacity)])
-            for name, count in zip("qkv", (heads, *[kv_heads] * 2))
+            (name, [(1, count, tokens, size) for tokens in (128, capacity, capacity)]) for name, count in counts.items()
         ]
         return _finished(net, layer, open_sizes)
     query, key = net.input("q", (1, heads, chunk, size)), net.input("k", (1, kv_heads, capacity, size))
@@ -117,8 +117,8 @@ def row_of(model: str, form: str, chunk: int, past: int, capacity: int) -> dict[
 
 
 def last_rows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """What the last :data:`CHECKED` of the queries q [1, heads, L, size] get, which are the last of the keys, in fp32; a
-    head at a time."""
+    """What the last :data:`CHECKED` of the queries q [1, heads, L, size], which are the last of the keys too, get in
+    fp32; a head at a time."""
     group, last = q.shape[1] // k.shape[1], q[0, :, -CHECKED:].float()
     late = torch.ones(last.shape[1], k.shape[2], dtype=torch.bool, device=q.device).triu(k.shape[2] - last.shape[1] + 1)
     heads = [
