@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import save_tiny_llama
-from runs import DONE, do
+from runs import DONE, GPU, do
 from torch import Tensor
 
 from passes.errors import RunError, UserError
@@ -212,27 +212,37 @@ def test_a_chunk_as_long_as_the_cache_is_one_of_a_known_size() -> None:
     }
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=SLOW)])
-def test_a_run_in_chunks_is_built_verified_at_their_ends_and_reported(batch: int, store: str, tmp_path: Path) -> None:
-    model = save_tiny_llama(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=600)
+@pytest.mark.parametrize(
+    ("batch", "chunk", "longest"),
+    [
+        (1, CHUNK, 300),
+        pytest.param(3, CHUNK, 300, marks=SLOW),
+        pytest.param(2, 1024, 4000, marks=[pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no NVIDIA GPU")]),
+    ],
+)
+def test_a_run_in_chunks_is_built_verified_at_their_ends_and_reported(
+    batch: int, chunk: int, longest: int, store: str, tmp_path: Path
+) -> None:
+    model = save_tiny_llama(tmp_path / "model", num_hidden_layers=1, max_position_embeddings=8192)
     outcome = do(
-        store, tmp_path / "out", model, "benchmark=generate", "cache=in_engine", f"cache.chunk={CHUNK}",
-        "shape.max=300", f"shape.batch={batch}", f"benchmark.generate.batch={batch}",
-        "benchmark.generate.input_length=260",
+        store, tmp_path / "out", model, "benchmark=generate", "cache=in_engine", f"cache.chunk={chunk}",
+        f"shape.max={longest}", f"shape.batch={batch}", f"benchmark.generate.batch={batch}",
+        f"benchmark.generate.input_length={longest - 40}",
         "benchmark.generate.output_length=8", "benchmark.min_generations=3", "benchmark.min_seconds=0.1",
     )  # fmt: skip
     report = outcome.report
 
     assert (report["status"], report["failure"]) == (DONE, None)
-    assert report["config"]["cache"]["chunk"] == CHUNK and report["config"]["cache"]["capacity"] is None
+    assert report["config"]["cache"]["chunk"] == chunk and report["config"]["cache"]["capacity"] is None
     assert report["attention"]["summary"]["by_mask"] == {"causal_lower_right": 1}
     engine = report["engine"]
     assert (engine["iattention_causal"], engine["iattention_fused"], engine["iattention_masked"]) == (1, 1, 0)
-    assert engine["profiles"] == [[CHUNK, 384, 384]]
+    capacity = -(-(longest + 1) // chunk) * chunk
+    assert engine["profiles"] == [[chunk, capacity, capacity]]
     prompts = {case["length"] - DECODED for case in report["verify"]["cases"]}
-    assert {CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1} <= prompts
+    assert {chunk - 1, chunk, chunk + 1, 2 * chunk, 2 * chunk + 1} <= prompts
     assert report["verify"]["generation"]["passed"]
-    assert f"in chunks of {CHUNK} tokens, over the cache" in described(report)
+    assert f"in chunks of {chunk} tokens, over the cache" in described(report)
 
 
 @pytest.mark.parametrize("end", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 1])
