@@ -66,7 +66,7 @@ def test_an_engine_holds_the_attention_that_the_strategy_promises(
     assert tuple(getattr(section, key) for key in keys) == (native, causal, masked, fused, softmax)
     assert len(layers(made, "ATTENTION_INPUT")) == native and len(layers(made, "SOFTMAX")) == softmax
     assert section.layers == made.interpreter.ctx.net.num_layers and section.torch_fallback_ops == ()
-    assert [layer.heads for layer in made.native_layers] == [(4, 2)] * (native if strategy != "upstream" else 0)
+    assert [layer.form.heads for layer in made.native_layers] == [(4, 2)] * (native if strategy != "upstream" else 0)
     assert_consistent(built)
     assert steps and all(0 < step <= total for _, step, total in steps)
 
@@ -139,7 +139,7 @@ def test_a_layer_is_what_was_asked_for(causal: str) -> None:
     stack = load_stack()
     made = compile.interpret(stack, claiming(causal), compile.ours())
     (layer,) = made.native_layers
-    assert (layer.causal, layer.masked, layer.fused, layer.heads) == (causal, False, True, (2, 2))
+    assert (layer.causal, layer.masked, layer.fused, layer.form.heads) == (causal, False, True, (2, 2))
     assert_consistent(build_engine(stack, made, on))
 
 

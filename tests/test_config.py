@@ -17,8 +17,9 @@ from conftest import CONF
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
+from pipeline.config.keys import schema_keys
 from pipeline.config.overrides import for_hydra
-from pipeline.config.schema import STAGES, schema_keys
+from pipeline.config.schema import STAGES
 
 ROOT = CONF.parent
 LOCAL = f"model.path={Path(__file__).parent / 'data-that-is-not-there'}"
@@ -176,7 +177,23 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["backend=onnx"], ["backend=onnx", "eager, plugin, tensorrt, torch_compile"]),
     (["shape=ragged"], ["shape=ragged", "dynamic, static"]),
     (["cache=paged"], ["cache=paged", "none"]),
-    (["precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["precision=int3"], ["precision=int3", "fp16, bf16, fp32, int8_weights, int4_weights, fp8"]),
+    (["precision=fp8", "quantize.base=fp32"], ["quantize.base=fp32", "fp16, bf16"]),
+    (["precision=fp8", "backend=eager"], ["precision=fp8", "backend=eager", "precision=fp16"]),
+    (["precision=int8_weights", "strategy=upstream"], ["precision=int8_weights", "strategy=upstream"]),
+    (["precision=int4_weights", "quantize.block=100"], ["quantize.block=100", "128, 64, 32"]),
+    (["precision=int4_weights", "quantize.method=gptq"], ["quantize.method=gptq", "round, awq"]),
+    (["precision=int8_weights", "quantize.block=64"], ["quantize.block=64", "scale for each output channel"]),
+    (["precision=int8_weights", "quantize.method=awq"], ["quantize.method=awq", "rounds to the nearest"]),
+    (["precision=int8_weights", "quantize.prompt=fp16"], ["quantize.prompt=fp16", "cache=none has one engine"]),
+    (["precision=int8_weights", "cache=in_engine", "quantize.step=fp8"], ["quantize.step=fp8", "int8_weights, fp16"]),
+    (
+        ["precision=int8_weights", "cache=in_engine", "quantize.prompt=fp16", "quantize.step=fp16"],
+        ["quantize.prompt=fp16 quantize.step=fp16", "no engine has smaller weights"],
+    ),
+    (["precision=fp8", "quantize.calibration.samples=0"], ["quantize.calibration.samples=0", "at least 1"]),
+    (["precision=fp8", "quantize.calibration.text=nowhere.txt"], ["quantize.calibration.text=nowhere.txt", "no such"]),
+    (["quantize.base=bf16"], ["quantize.base=bf16", "precision=fp16 has no weights of fewer bits"]),
     (["until=lunch"], ["until=lunch", ", ".join(STAGES)]),
     (["experiment=foo"], ["experiment=foo"]),
     (["strategy=null"], ["strategy=null"]),
@@ -264,7 +281,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["strategy"], ["strategy", "key=value"]),
     (["strategy=lowering,upstream"], ["strategy=lowering,upstream", "-m"]),
     (["-m", "strategy=lowering,foo"], ["strategy=foo", "allowed are"]),
-    (["-m", "precision=fp16,fp8", "strategy=lowering,upstream"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["-m", "precision=fp16,int3", "strategy=lowering,upstream"], ["precision=int3", "fp16, bf16, fp32"]),
     (["-m", "seed=interval(1,2)"], ["INTERVAL"]),
     (["-m", "precision=fp16,fp16"], ["-m: ", "fp16", "same settings"]),
     (["-m", "seed=1,01"], ["seed=1 and seed=01", "same settings"]),
@@ -280,7 +297,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["sweep.builders=0"], ["sweep.builders=0", "at least 1"]),
     (["-m", "sweep.builders=2", "hydra/launcher=submitit_local"], ["sweep.builders=2", "plugins"]),
     (["tracking.register=true"], ["tracking.register=true", "-m"]),
-    (["--cfg", "job", "precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["--cfg", "job", "precision=int3"], ["precision=int3", "fp16, bf16, fp32"]),
     (["--cfg", "everything"], ["everything", "--help"]),
     (["--fast"], ["--fast", "--help"]),
     (["--config-dir", "nowhere"], ["--config-dir=nowhere", "no such folder"]),
@@ -338,7 +355,7 @@ def test_the_help_asks_for_no_setting_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["precision=fp8"], 2), (["-m", "strategy=lowering,foo"], 2)]
+    ("arguments", "code"), [(["--help"], 0), (["precision=int3"], 2), (["-m", "strategy=lowering,foo"], 2)]
 )
 def test_help_and_a_mistake_answer_within_three_seconds(arguments: list[str], code: int, tmp_path: Path) -> None:
     seconds: list[float] = []

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, Pret
 from passes.errors import RunError, UserError
 from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
+from passes.tensorrt import one_row
 from passes.tensorrt import rows as row_converters
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig
@@ -352,7 +353,7 @@ def test_products_of_parallel_blocks_become_one_in_an_order_that_runs(name: str,
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows() -> None:
+def test_no_product_of_a_row_is_a_matrix_product_that_with_the_vocabulary_neither() -> None:
     _, traced, rewritten = programs("llama", "in_engine", 1, vocab_size=row_converters.VOCABULARY)
     stack = load_stack()
     lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
@@ -360,9 +361,25 @@ def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows() -> None:
     network = compile.interpret(stack, lowered, compile.ours(in_place=True))
 
     net = network.interpreter.ctx.net
-    products = [layer for layer in map(net.get_layer, range(net.num_layers)) if str(layer.type).endswith("MULTIPLY")]
-    assert [tuple(layer.get_output(0).shape) for layer in products] == [(8, row_converters.VOCABULARY)]
+    layers = [net.get_layer(i) for i in range(net.num_layers)]
+    assert not [layer.name for layer in layers if str(layer.type).endswith("MULTIPLY")]
     assert build_engine(stack, network, lambda *_: True).data is not None
+
+
+@pytest.mark.parametrize(("inner", "shape"), [(2048, (3, 4, 512)), (72, (3, 3, 24)), (20, (3, 20)), (24, (3, 3, 8))])
+def test_the_sum_of_a_row_is_taken_in_pieces_of_one_size_that_eight_divides(inner: int, shape: tuple[int, ...]) -> None:
+    trt = load_stack().trt
+    net = trt.Builder(load_stack().torch_tensorrt.logging.TRT_LOGGER).create_network(0)
+    weight, row = net.add_input("weight", trt.float16, (3, inner)), net.add_input("row", trt.float16, (1, inner))
+
+    got = one_row.times_row(load_stack(), net, weight, row, most=4)
+
+    assert (got.dtype, tuple(got.shape)) == (trt.float16, (3,))
+    layers = [net.get_layer(i) for i in range(net.num_layers)]
+    [terms] = [layer.get_output(0) for layer in layers if layer.type == trt.LayerType.ELEMENTWISE]
+    summed = [layer.get_input(0).dtype for layer in layers if layer.type == trt.LayerType.REDUCE]
+    assert tuple(terms.shape) == shape
+    assert summed == ([trt.float32] * 2 if len(shape) > 2 else [trt.float16])
 
 
 def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -60,12 +61,14 @@ print(sorted({{name.partition(".")[0] for name in sys.modules}} & {{
 
 
 def elsewhere(file: Path, asked: list[dict[str, Tensor]], imports: tuple[str, ...] = ()) -> tuple[list[Any], str]:
-    """What ``file`` gives for ``asked`` in a process that has nothing of ours, and which libraries that had loaded."""
+    """What ``file`` gives for ``asked`` in a process that cannot import ours, and which libraries that had loaded."""
     into, out = file.with_suffix(".asked"), file.with_suffix(".given")
     torch.save(asked, into)
     code = OTHER.format(imports=imports)
-    arguments = [sys.executable, "-I", "-c", code, str(file), str(into), str(out)]
-    done = subprocess.run(arguments, cwd=file.parent, capture_output=True, text=True)
+    arguments = [sys.executable, "-P", "-c", code, str(file), str(into), str(out)]
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if not Path(path, "pipeline").is_dir()]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(arguments, cwd=file.parent, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     given = torch.load(out, weights_only=True)
     into.unlink(), out.unlink()

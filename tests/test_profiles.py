@@ -18,7 +18,8 @@ from passes.graph.rewrite import rewrite
 from passes.private.of_torch_tensorrt import builder_config
 from passes.tensorrt.versions import Stack, load_stack
 from pipeline.__main__ import compose_config
-from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig, VerifyConfig
+from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig
+from pipeline.config.verification import VerifyConfig
 from pipeline.engine import network as compile
 from pipeline.engine import profiles
 from pipeline.engine.build import build_engine

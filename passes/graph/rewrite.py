@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.export import ExportedProgram
 
+from passes import quantised
 from passes.graph import cache_ops, driver, ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import PASSES, Work
@@ -21,6 +22,8 @@ IN_ATEN = {
     cache_ops.UPDATE: cache_ops.update_in_aten,
     cache_ops.READ: cache_ops.read_in_aten,
     cache_ops.CACHED: cache_ops.cached_in_aten,
+    quantised.DEQUANTISED: quantised.in_aten,
+    quantised.ROWS_IN_E4M3: quantised.rows_in_aten,
 }
 """Every operation of ours, in torch's own words."""
 

@@ -19,6 +19,8 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
+from passes.quantised import DEQUANTISED
+
 aten = torch.ops.aten
 
 # f(s x) = s f(x) in their first argument.
@@ -42,7 +44,7 @@ def fold_scale(program: ExportedProgram, attention: Node, query: Node, scale: fl
     """
     weights: set[str] = set()
     cone: set[Node] = set()
-    parameters = program.graph_signature.inputs_to_parameters
+    parameters = program.graph_signature.inputs_to_parameters | _scales(program)
     try:
         _climb(query, cone, weights, parameters)
         cone.add(attention)
@@ -62,8 +64,16 @@ def fold_scale(program: ExportedProgram, attention: Node, query: Node, scale: fl
         weight = program.state_dict[key]
         # A new tensor under the same key: the module that was traced keeps its own.
         scaled = (weight.detach().double() * scale).to(weight.dtype)
-        program.state_dict[key] = torch.nn.Parameter(scaled, requires_grad=False)
+        is_parameter = isinstance(weight, torch.nn.Parameter)
+        program.state_dict[key] = torch.nn.Parameter(scaled, requires_grad=False) if is_parameter else scaled
     return None
+
+
+def _scales(program: ExportedProgram) -> dict[str, str]:
+    """Placeholder -> its place in ``program.state_dict``, of the scales of quantised weights."""
+    read = {node.args[1] for node in program.graph.find_nodes(op="call_function", target=DEQUANTISED)}
+    buffers = program.graph_signature.inputs_to_buffers
+    return {node.name: buffers[node.name] for node in read if isinstance(node, Node) and node.name in buffers}
 
 
 def _climb(node: Any, cone: set[Node], weights: set[str], parameters: Any) -> None:
@@ -75,7 +85,7 @@ def _climb(node: Any, cone: set[Node], weights: set[str], parameters: Any) -> No
     trial, found = {*cone, node}, set(weights)
     target = node.target
     if target is aten.linear.default:
-        _take(node.args[1:], found, parameters)
+        _take(node.args[1:], trial, found, parameters)
     elif target in HOMOGENEOUS:
         if not node.meta["val"].dtype.is_floating_point:
             raise _CannotFold(f"{node.name} leaves floating point")
@@ -125,10 +135,13 @@ def _check_scaled_once(node: Node, cone: set[Node], weights: set[str]) -> None:
         raise _CannotFold(f"{node.name} multiplies what is scaled by what is scaled")
 
 
-def _take(operands: Any, weights: set[str], parameters: Any) -> None:
+def _take(operands: Any, cone: set[Node], weights: set[str], parameters: Any) -> None:
     for operand in operands:
         if operand is None:
             continue
+        if isinstance(operand, Node) and operand.target is DEQUANTISED:  # values times scales
+            cone.add(operand)
+            operand = operand.args[1]
         if not isinstance(operand, Node) or operand.name not in parameters:
             raise _CannotFold(f"{operand} is not a weight")
         weights.add(operand.name)

@@ -43,8 +43,6 @@ class NativeLayer:
     masked: bool
     fused: bool
     """Whether the build must find a fused kernel (it fails otherwise)."""
-    heads: tuple[int, int]
-    """Query heads, key-value heads."""
     form: Asked
     why_unfused: str | None
     """TensorRT's words, where it has no fused kernel for the form."""
@@ -94,7 +92,6 @@ def convert(
         causal={kind: name for name, kind in causal_kinds(stack.trt).items()}[layer.causal_kind],
         masked=layer.mask is not None,
         fused=not layer.decomposable,
-        heads=(int(query.shape[1]), int(key.shape[1])),
         form=form,
         why_unfused=why_unfused,
     )

@@ -106,9 +106,10 @@ def _attention(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any
     key = reshaped(net, key, (*rows, 1, capacity, size))
     scores = binary(summed(key, reshaped(net, query, (*rows, group, 1, size))), bias, "SUM")
     exponent = binary(scores, reduced(scores, "MAX", at), "SUB")
-    weights = net.add_unary(exponent, trt.UnaryOperation.EXP).get_output(0)
-    total = reduced(weights, "SUM", at)
-    weights = reshaped(net, cast(weights, query.dtype), (*rows, group, 1, capacity))
+    # Rounded before they are added up, so that all that is written of them is half as large.
+    weights = cast(net.add_unary(exponent, trt.UnaryOperation.EXP).get_output(0), query.dtype)
+    total = reduced(cast(weights, trt.float32), "SUM", at)
+    weights = reshaped(net, weights, (*rows, group, 1, capacity))
     out = summed(reshaped(net, turned.get_output(0), (*rows, 1, channels, capacity)), weights)
     out = cast(binary(out, total, "DIV"), query.dtype)
     return reshaped(net, out, (batch, heads * group, 1, channels))

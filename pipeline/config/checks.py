@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from passes.errors import UserError
-from passes.precision import PRECISIONS
+from passes.precision import FEW_BITS, PRECISIONS
 from pipeline.config.lengths import GRANULE, positions
+from pipeline.config.quantize import check_quantize
 from pipeline.config.schema import (
     ASSUMPTIONS,
     BACKEND_OPTIONS,
@@ -26,6 +27,7 @@ from pipeline.config.schema import (
     ShapeConfig,
     StrategyConfig,
 )
+from pipeline.config.verification import check_verification
 
 
 def one_of(key: str, value: object, allowed: Iterable[object]) -> None:
@@ -41,18 +43,19 @@ def at_least(key: str, value: float, least: float) -> None:
 
 def check(config: Config) -> None:
     """Refuse settings that contradict each other; raises :class:`UserError` naming key, value and remedy."""
-    one_of("precision", config.precision, PRECISIONS)
+    one_of("precision", config.precision, (*PRECISIONS, *FEW_BITS))
     if config.until is not None:
         one_of("until", config.until, STAGES)
     _check_model(config.model)
     _check_strategy(config.strategy)
     _check_assumptions(config.strategy, config.model)
     _check_backend(config)
+    check_quantize(config.precision, config.quantize, config.backend.name, config.strategy.name)
     _check_profile(config)
     _check_cache(config)
     _check_lengths(config)
     at_least("seed", config.seed, 0)
-    at_least("verify.samples", config.verify.samples, 1)
+    check_verification(config.verify)
     if not config.output:
         raise UserError("output=: name a folder for the runs, for example output=outputs")
     if config.store.folder == "":

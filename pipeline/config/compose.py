@@ -36,12 +36,16 @@ def from_hydra(composed: DictConfig) -> Config:
 
 def _at_home(config: Config) -> Config:
     """``config`` with ``~`` in its paths as the shell expands it, where that stood in front of a ``/`` or a name."""
+    calibration = config.quantize.calibration
+    text = _expanded("quantize.calibration.text", calibration.text)
     return replace(
         config,
         model=replace(config.model, path=_expanded("model.path", config.model.path)),
         backend=replace(
             config.backend, plugin_library=_expanded("backend.plugin_library", config.backend.plugin_library)
         ),
+        verify=replace(config.verify, text=_expanded("verify.text", config.verify.text)),
+        quantize=replace(config.quantize, calibration=replace(calibration, text=text)),
         tracking=replace(config.tracking, uri=_expanded("tracking.uri", config.tracking.uri) or ""),
         store=replace(config.store, folder=_expanded("store.folder", config.store.folder)),
         output=_expanded("output", config.output) or "",

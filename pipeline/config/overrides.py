@@ -17,11 +17,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from passes.errors import UserError
-from pipeline.config.schema import schema_keys
+from pipeline.config.keys import schema_keys
 
 FREE_TEXT = (
     "model.name", "model.path", "model.revision", "model.source", "output", "store.folder", "backend.plugin_library",
-    "sweep.baseline", "tracking.experiment", "tracking.uri",
+    "quantize.calibration.text", "sweep.baseline", "tracking.experiment", "tracking.uri",
 )  # fmt: skip
 """Settings whose values Hydra's grammar would cut up, convert or refuse."""
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
+from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
+from passes.quantised import QuantisedWeight
 from pipeline.config.lengths import longest_sequence
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
+from pipeline.engine.sections import Attention, attention_of
+from pipeline.model import few_bits
 from pipeline.trace import cached_forms, call_form, chunk_form
 from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
@@ -23,10 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that an engine was built from, after its strategy; ``inputs`` in the order of its arguments."""
+    """A program that an engine is built from, after its strategy; ``inputs`` in the order of its arguments."""
 
     program: ExportedProgram
     inputs: tuple[InputSpec, ...]
+    attention: Attention
+    notes: tuple[str, ...]
+    """What must be said of the masks that it lost."""
 
 
 def cache_of(
@@ -39,22 +48,35 @@ def cache_of(
 
 
 def parts(
-    model: PreTrainedModel, form: ModelConfig, shape: ShapeConfig, cache: CacheShape | None
+    model: PreTrainedModel,
+    form: ModelConfig,
+    shape: ShapeConfig,
+    cache: CacheShape | None,
+    quantised: Mapping[str, QuantisedWeight] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Traced]]:
     """What is built, by the name of its engine file: one program, or with a cache the prompts' (``engine``) and the
-    next token's (``decode``); each with the function that traces it."""
+    next token's (``decode``); each with the function that traces it.  The layers that ``quantised`` names have their
+    small weights in it."""
     device = model.device
+
+    def traced(trace: Callable[..., Traced], *arguments: Any) -> Traced:
+        with few_bits.small(model, quantised):
+            return trace(*arguments, device)
+
     if cache is None:
         whole = call_form.CallForm(model, form.logits)
-        return {"engine": lambda: call_form.trace(whole, form, shape, device)}
+        return {"engine": partial(traced, call_form.trace, whole, form, shape)}
     prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
+    prompts: Callable[[], Traced] = partial(traced, cached_forms.trace_prefill, prefill, cache, shape)
+    if cache.chunk is not None:
+        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model), cache, cache.chunk)
+    return {"engine": prompts, "decode": partial(traced, cached_forms.trace_decode, decode, cache)}
 
-    def prompts() -> Traced:
-        if cache.chunk is not None:
-            return chunk_form.trace_chunk(chunk_form.ChunkForm(model), cache, cache.chunk, device)
-        return cached_forms.trace_prefill(prefill, cache, shape, device)
 
-    return {"engine": prompts, "decode": lambda: cached_forms.trace_decode(decode, cache, device)}
+def rewritten(traced: Traced, asked: StrategyConfig) -> Program:
+    """``traced`` after the strategy ``asked``; raises what :func:`passes.graph.rewrite.rewrite` does."""
+    done = rewrite(traced.program, asked.name, asked.unproven, asked.assume, without=asked.without)
+    return Program(done.program, traced.inputs, attention_of(done), tuple(dropped(done, asked)))
 
 
 def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """Generates with a KV cache of fixed capacity: one program runs the prompts, another each token after them.
 
-Everything stays on the device: the caches and every other tensor are allocated once and bound once, the next token is
-chosen there and fed back, and a decode step is one CUDA graph, choice of the token included; where the engine cannot be
-captured, TensorRT-RTX replays a graph of its own and the choice is launched behind it.
+Everything stays on the device: the next token is chosen there and fed back, and a decode step is one CUDA graph, choice
+of the token included; where the engine cannot be captured, TensorRT-RTX replays a graph of its own and the choice is
+launched behind it.  All that a step reads and writes has its place for good, as large as the cache allows: where a row
+stands, how tokens are drawn and how many are wanted are numbers on the device, so that a step is captured once and
+serves every generation.  Prompts alone are bound anew, when they are of another length.
 
 Rows of a batch begin at place 0 of the cache.  Padding on the left is moved to the right before the prompts run: a
 causal mask hides it there, and the row's first new token takes the place of its first padding.
@@ -18,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.errors import UserError
 from pipeline.engine.session import Runs, captured
 from pipeline.generate.prompt_pass import outputs, prompt_pass
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.rows import aligned
-from pipeline.generate.sampling import Sampling
+from pipeline.generate.sampling import Choice, Sampling
 from pipeline.trace.cache_shape import CacheShape
 
 OnTokens = Callable[[list[int]], object]
@@ -51,13 +52,26 @@ class CachedGenerator:
         self._device, self._vocabulary = device, vocabulary
         self._use_graph = cuda_graph and device.type == "cuda"
         self._caches = [cache.tensors(device) for _ in decode]
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._graphs: dict[bool, list[torch.cuda.CUDAGraph]] = {}  # of a greedy step, and of one that draws
         self._replays_itself = False
+        self._prompts = prompt_pass(prefill, cache, self._caches[0])
+        self._bound: tuple[int, ...] = ()
         self._prepared: tuple[Any, ...] | None = None
+        batch, zeros = cache.batch, partial(torch.zeros, dtype=torch.int64, device=device)
+        self._lengths, self._position = zeros(batch), zeros(batch)
+        self._token = zeros(batch, 1)
+        self._count = zeros(1)
+        self._tokens = zeros(batch, cache.longest)
+        self._logits = torch.empty(batch, 1, vocabulary, dtype=cache.dtype, device=device)
+        self._choice = Choice(cache.longest, batch, device)
+        for turn, session in enumerate(decode):
+            after = self._caches[(turn + 1) % len(decode)]
+            held = {"input_ids": self._token, "position": self._position, "output0": self._logits}
+            session.bind(held | cache.named(self._caches[turn]) | outputs(after))
 
     @property
     def cuda_graph(self) -> bool:
-        return bool(self._graphs) or self._replays_itself
+        return any(self._graphs.values()) or self._replays_itself
 
     def prepare(
         self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None, sampling: Sampling | None = None
@@ -73,67 +87,48 @@ class CachedGenerator:
         self._wait()
 
     def _ready(self, tokens: Tensor, new_tokens: int, padding: Tensor | None, sampling: Sampling | None) -> bool:
-        """Have everything of a generation in place, kernels compiled and steps captured; whether it was so before."""
-        self._check(tokens, new_tokens)
+        """Have everything of a generation in place, steps captured; whether it was so before."""
+        self.cache.check(tokens.shape, new_tokens)
         sampling = sampling or Sampling()
         prompts, lengths = aligned(tokens, padding)
-        shape = (*prompts.shape, new_tokens, sampling)
-        was_ready = shape == self._prepared
+        asked = (*prompts.shape, new_tokens, sampling)
+        was_ready = asked == self._prepared
         if not was_ready:
-            self._bind(prompts.shape, new_tokens)
-            self._sampling = sampling
-            self._draws = sampling.draws(new_tokens, len(prompts), self._device)
+            self._bind(prompts.shape)
+            self._choice.prepare(sampling, new_tokens)
         self._hold(prompts, lengths)
-        if not was_ready and self.stream is not None:
-            with behind_caller(self.stream):
-                self._compile(self.stream, min(len(self._decode), new_tokens - 1))
-            self._wait()
-        self._prepared = shape
+        if self.stream is not None and new_tokens > 1 and self._choice.greedy not in self._graphs:
+            self._compile(self.stream)
+        self._prepared = asked
         return was_ready
 
-    def _compile(self, stream: torch.cuda.Stream, turns: int) -> None:
-        """The first pass compiles kernels; behind it the steps are captured, where they can be."""
-        self.prefill()
-        for turn in range(turns):
-            self._step(turn)
-        if self._use_graph:
-            if all(session.capturable(stream) for session in self._decode):
-                self._graphs = [captured(stream, partial(self._step, turn)) for turn in range(len(self._decode))]
-            else:
-                self._replays_itself = all(session.replay_itself() for session in self._decode)
-
-    def _check(self, tokens: Tensor, new_tokens: int) -> None:
-        batch, length = tokens.shape
-        if batch != self.cache.batch:
-            raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={self.cache.batch}")
-        cache = self.cache
-        if length + new_tokens > cache.longest:
-            limit = f"cache.capacity={cache.capacity}; set it higher"
-            if cache.longest < cache.capacity:
-                limit = f"max_position_embeddings={cache.longest} of the model"
-            raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
-
-    def _bind(self, shape: Sequence[int], new_tokens: int) -> None:
-        """Allocate everything for prompts of ``shape`` and bind it."""
-        batch, length = shape
+    def _compile(self, stream: torch.cuda.Stream) -> None:
+        """The first pass compiles a step's kernels; behind it the steps are captured, where they can be."""
         self.generation += 1
-        self._graphs, self._prepared = [], None
-        zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
-        self._lengths, self._position = zeros(batch), zeros(batch)
-        self._token = zeros(batch, 1)
-        self._count = zeros(1)
-        self._tokens = zeros(batch, max(new_tokens, 1))
-        logits = torch.full((batch, 1, self._vocabulary), float("nan"), dtype=self.cache.dtype, device=self._device)
-        self._logits = logits
-        self._prompts = prompt_pass(self._prefill, self.cache, self._caches[0])
-        self._prompts.bind(batch, length, logits)
-        for turn, session in enumerate(self._decode):
-            before, after = self._caches[turn], self._caches[(turn + 1) % len(self._decode)]
-            session.bind(
-                {"input_ids": self._token, "position": self._position, "output0": logits}
-                | self.cache.named(before)
-                | outputs(after)
-            )
+        self._graphs[self._choice.greedy] = []
+        self._position.zero_()
+        self._count.zero_()
+        with behind_caller(stream):
+            for turn in range(len(self._decode)):
+                self._step(turn)
+            if self._use_graph and not self._replays_itself:
+                if all(session.capturable(stream) for session in self._decode):
+                    graphs = [captured(stream, partial(self._step, turn)) for turn in range(len(self._decode))]
+                    self._graphs[self._choice.greedy] = graphs
+                else:
+                    self._replays_itself = all(session.replay_itself() for session in self._decode)
+        self._wait()
+
+    def _bind(self, shape: Sequence[int]) -> None:
+        """Have prompts of ``shape`` [batch, length] bound."""
+        self._prepared = None
+        if self._bound == tuple(shape):
+            return
+        self.generation += 1
+        self._bound = ()
+        self._logits.fill_(float("nan"))
+        self._prompts.bind(shape[0], shape[1], self._logits)
+        self._bound = tuple(shape)
         self._turn = 0
         self._wait()
 
@@ -150,8 +145,8 @@ class CachedGenerator:
     def bind_prompts(self, tokens: Tensor) -> None:
         """Allocate and bind everything for prompts ``tokens`` [batch, length] int64, and run them once: kernels are
         compiled."""
-        self._check(tokens, 0)
-        self._bind(tokens.shape, 1)
+        self.cache.check(tokens.shape, 0)
+        self._bind(tokens.shape)
         self._hold(*aligned(tokens, None))
         with behind_caller(self.stream):
             self.run_prompts()
@@ -164,8 +159,8 @@ class CachedGenerator:
         self._turn = 0
 
     def decode(self) -> None:
-        if self._graphs:
-            self._graphs[self._turn].replay()
+        if graphs := self._graphs.get(self._choice.greedy):
+            graphs[self._turn].replay()
         else:
             self._step(self._turn)
         self._turn = (self._turn + 1) % len(self._decode)
@@ -176,8 +171,7 @@ class CachedGenerator:
         self._choose()
 
     def _choose(self) -> None:
-        draw = self._draws.index_select(0, self._count).squeeze(0)
-        self._token.copy_(self._sampling.choose(self._logits[:, 0], draw))
+        self._token.copy_(self._choice.of(self._logits[:, 0], self._count))
         self._tokens.index_copy_(1, self._count, self._token)
         self._count.add_(1)
 
@@ -257,8 +251,8 @@ class CachedGenerator:
         rows, lengths = aligned(tokens, padding)
         rows, lengths = rows.to(self._device), lengths.to(self._device)
         length = rows.shape[1] - decoded
-        self._check(rows[:, :length], decoded)
-        self._bind((len(rows), length), 1)
+        self.cache.check((len(rows), length), decoded)
+        self._bind((len(rows), length))
         self._hold(rows[:, :length], (lengths - decoded).clamp(min=1))
         collected = []
         with behind_caller(self.stream):

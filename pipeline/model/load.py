@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 
 from passes.errors import UserError
 from passes.precision import PRECISIONS
+from passes.quantised import QuantisedWeight
 from pipeline.config.schema import ModelConfig
 from pipeline.model import checkpoint
 from pipeline.model.gguf import quiet
@@ -40,6 +41,8 @@ class LoadedModel:
     weights: str
     notes: tuple[str, ...] = ()
     """What the reader of the report must know of how it was loaded."""
+    quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+    """Layer -> its weight of fewer bits, where it has one; ``model`` has what these stand for."""
 
     def describe(self) -> Model:
         return Model(self.name, self.source, self.revision, self.sha256, self.parameters, self.weights)

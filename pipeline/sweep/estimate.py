@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from passes.errors import UserError
-from passes.precision import PRECISIONS
+from passes.precision import FEW_BITS, PRECISIONS
 from pipeline.config.lengths import capacity_of, longest_sequence
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.record.report import read_report
@@ -76,12 +76,15 @@ def device_bytes(config: Config, known: dict[str, Sizes | None]) -> float | None
         known[which] = _sizes(config.model)
     if (found := known[which]) is None:
         return None
-    precision = PRECISIONS[config.precision]
+    precision, few = PRECISIONS[config.number_type], FEW_BITS.get(config.precision)
     positions = config.shape.max if config.model.logits == "all" else 1
     copies = 2 if config.backend.name == "tensorrt" else 1
-    each = copies * precision.bytes + precision.reference_dtype.itemsize
+    each = float(copies * precision.bytes + precision.reference_dtype.itemsize)
+    logits = each * config.shape.batch * positions * found.vocabulary
     cached = _caches(config) * config.shape.batch * found.cached * precision.bytes
-    return float(each * (found.parameters + config.shape.batch * positions * found.vocabulary) + cached)
+    if few is not None:  # as PyTorch has them beside the model, a byte each, and as the engine has
+        each += 1 + few.bits / 8 - precision.bytes
+    return each * found.parameters + logits + cached
 
 
 def _caches(config: Config) -> int:

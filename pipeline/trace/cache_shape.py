@@ -57,6 +57,17 @@ class CacheShape:
         """``caches`` in the order of :meth:`specs`, by the names of the inputs."""
         return dict(zip([spec.name for spec in self.specs()], caches, strict=True))
 
+    def check(self, prompts: Sequence[int], new_tokens: int) -> None:
+        """Raises :class:`UserError` for ``prompts`` [batch, length] and ``new_tokens`` more that it cannot hold."""
+        batch, length = prompts
+        if batch != self.batch:
+            raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={self.batch}")
+        if length + new_tokens > self.longest:
+            limit = f"cache.capacity={self.capacity}; set it higher"
+            if self.longest < self.capacity:
+                limit = f"max_position_embeddings={self.longest} of the model"
+            raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
+
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
         return [torch.zeros(spec.shape(0), dtype=self.dtype, device=device) for spec in self.specs()]

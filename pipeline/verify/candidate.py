@@ -51,6 +51,8 @@ class Machine:
     """Tokens of a prompt that run at once, where that is not all of them."""
     finished: Callable[[], None] = lambda: None
     """To be called when it has been measured."""
+    forced: Callable[[Tensor, Tensor | None, int], Tensor] | None = None
+    """With a cache: :meth:`pipeline.generate.with_cache.CachedGenerator.forced_logits`."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,8 @@ def _cached(
 
     runner = PromptRunner(generator) if executed == "engine" else None
     timed = generator if generates else None
-    cache = generator.cache
-    return Machine(executed, forward, shape, runner, timed, cache.longest, exact, cache.chunk, finished)
+    cache, forced = generator.cache, generator.forced_logits
+    return Machine(executed, forward, shape, runner, timed, cache.longest, exact, cache.chunk, finished, forced)
 
 
 def vocabulary_of(loaded: LoadedModel) -> int:
