@@ -17,6 +17,7 @@ from torch.export import Dim
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from passes.errors import RunError
 from passes.graph.cache_ops import cache_read, cache_update
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.cached_forms import WITHOUT
@@ -81,8 +82,15 @@ class ChunkForm(nn.Module):
 
 
 def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.device) -> Traced:
-    """The program of ``form`` for chunks of ``chunk`` tokens, of which the capacity of ``cache`` is a multiple."""
+    """The program of ``form`` for chunks of ``chunk`` tokens, of which the capacity of ``cache`` is a multiple; raises
+    :class:`RunError` of kind ``chunked_cache`` where a layer keeps fewer tokens than that, since a chunk reads them in
+    their order."""
     batch, capacity = cache.batch, cache.capacity
+    if any(sizes[2] != capacity for layer in cache.layers for sizes in layer):
+        raise RunError(
+            "chunked_cache", f"cache.chunk={chunk}: a layer of {type(form.model).__name__} keeps fewer tokens than "
+            f"cache.capacity={capacity}; leave cache.chunk out"
+        )  # fmt: skip
     specs = (
         InputSpec("input_ids", batch, chunk, chunk, chunk),
         InputSpec.places(batch),
