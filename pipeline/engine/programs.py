@@ -22,6 +22,7 @@ from pipeline.model import few_bits
 from pipeline.trace import cached_forms, call_form, chunk_form
 from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
+from pipeline.trace.rings import with_rings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,8 @@ def cache_of(
     """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one."""
     if cache.name == "none":
         return None
-    return cache_shape(model, cache, shape, longest_sequence(shape, generate))
+    kept = cache_shape(model, cache, shape, longest_sequence(shape, generate))
+    return kept if kept.chunk is not None else with_rings(model, kept)  # a chunk reads what it sees in its order
 
 
 def parts(
@@ -66,7 +68,7 @@ def parts(
     if cache is None:
         whole = call_form.CallForm(model, form.logits)
         return {"engine": partial(traced, call_form.trace, whole, form, shape)}
-    prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
+    prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
     prompts: Callable[[], Traced] = partial(traced, cached_forms.trace_prefill, prefill, cache, shape)
     if cache.chunk is not None:
         prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model), cache, cache.chunk)

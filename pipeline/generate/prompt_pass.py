@@ -37,7 +37,8 @@ class WholePrompts:
         self._last = torch.zeros(batch, dtype=torch.int64, device=logits.device)
         self._made = self._caches  # filled where they lie, or of the prompts' length and copied there
         if self._cache.mode != "in_engine":
-            self._made = [cache[:, :, :length].clone() for cache in self._caches]
+            filled = zip(self._caches, self._cache.rows_of_prompt(length), strict=True)
+            self._made = [cache[:, :, :rows].clone() for cache, rows in filled]
         tensors = {"input_ids": self._rows, "last": self._last, "output0": logits}
         self._program.bind(tensors | self._cache.named(self._caches) | outputs(self._made))
 
