@@ -321,7 +321,7 @@ def test_a_mask_may_have_more_elements_than_32_bits_count_and_in_chunks_has_fewe
     masks = []
     for held in (None, cache):
         form = programs.parts(model, tiny.config("mistral"), shape, held)["engine"]
-        program = rewrite(form().program, "detect_causal", "mask").program
+        program = rewrite(form().program, "mask_input").program
         refuse_larger(program)
         (layer,) = program.graph.find_nodes(op="call_function", target=ops.NATIVE)
         masks.append(at_most(layer.args[3]))
