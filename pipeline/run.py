@@ -72,8 +72,7 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
-    from pipeline.model import quantise
-    from pipeline.model.limits import check_fit
+    from pipeline.model import limits, quantise
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
     from pipeline.verify import candidate, quality
@@ -85,7 +84,8 @@ def _load(record: Record) -> Loaded:
     model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
     text = quality.text_for(config.verify, model, config.precision) if config.judges_quality else None
     record.note(*model.notes)
-    check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    limits.check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    limits.check_range(model, config.precision, config.seed)
     asked = (config.cache, config.shape, config.benchmark.generate)
     cache = programs.cache_of(model.model, *asked) if builds else None
     if config.looks_into_store:

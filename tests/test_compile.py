@@ -130,6 +130,14 @@ def lowered(traced: Traced, precision: str = "fp16") -> compile.Lowered:
     return compile.lower(load_stack(), traced.program, traced.inputs, BACKEND, precision)
 
 
+def test_no_constant_of_the_length_squared_is_left_of_a_mask_that_was_proved() -> None:
+    traced = tiny.traced("llama", "fp16", lengths=(512, 512))
+    graph = lowered(Traced(rewrite(traced.program, "detect_causal", "mask").program, traced.inputs)).graph
+    natives = [node for node in graph.graph.nodes if node.target is ops.NATIVE]
+    assert [(node.args[3], node.args[4]) for node in natives] == [(None, "upper_left")] * 2
+    assert not [tensor.shape for tensor in (*graph.buffers(), *graph.parameters()) if tensor.shape[-2:] == (512, 512)]
+
+
 def claiming(causal: str) -> compile.Lowered:
     return lowered(small(lambda q, k, v: ops.native(q, k, v, None, causal, 1.0)))
 

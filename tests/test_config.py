@@ -18,7 +18,7 @@ from conftest import CONF
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
 from pipeline.config.keys import schema_keys
-from pipeline.config.overrides import for_hydra
+from pipeline.config.overrides import for_hydra, model_by_name
 from pipeline.config.schema import STAGES
 
 ROOT = CONF.parent
@@ -83,6 +83,7 @@ def test_the_default_job_is_the_one_that_the_readme_names() -> None:
 def test_every_choice_of_a_group_composes_with_the_defaults_of_the_others(group: str, model_dir: Path) -> None:
     needed = {
         "local": [f"model.path={model_dir}"],
+        "hub": ["model.source=a/b", "+model.architecture.model_type=llama"],
         "dynamic": ["backend=eager"],
         "server": ["tracking.uri=http://127.0.0.1:5000"],
     }
@@ -111,7 +112,7 @@ def test_every_pair_of_groups_that_know_of_each_other_composes(groups: tuple[str
         met = {(each[first], each[second]) for each in combinations}
         assert met == set(itertools.product(choices(groups[first]), choices(groups[second])))
     for combination in combinations:
-        if "local" in combination:
+        if {"local", "hub"} & set(combination):
             continue
         config = compose_config([f"{group}={choice}" for group, choice in zip(groups, combination, strict=True)])
 
@@ -169,11 +170,29 @@ def test_a_report_can_hold_every_config() -> None:
     assert json.loads(json.dumps(compose_config([]).to_dict()))["shape"]["opt"] == 2048
 
 
+def test_a_model_by_its_repository_or_path_is_written_out(tmp_path: Path) -> None:
+    (tmp_path / "it's, here").mkdir()
+    path = f"{tmp_path}/it's, here"
+
+    def written(argument: str, several: bool = False) -> list[str]:
+        return model_by_name(argument, several, {"smollm2_135m", "mine/own"}.__contains__)
+
+    for as_it_is in ("model=smollm2_135m", "model=mine/own", "model=a/b/c", "model.path=a/b", "strategy=a/b"):
+        assert written(as_it_is) == [as_it_is]
+    assert written("model=Qwen/Qwen3-0.6B") == ["model=hub", "model.source=Qwen/Qwen3-0.6B"]
+    assert written("model=a/b,c/d", True) == ["model=hub", "model.source=a/b,c/d"]
+    assert written(f"model={path}") == ["model=local", f"model.path={path}"]
+    with pytest.raises(UserError, match=r"^model=a/b,smollm2_135m: a sweep is over models of conf/, or "):
+        written("model=a/b,smollm2_135m", True)
+
+
 # What is refused: one line that names key, value, and what is allowed or what to do
 
 REFUSED: list[tuple[list[str], list[str]]] = [
     (["strategy=foo"], ["strategy=foo", "decompose, detect_causal, lowering, mask_input, upstream"]),
     (["model=foo"], ["model=foo", "smollm2_135m"]),
+    (["model=a/b/c"], ["model=a/b/c", "smollm2_135m"]),
+    (["model=hub"], ["model.source=???", "model=ORG/NAME"]),
     (["backend=onnx"], ["backend=onnx", "eager, plugin, tensorrt, torch_compile"]),
     (["shape=ragged"], ["shape=ragged", "dynamic, static"]),
     (["cache=paged"], ["cache=paged", "none"]),

@@ -121,7 +121,7 @@ def test_masks_that_were_proved_away_leave_nothing_behind_in_graph_pt2() -> None
     """``detect_causal`` keeps the mask beside the call as evidence; the file has none to compute."""
     graph = in_aten(tiny.rewritten("detect_causal", None, "llama").program).graph
     calls = graph.find_nodes(op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default)
-    assert [(call.args[3:], call.kwargs["scale"]) for call in calls] == [((None, 0.0, True), 1.0)] * 2
+    assert [(call.args[3:], call.kwargs["scale"]) for call in calls] == [((None, 0.0, True), 0.25)] * 2
     compared = (torch.ops.aten.le.Tensor, torch.ops.aten.eq.Tensor)
     assert not any(node.target in compared for node in graph.nodes)
 

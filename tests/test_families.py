@@ -265,7 +265,7 @@ def test_a_size_that_comes_from_data_is_refused_before_the_build_in_one_line() -
     cache = cache_of(config, made)
     assert cache is not None
     with pytest.raises(RunError, match=r"FalconForCausalLM reads a number out of a tensor .*; try cache=none") as error:
-        cached_forms.trace_decode(cached_forms.DecodeForm(made.model), cache, CPU)
+        cached_forms.trace_decode(cached_forms.DecodeForm(made.model, cache.rings), cache, CPU)
     assert error.value.kind == "export" and "\n" not in str(error.value)
 
 

@@ -22,9 +22,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
-OPTIONAL_PASSES = (
-    "fold_scale", "group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys",
-)  # fmt: skip
+OPTIONAL_PASSES = ("group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys")
 """What `strategy.without` takes: those of `passes.graph.passes` and `passes.tensorrt.network_passes` that may be left
 out, in the order in which they run."""
 ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDITIONS`) -> the input that each is about

@@ -22,13 +22,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from passes.errors import AS_IT_IS, RunError, first_line, message_line
 from passes.graph import driver
 from passes.graph.driver import Pass
-from passes.graph.rewrite import DECOMPOSITIONS
+from passes.graph.rewrite import DECOMPOSITIONS, without_evidence
 from passes.precision import PRECISIONS
 from passes.private.of_torch_tensorrt import builder_config, left_unfolded
 from passes.proof.calls import FORMS
 from passes.quantised import DEQUANTISED, WITHOUT_FEW_BITS
 from passes.tensorrt import attention as converters
-from passes.tensorrt import cache, few_bits, rows
+from passes.tensorrt import cache, few_bits, local_attention, rows
 from passes.tensorrt import missing as missing_converters
 from passes.tensorrt.fused_kernels import FusedKernels, of_this_process
 from passes.tensorrt.network_passes import PASSES
@@ -86,7 +86,7 @@ def lower(
         table = {**get_decompositions(), **DECOMPOSITIONS, **({} if few_bits else WITHOUT_FEW_BITS)}
         try:
             program = pre_export_lowering(program, settings)
-            graph = post_lowering(program.run_decompositions(table).module(), settings)
+            graph = post_lowering(without_evidence(program.run_decompositions(table)).module(), settings)
         except (RunError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -195,8 +195,16 @@ def _converters(
         made.append(layer)
         return output
 
+    masks: local_attention.Masks = {}
+
+    def local(ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output, layers = local_attention.convert(stack, ctx, node, args, kernels, masks)
+        made.extend(layers)
+        return output
+
     ours = [
         Converter(converters.CONVERTED, attention),
+        Converter(local_attention.CONVERTED, local),
         Converter(cache.CONVERTED, lambda ctx, node, args, _: cache.convert(stack, ctx, node, args, in_place)),
         Converter(
             missing_converters.CONVERTED, lambda ctx, node, args, _: missing_converters.convert(stack, ctx, node, args)

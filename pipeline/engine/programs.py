@@ -21,6 +21,7 @@ from pipeline.model import few_bits
 from pipeline.trace import cached_forms, call_form
 from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
+from pipeline.trace.rings import with_rings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +45,7 @@ def cache_of(
     if cache.name == "none":
         return None
     longest = generate.input_length + generate.output_length if generate else shape.max + GRANULE
-    return cache_shape(model, cache, shape, max(longest, shape.max + 1))
+    return with_rings(model, cache_shape(model, cache, shape, max(longest, shape.max + 1)))
 
 
 def parts(
@@ -66,7 +67,7 @@ def parts(
     if cache is None:
         whole = call_form.CallForm(model, form.logits)
         return {"engine": partial(traced, call_form.trace, whole, form, shape)}
-    prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
+    prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
     return {
         "engine": partial(traced, cached_forms.trace_prefill, prefill, cache, shape),
         "decode": partial(traced, cached_forms.trace_decode, decode, cache),

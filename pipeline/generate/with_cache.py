@@ -131,7 +131,8 @@ class CachedGenerator:
         prompts = torch.zeros(shape[0], shape[1], dtype=torch.int64, device=self._device)
         self._logits.fill_(float("nan"))
         in_place, first = len(self._decode) == 1, self._caches[0]
-        self._fresh = first if in_place else [cache[:, :, : shape[1]].clone() for cache in first]
+        filled = zip(first, self.cache.rows_of_prompt(shape[1]), strict=True)
+        self._fresh = first if in_place else [cache[:, :, :rows].clone() for cache, rows in filled]
         held = {"input_ids": prompts, "last": self._last, "output0": self._logits}
         self._prefill.bind(held | dict(zip(self._names, first, strict=True)) | _outputs(self._fresh))
         self._prompts = prompts

@@ -39,8 +39,25 @@ def load(
 ) -> LoadedModel:
     """:func:`pipeline.model.load.load` at ``precision``, which may be one of few bits; raises as that does, and as
     :func:`quantised`."""
-    within = number_type(precision, asked.base)
-    return quantised(load_wide(config, within, device, seed, progress), precision, within, asked, seed, progress)
+    within, few = number_type(precision, asked.base), FEW_BITS.get(precision)
+    loaded = load_wide(config, within, device, seed, progress, None if few is None else few.kind)
+    if few is not None and loaded.came_as is not None:
+        _check_came(loaded, precision, few.kind, asked)
+    return quantised(loaded, precision, within, asked, seed, progress)
+
+
+def _check_came(loaded: LoadedModel, precision: str, kind: Kind, asked: QuantizeConfig) -> None:
+    """Refuse what cannot be had of weights that came quantised."""
+    if kind == "e4m3":
+        _refuse_without_e4m3(precision, loaded.model.device)
+    if not loaded.quantised:
+        raise UserError(
+            f"precision={precision}: {loaded.source} comes as {loaded.came_as}, which no engine holds as {kind}; "
+            f"set precision=fp16 or bf16, which dequantise it"
+        )
+    for key in ("method", "block", "without"):
+        if value := getattr(asked, key):
+            raise UserError(f"quantize.{key}={value}: {loaded.source} comes as {loaded.came_as}; leave it out")
 
 
 def quantised(

@@ -8,7 +8,7 @@ its own place in it (:func:`masks_of_rows`): the strategies prove them like any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -31,13 +31,18 @@ WITHOUT = f"try cache=none; {AS_IT_IS}"
 
 
 class _Layer(CacheLayerMixin):
-    """A layer of a cache that is handed in: where it is written, and what attention is given to read."""
+    """A layer of a cache that is handed in: where it is written, and what attention is given to read.
 
-    is_sliding = False
+    ``position`` [batch]: where a decode step writes (``whole``), or the place of a prompt's last token; ``ring``: the
+    places of a layer that keeps the latest tokens alone.
+    """
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool) -> None:
+    def __init__(
+        self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool, ring: int | None
+    ) -> None:
         super().__init__()
-        self.keys, self.values, self.position, self.whole = keys, values, position, whole
+        self.keys, self.values, self.position, self.whole, self.ring = keys, values, position, whole, ring
+        self.is_sliding = ring is not None  # transformers asks the first such layer how many keys its mask is of
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
@@ -46,14 +51,18 @@ class _Layer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         batch, heads, length, size = value_states.shape
         channels = value_states.transpose(2, 3).reshape(batch, heads * size, length, 1)
-        if self.keys is None or self.values is None:
-            self.keys, self.values = key_states, channels
-            return key_states, value_states
-        self.keys = cache_update(self.keys, key_states, self.position)
-        self.values = cache_update(self.values, channels, self.position)
-        if not self.whole:
-            return key_states, value_states
-        return self.keys, self.values.view(batch, heads, size, -1).transpose(2, 3)
+        if self.whole:
+            assert self.keys is not None and self.values is not None
+            ring = self.ring is not None
+            self.keys = cache_update(self.keys, key_states, self.position, ring)
+            self.values = cache_update(self.values, channels, self.position, ring)
+            return self.keys, self.values.view(batch, heads, size, -1).transpose(2, 3)
+        kept = [x if self.ring is None else latest(x, self.position, self.ring) for x in (key_states, channels)]
+        if self.keys is not None and self.values is not None:
+            start = torch.zeros_like(self.position)
+            kept = [cache_update(self.keys, kept[0], start), cache_update(self.values, kept[1], start)]
+        self.keys, self.values = kept
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         assert not self.whole or self.keys is not None
@@ -66,6 +75,17 @@ class _Layer(CacheLayerMixin):
         return self.keys.shape[2] if self.whole else -1  # type: ignore[union-attr]
 
 
+def latest(x: Tensor, last: Tensor, places: int) -> Tensor:
+    """[B, H, places, D] of ``x`` [B, H, L, D]: at place i of row b the latest token up to ``last[b]`` whose number is i
+    modulo ``places``, and anything where there is none."""
+    place = last.unsqueeze(1)
+    tokens = place - torch.remainder(place - torch.arange(places, device=x.device), places)
+    tokens = tokens.clamp(min=0)
+    if len(x) == 1:
+        return x.index_select(2, tokens[0])
+    return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
     return (logits, *keys, *values)
@@ -73,6 +93,7 @@ def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
 
 def _mask_of_rows(
     position: Tensor,
+    rings: Collection[int],
     *,
     batch_size: int,
     q_length: int,
@@ -84,28 +105,35 @@ def _mask_of_rows(
     **more: Any,
 ) -> Tensor | None:
     """[batch, 1, q_length, kv_length] bool, as transformers' ``sdpa_mask``, but with the queries of row b at the places
-    ``position[b]`` and up.
+    ``position[b]`` and up; a ring of ``kv_length`` places, if that is one of ``rings``, holds the tokens up to there.
 
     A function that is not made of whole tensors (``use_vmap``) is left to ``sdpa_mask``, with its one place for all.
     """
     if use_vmap:
+        if kv_length in rings:
+            raise RunError("export", f"a mask over a ring of {kv_length} places that is not made of whole tensors")
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "kv_offset": kv_offset}
         return sdpa_mask(**sizes, mask_function=mask_function, device=device, use_vmap=True, **more)
     rows, heads = torch.arange(batch_size, device=device), torch.arange(1, device=device)
     queries = torch.arange(q_length, device=device) + position.unsqueeze(1)
-    keys = torch.arange(kv_length, device=device) + kv_offset
-    mask = mask_function(
-        rows[:, None, None, None], heads[None, :, None, None], queries[:, None, :, None], keys[None, None, None, :]
-    )
+    keys = (torch.arange(kv_length, device=device) + kv_offset).unsqueeze(0)
+    if kv_length in rings:
+        place = position.unsqueeze(1)
+        keys = place - torch.remainder(place - keys, kv_length)
+    keys = keys[:, None, None, :]
+    mask = mask_function(rows[:, None, None, None], heads[None, :, None, None], queries[:, None, :, None], keys)
+    if kv_length in rings:
+        mask = mask & (keys >= 0)  # where no token was
     return mask.expand(batch_size, -1, q_length, kv_length)
 
 
 @contextmanager
-def masks_of_rows(position: Tensor) -> Iterator[None]:
+def masks_of_rows(position: Tensor, rings: Collection[int] = ()) -> Iterator[None]:
     """While the block runs, a model that lets transformers make its masks gets each row's for its own place,
-    ``position`` [batch]: a cache tells transformers one length, for all rows."""
+    ``position`` [batch]: a cache tells transformers one length, for all rows; and masks over as many keys as one of
+    ``rings`` has places for the tokens that it holds."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS
-    masks["sdpa"] = partial(_mask_of_rows, position)
+    masks["sdpa"] = partial(_mask_of_rows, position, rings)
     try:
         yield
     finally:
@@ -115,10 +143,11 @@ def masks_of_rows(position: Tensor) -> Iterator[None]:
 class PrefillForm(nn.Module):
     """Prompts in, the logits behind each prompt's last token and the filled cache out."""
 
-    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
+        """``rings``: see :class:`CacheShape`."""
         super().__init__()
         self.model = model
-        self.count = layers
+        self.rings = tuple(rings)
 
     def forward(
         self,
@@ -131,13 +160,13 @@ class PrefillForm(nn.Module):
         more than one row; caches as in :class:`CacheShape` that are updated in place, or none.
 
         Returns logits [batch, 1, vocabulary], then every layer's keys and every layer's values: the caches, or
-        where none were handed in those of the prompts, of capacity ``length``.
+        where none were handed in those of the prompts, of capacity ``length`` but for rings.
         """
-        start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
-        none = [None] * self.count
-        pairs = zip(keys or none, values or none, strict=True)
-        cache = Cache(layers=[_Layer(k, v, start, whole=False) for k, v in pairs])
+        none = [None] * len(self.rings)
+        layers = zip(keys or none, values or none, self.rings, strict=True)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        ends = positions[:, -1] if last is None else last
+        cache = Cache(layers=[_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers])
         output = self.model(
             input_ids=input_ids,
             position_ids=positions,
@@ -152,9 +181,11 @@ class PrefillForm(nn.Module):
 class DecodeForm(nn.Module):
     """One token a row in, the logits behind it and the updated cache out."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
+        """``rings``: see :class:`CacheShape`."""
         super().__init__()
         self.model = model
+        self.rings = tuple(rings)
 
     def forward(
         self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
@@ -163,8 +194,9 @@ class DecodeForm(nn.Module):
 
         Returns logits [batch, 1, vocabulary] and the caches.
         """
-        cache = Cache(layers=[_Layer(k, v, position, whole=True) for k, v in zip(keys, values, strict=True)])
-        with masks_of_rows(position):
+        layers = zip(keys, values, self.rings, strict=True)
+        cache = Cache(layers=[_Layer(k, v, position, whole=True, ring=ring) for k, v, ring in layers])
+        with masks_of_rows(position, frozenset(ring for ring in self.rings if ring is not None)):
             output = self.model(
                 input_ids=input_ids,
                 position_ids=position.unsqueeze(1),
