@@ -75,7 +75,7 @@ def weights_of(program: ExportedProgram) -> list[str]:
 # Rounding
 
 
-@pytest.mark.parametrize(("kind", "block", "error"), [("int8", None, 0.01), ("int4", 128, 0.13), ("e4m3", None, 0.03)])
+@pytest.mark.parametrize(("kind", "block", "error"), [("int8", None, 0.01), ("int4", 128, 0.12), ("e4m3", None, 0.03)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_is_as_near_as_the_type_allows(kind: Any, block: int | None, error: float, dtype: torch.dtype) -> None:
     weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
@@ -88,7 +88,7 @@ def test_rounding_is_as_near_as_the_type_allows(kind: Any, block: int | None, er
     assert torch.equal(parts.to(dtype).float(), parts)  # an engine multiplies by the same
     assert 0.1 * error < float((back - weight).norm() / weight.norm()) < error
     assert float((back[3] - weight[3]).norm() / weight[3].norm()) < error
-    if kind != "e4m3":
+    if kind == "int8":
         cut = torch.finfo(dtype).eps * LARGEST[kind]  # a scale that was rounded down cuts off the largest
         assert bool(((back - weight).abs() <= steps * (0.5 + cut)).all())
 
