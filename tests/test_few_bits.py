@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from passes.errors import UserError
 from passes.graph.rewrite import in_aten, rewrite
 from passes.precision import FEW_BITS, PRECISIONS
-from passes.quantised import DEQUANTISED, LARGEST, QuantisedWeight, to_nearest
+from passes.quantised import DEQUANTISED, LARGEST, LOWEST, QuantisedWeight, to_nearest
 from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
 from pipeline.config.axes import axes
@@ -83,12 +83,14 @@ def test_rounding_is_as_near_as_the_type_allows(kind: Any, block: int | None, er
     small = to_nearest(weight, kind, block, dtype)
     back, steps = small.dequantised(torch.float32), small.scales.repeat_interleave(256 // small.scales.shape[1], 1)
 
-    assert small.values.float().abs().max() <= LARGEST[kind] and small.block == block
+    values, lowest = small.values.float(), LOWEST.get(kind, LARGEST[kind])
+    assert -lowest <= values.min() < -0.8 * lowest and 0.9 * LARGEST[kind] < values.max() <= LARGEST[kind]
+    assert small.block == block
     parts = torch.frexp(small.scales)[0]
     assert torch.equal(parts.to(dtype).float(), parts)  # an engine multiplies by the same
     assert 0.1 * error < float((back - weight).norm() / weight.norm()) < error
     assert float((back[3] - weight[3]).norm() / weight[3].norm()) < error
-    if kind == "int8":
+    if kind != "e4m3":
         cut = torch.finfo(dtype).eps * LARGEST[kind]  # a scale that was rounded down cuts off the largest
         assert bool(((back - weight).abs() <= steps * (0.5 + cut)).all())
 
