@@ -236,15 +236,10 @@ def test_a_model_that_is_not_finite_is_told_from_an_engine_that_is_not(loaded: L
 
 def machines(loaded: LoadedModel, form: ModelConfig, shape: ShapeConfig, cache: str) -> Machine:
     """The graphs of a run on a machine without a GPU."""
-    from passes.graph.rewrite import rewrite
-
     config = CacheConfig(cache, 128 if cache != "none" else None)
     held = programs.cache_of(loaded.model, config, shape, None)
-    traced = {name: trace() for name, trace in programs.parts(loaded.model, form, shape, held).items()}
-    made = {
-        name: programs.Program(rewrite(each.program, "lowering", "keep", []).program, each.inputs)
-        for name, each in traced.items()
-    }
+    parts = programs.parts(loaded.model, form, shape, held)
+    made = {name: programs.rewritten(trace(), STRATEGY) for name, trace in parts.items()}
     return candidate.graphs(made, loaded, Wanted(shape, held, False, False), "fp32")
 
 
