@@ -6,8 +6,8 @@ none.  A graph holds such a weight as its values and scales, behind one operatio
 TensorRT see the same numbers.
 
 Round to nearest: the scale is the largest magnitude of a channel, or of a block of one, over the largest value of the
-type.  Scales are numbers of the model's own type, times a power of two, so that an engine, which multiplies by them in
-that type, multiplies by the same.
+type; of int4 that share of it at which the squared error of the block is least.  Scales are numbers of the model's own
+type, times a power of two, so that an engine, which multiplies by them in that type, multiplies by the same.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ from passes.precision import Kind
 
 LARGEST: dict[Kind, float] = {"int8": 127, "int4": 7, "e4m3": 448}
 """The largest magnitude that both signs have; of E4M3: OCP's OFP8 specification."""
+CUTS: dict[Kind, tuple[float, ...]] = {
+    "int8": (1.0,), "e4m3": (1.0,), "int4": (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7),
+}  # fmt: skip
+"""Scales that are tried, as shares of the one at which nothing is cut off.  Of 15 numbers too few are left for the rest
+of a block whose largest element stands alone."""
 LEAST = 2.0**-100
 """The scale of what is zero throughout."""
 E4M3 = torch.float8_e4m3fn
@@ -90,8 +95,14 @@ def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype
     if not bool(weight.isfinite().all()):
         raise ValueError("it has weights that are no finite numbers")
     blocks = weight.float().reshape(channels, -1, block or inner)
-    parts, exponents = torch.frexp(blocks.abs().amax(-1) / LARGEST[kind])
-    scales = torch.ldexp(parts.to(dtype).float(), exponents).clamp(min=LEAST)
+    widest = blocks.abs().amax(-1) / LARGEST[kind]
+    scales, least = widest, torch.full_like(widest, torch.inf)
+    for cut in CUTS[kind]:
+        parts, exponents = torch.frexp(widest * cut)
+        tried = torch.ldexp(parts.to(dtype).float(), exponents).clamp(min=LEAST)
+        back = rounded(blocks / tried[..., None], kind).float() * tried[..., None]
+        error = (back - blocks).square().sum(-1)
+        scales, least = torch.where(error < least, tried, scales), torch.minimum(error, least)
     return QuantisedWeight(kind, rounded(blocks / scales[..., None], kind).reshape(channels, inner), scales)
 
 
