@@ -45,9 +45,8 @@ TEXTS = {"cuda": 8, "cpu": 1}
 """Greedy continuations, at least: as many as the engine takes at once."""
 
 
-def text_for(asked: VerifyConfig, loaded: LoadedModel, precision: str) -> RealText | str:
-    """The text on which ``loaded``, at the run's ``precision``, is to be measured; or why that would say nothing.
-    Raises :class:`UserError`."""
+def text_for(asked: VerifyConfig, loaded: LoadedModel) -> RealText | str:
+    """The text on which ``loaded`` is to be measured; or why that would say nothing.  Raises :class:`UserError`."""
     if loaded.weights == "random":
         return "random weights predict no text"
     if loaded.came_as is not None and precision in FEW_BITS:
