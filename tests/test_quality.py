@@ -343,10 +343,12 @@ def test_nothing_is_measured_of_random_weights_or_without_a_tokenizer_and_the_re
     taught: Path, loaded: LoadedModel
 ) -> None:
     asked = VerifyConfig(quality=True)
-    drawn = quality.text_for(asked, replace(loaded, weights="random"), "fp16")
-    mute = quality.text_for(asked, replace(loaded, tokenizer=None), "fp16")
+    drawn = quality.text_for(asked, replace(loaded, weights="random"))
+    mute = quality.text_for(asked, replace(loaded, tokenizer=None))
+    small = quality.text_for(asked, replace(loaded, came_as="GPTQ int4"))
 
     assert "random weights" in str(drawn) and "no tokenizer" in str(mute)
+    assert "come as GPTQ int4" in str(small)
     unjudged = quality.judge(None, loaded, form_of(taught), STRATEGY, asked, drawn, "fp16", lambda *_: None)  # type: ignore[arg-type]
     assert unjudged == Quality("random weights predict no text", None, 0.05, None)
     quality.gate(unjudged)
