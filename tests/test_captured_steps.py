@@ -10,9 +10,13 @@ import pytest
 import tiny
 import torch
 from test_decode import generator, hugging_face
+from test_deploy import writer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.config.schema import ShapeConfig
+from pipeline.deploy import writers
+from pipeline.deploy.writers import PrefixWriter
 from pipeline.engine.session import GraphSession
 from pipeline.generate import with_cache
 from pipeline.generate.sampling import Sampling
@@ -68,7 +72,7 @@ def on_gpu(made: CachedGenerator) -> CachedGenerator:
     return made
 
 
-@pytest.mark.parametrize("mode", ["in_engine", "static"])
+@pytest.mark.parametrize("mode", ["in_engine", pytest.param("static", marks=pytest.mark.slow)])
 def test_another_length_seed_and_number_of_tokens_capture_nothing_new(mode: str, captures: list[Captured]) -> None:
     plain, made = generator("llama", mode), on_gpu(generator("llama", mode))
     turns = len(made._decode)
@@ -86,6 +90,19 @@ def test_another_length_seed_and_number_of_tokens_capture_nothing_new(mode: str,
     assert drawn[0] != drawn[2]
     assert len(captures) == 2 * turns, "and so do those that are drawn"
     assert made.generate(second, 7) == hugging_face("llama", second, 7) and len(captures) == 2 * turns
+
+
+def test_a_program_of_one_length_is_captured_once_for_every_prompt(
+    captures: list[Captured], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writers, "captured", with_cache.captured)
+    made = writer("none", ShapeConfig("static", 1, 24, 24, 24), ("input_ids", "last"))
+    assert isinstance(made, PrefixWriter)
+    made._use_graph = True
+    asked = [(tiny.tokens(1, length, length)[0].tolist(), new) for length, new in ((9, 6), (4, 9), (9, 6))]
+    for prompt, new in asked:
+        assert [list(made.steps(prompt, new, Sampling()))] == hugging_face("llama", torch.tensor([prompt]), new)
+    assert len(captures) == 1
 
 
 def test_nothing_is_captured_for_a_single_token_or_between_judging_and_timing(captures: list[Captured]) -> None:

@@ -115,6 +115,17 @@ def test_biases_norms_and_fused_projections_equal_pytorch(name: str) -> None:
     verify.gate(judged(engine, "fp16", LENGTHS, name=name, **changes))
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("width", [6, 150, 600, 1100])  # the last is so wide that its blocks shrink
+def test_a_window_in_blocks_equals_pytorch_below_at_and_above_it(width: int, static: bool) -> None:
+    longest = 1500 if width > 1000 else LONGEST
+    changes = {"sliding_window": width, **SHARP}
+    lengths = (longest, longest) if static else (2, longest)
+    engine = build("detect_causal", "mask", name="mistral", batch=2, lengths=lengths, **changes)
+    at = (longest,) if static else (2, 7, width, width + 1, 2 * width, longest)
+    verify.gate(judged(engine, "fp16", tuple(n for n in at if n <= longest), name="mistral", **changes))
+
+
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize(("strategy", "unproven"), [("detect_causal", "mask"), ("detect_causal", "decompose")])
 def test_padding_is_respected_in_a_batch(strategy: str, unproven: str, padding: str) -> None:

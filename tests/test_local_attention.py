@@ -110,7 +110,7 @@ def test_the_layers_of_a_network_compute_it_at_every_length_of_the_profile(name:
         torch.testing.assert_close(out, seen(*inputs, **kind), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [7, 12, 13, 40])
+@pytest.mark.parametrize("length", [8, 40])
 @pytest.mark.parametrize("name", FORMS)
 def test_the_layers_of_a_network_of_one_length_compute_it(name: str, length: int) -> None:
     function, kind = FORMS[name]

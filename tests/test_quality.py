@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from math import isnan, log, nan
@@ -97,12 +98,21 @@ def cost(what: Scored, loaded: LoadedModel, text: RealText) -> PrecisionCost:
 def test_the_text_that_every_machine_has_is_the_docstrings_of_the_standard_library(
     loaded: LoadedModel, text: RealText
 ) -> None:
-    again = real_text(None, loaded, 1)
-    first = ast.get_docstring(ast.parse(Path(ast.__file__).with_name("abc.py").read_bytes()))
+    assert loaded.tokenizer is not None
+    whole = loaded.tokenizer.decode(text.tokens)
 
-    assert text.source == again.source == texts.DOCSTRINGS and text.sha256 == again.sha256
-    assert first is not None and first in texts._docstrings()
+    first = ast.get_docstring(ast.parse(Path(ast.__file__).with_name("abc.py").read_bytes()))
+    assert first is not None and first in whole and text.source == texts.DOCSTRINGS
+    assert text.sha256 == hashlib.sha256(whole.encode()).hexdigest()
     assert len(text.tokens) > 200_000 and text.begin is None  # a byte a token; the GPU's 20 000 and more
+
+
+def test_a_file_of_the_users_is_read_as_it_is(loaded: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("Grüße. " * 400, encoding="utf-8")
+
+    found = real_text(str(tmp_path / "own.txt"), loaded, 2001)
+
+    assert found.source == str(tmp_path / "own.txt") and len(found.tokens) == 400 * len("Grüße. ".encode())
 
 
 @pytest.mark.parametrize(
@@ -372,6 +382,7 @@ def refusal(taught: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
     ("setting", "parts"),
     [
         ("verify.text=none.txt", ["verify.text=none.txt", "no such file"]),
+        ("verify.text=a, b.txt", ["verify.text=a, b.txt", "no such file"]),
         ("verify.text=short.txt", ["verify.text=short.txt", "holds 300 tokens", "at least 2"]),
         ("verify.text=bytes.bin", ["verify.text=bytes.bin", "no UTF-8"]),
         ("verify.max_perplexity_increase=nan", ["verify.max_perplexity_increase=nan", "from 0"]),

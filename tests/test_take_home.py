@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -163,14 +162,11 @@ WRONG: list[tuple[Any, str]] = [
 ]
 
 
-def served_by_id(server: Server, outcome: Outcome, cwd: Path) -> AbstractContextManager[ModelServer]:
-    return served(f"runs:/{outcome.report['mlflow']['run_id']}/model", server.uri, cwd)
-
-
 @pytest.mark.slow
 def test_two_hundred_requests_leave_the_server_as_it_was(server: Server, outcome: Outcome, tmp_path: Path) -> None:
     right = [asked(QUESTIONS[i % len(QUESTIONS)], max_tokens=(4, 9, 15)[i % 3]) for i in range(180)]
-    with served_by_id(server, outcome, tmp_path) as model:
+    registered(server.uri, outcome, outcome.report["mlflow"]["run_id"])
+    with served("models:/llama@smallest", server.uri, tmp_path) as model:
         model.wait()
         several_at_once(model, right[:24], WRONG, at_once=8)  # what it keeps, it has by now
         family = psutil.Process(model.process.pid).children(recursive=True)

@@ -21,7 +21,7 @@ from pipeline.config.keys import schema_keys
 
 FREE_TEXT = (
     "model.name", "model.path", "model.revision", "model.source", "output", "store.folder", "backend.plugin_library",
-    "quantize.calibration.text", "sweep.baseline", "tracking.experiment", "tracking.uri",
+    "quantize.calibration.text", "sweep.baseline", "tracking.experiment", "tracking.uri", "verify.text",
 )  # fmt: skip
 """Settings whose values Hydra's grammar would cut up, convert or refuse."""
 

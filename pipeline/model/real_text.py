@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 DOCSTRINGS = "docstrings of Python's standard library"
 LETTERS = 300_000
 """Of these docstrings: some 70,000 tokens of the usual tokenizers."""
+LETTERS_OF_FILE = 2_000_000
+"""Of a file, from its beginning: many times what is needed, and no minute of tokenizing."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class RealText:
     source: str
     """The file, or :data:`DOCSTRINGS`."""
     sha256: str
-    """Of its UTF-8.  Another Python has other docstrings."""
+    """Of the UTF-8 of what was read of it.  Another Python has other docstrings."""
     tokens: Tensor
     """[n] int64 on the CPU, without any special token."""
     begin: int | None
@@ -61,7 +63,8 @@ def real_text(path: str | None, loaded: LoadedModel, least: int) -> RealText:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        with Path(path).open(encoding="utf-8") as file:
+            return file.read(LETTERS_OF_FILE)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
         raise UserError(f"verify.text={path}: cannot be read ({reason}); name a text file") from None
