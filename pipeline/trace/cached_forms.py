@@ -93,8 +93,8 @@ def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
 
 def _mask_of_rows(
     position: Tensor,
-    rings: Collection[int],
     *,
+    rings: Collection[int] = (),
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -133,7 +133,7 @@ def masks_of_rows(position: Tensor, rings: Collection[int] = ()) -> Iterator[Non
     ``position`` [batch]: a cache tells transformers one length, for all rows; and masks over as many keys as one of
     ``rings`` has places for the tokens that it holds."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS
-    masks["sdpa"] = partial(_mask_of_rows, position, rings)
+    masks["sdpa"] = partial(_mask_of_rows, position, rings=rings)
     try:
         yield
     finally:
