@@ -24,7 +24,7 @@ from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
 from passes.graph.scale import fold_scale
 from passes.graph.strategies import Decision, Strategy
-from passes.proof.calls import AttentionCall, find_calls, native_gqa
+from passes.proof.calls import AttentionCall, find_calls, native_gqa, written_out
 from passes.proof.masks import Proof, Prover, Status, prover_of
 
 
@@ -55,6 +55,10 @@ class Work:
     unproven: str | None
     assume: Collection[str]
     back_end: BackEnd
+    needed: bool = True
+    """Whether a graph without attention calls is an error."""
+    written_out: list[str] = field(default_factory=list)
+    """Softmaxes of attention that is no call."""
     attention: list[Attention] = field(default_factory=list)
     prover: Prover = field(init=False)
 
@@ -68,7 +72,8 @@ def prepared(work: Work) -> int:
 def proved(work: Work) -> int:
     """What each mask is, and what is to become of its call."""
     work.prover = prover_of(work.program, work.assume)
-    for call in find_calls(work.program.graph_module):
+    work.written_out = written_out(work.program.graph_module)
+    for call in find_calls(work.program.graph_module, work.needed):
         proof = work.prover.prove(call)
         work.attention.append(Attention(call, proof, work.decide(call, proof, work.unproven, work.back_end)))
     return 0

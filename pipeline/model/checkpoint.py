@@ -18,7 +18,6 @@ from passes.errors import UserError, whole_message
 from pipeline.config.schema import ModelConfig
 from pipeline.host.files import sha256_of
 from pipeline.model import gguf
-from pipeline.private.of_transformers import has_sdpa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -104,7 +103,7 @@ def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
     that bring code of their own, quantised checkpoints.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+    from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = raw.get("model_type")
@@ -136,8 +135,6 @@ def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
             raise UserError(f"{origin}: {found} {needs_code}")
         needed = f"architectures has to name {' or '.join(sorted(wanted))}" if wanted else "name another model"
         raise UserError(f"{origin}: {found} is not a causal LM; {needed}")
-    if not has_sdpa(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
-        raise UserError(f"{origin}: transformers has no scaled_dot_product_attention for {kind}; name another model")
     return config
 
 

@@ -14,6 +14,7 @@ from passes.errors import AS_IT_IS, RunError, first_line
 from passes.graph.prepare import prepare
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
+from pipeline.model.attention import plain_attention
 from pipeline.model.experts import plain_experts
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def exported(
     """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
     ``export``, which says ``remedy``, where torch.export cannot, or what it traced hangs on the data of a tensor."""
     try:
-        with torch.no_grad(), quiet(), plain_experts(form.model):
+        with torch.no_grad(), quiet(), plain_experts(form.model), plain_attention(form.model):
             program = torch.export.export(
                 form,
                 (),
