@@ -74,7 +74,7 @@ def _attention(
         attention_mask = _causal(query, key)
     if s_aux is not None:
         query, key, value = _with_sinks(query, key, value, s_aux / scale)
-        attention_mask = None if attention_mask is None else pad(attention_mask, (1, 0), value=True)
+        attention_mask = None if attention_mask is None else torch.constant_pad_nd(attention_mask, (1, 0), True)
     group = query.shape[1] // key.shape[1]
     key, value = _repeated(key, group), _repeated(value, group)
     if softcap is None:
