@@ -26,7 +26,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "prompt": ("model.inputs=[input_ids]", "benchmark=none"),
     "padded prompt": ("model.inputs=[input_ids,attention_mask]", "benchmark=none"),
     "generation": (
-        "cache=in_engine", "benchmark=generate", "benchmark.generate.input_length=20",
+        "cache=in_engine", "benchmark=generate", "benchmark.generate.input_length=26",
         "benchmark.generate.output_length=8",
     ),
 }  # fmt: skip

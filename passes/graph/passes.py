@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from passes.graph.blank_rows import every_row_sees_a_key
+from passes.graph.complex_numbers import write_out
 from passes.graph.driver import Pass
 from passes.graph.lowerings.lowering import Action, BackEnd
 from passes.graph.prepare import prepare
@@ -79,6 +80,11 @@ def proved(work: Work) -> int:
     return 0
 
 
+def complex_written_out(work: Work) -> int:
+    """Complex numbers as two real ones."""
+    return write_out(work.program.graph_module)
+
+
 def scale_folded(work: Work) -> int:
     """The softmax scale into the weights behind the query."""
     for each in _in_own_words(work):
@@ -138,6 +144,7 @@ def _keeps_alive(node: Node) -> bool:
 
 PASSES: tuple[Pass[Work], ...] = (
     Pass("prepare", prepared),
+    Pass("write_out_complex", complex_written_out),
     Pass("prove", proved),
     Pass("fold_scale", scale_folded, optional=True),
     Pass("group_heads", heads_grouped, optional=True),

@@ -5,11 +5,15 @@
 * What is written into a slice of a tensor is scattered element by element, which fails where a length is dynamic.
   Along an axis of known size it stands between what the tensor has before and behind it.
 * A number that is scattered is made a constant of double precision where the sizes are known, which TensorRT has not.
+* Torch-TensorRT knows of a bitwise operation on bools only by a note that constants do not have; on bools they are the
+  logical ones.
+* The largest element along an axis and its place, together, are the first of those that ``topk`` gives.
 * What ``empty`` holds is undefined, so zeros will do; there is no layer for it.
 """
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
@@ -20,6 +24,12 @@ from passes.proof.op_kinds import RESHAPES
 aten = torch.ops.aten
 
 VIEWS = (*RESHAPES, aten.expand.default)
+LOGICAL = {
+    aten.bitwise_and.Tensor: aten.logical_and.default,
+    aten.bitwise_or.Tensor: aten.logical_or.default,
+    aten.bitwise_xor.Tensor: aten.logical_xor.default,
+    aten.bitwise_not.default: aten.logical_not.default,
+}
 
 
 def prepare(graph: GraphModule) -> int:
@@ -32,6 +42,10 @@ def prepare(graph: GraphModule) -> int:
             _put_between(node)
         elif node.target is aten.scatter.value and "val" in node.args[2].meta:
             _spell_out_number(node)
+        elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:  # then so are what it reads
+            node.target = LOGICAL[node.target]
+        elif node.target is aten.max.dim:
+            _as_first_of_topk(node)
         elif node.target is aten.empty.memory_format:
             node.target, node.args = aten.full.default, (node.args[0], 0)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
@@ -69,6 +83,24 @@ def _put_between(node: Node) -> None:
     with graph.inserting_before(node):
         pieces = [*kept(0, first), piece, *kept(last, size)]
     node.target, node.args = aten.cat.default, (pieces, dim)
+
+
+def _as_first_of_topk(node: Node) -> None:
+    graph, (source, axis, *keep) = node.graph, node.args
+    values = node.meta["val"]
+    kept = bool(keep and keep[0])
+    with graph.inserting_before(node):
+        first = graph.call_function(aten.topk.default, (source, 1, axis))
+        first.meta["val"] = tuple(each if kept else each.unsqueeze(axis) for each in values)  # type: ignore[arg-type]
+        for user in list(node.users):  # each takes one of the two
+            made = graph.call_function(getitem, (first, user.args[1]))
+            made.meta["val"] = first.meta["val"][user.args[1]]
+            if not kept:
+                made = graph.call_function(aten.squeeze.dim, (made, axis))
+                made.meta["val"] = values[user.args[1]]
+            user.replace_all_uses_with(made)
+            graph.erase_node(user)
+    graph.erase_node(node)
 
 
 def _spell_out_number(node: Node) -> None:
