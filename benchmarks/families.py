@@ -80,11 +80,12 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3": ("deepseek_v3", {}),
     "falcon (rope)": ("falcon", {"alibi": False}),
     "falcon (alibi)": ("falcon", {"alibi": True}),
-    "mpt": ("mpt", {}),
+    "mpt": ("mpt", {"max_seq_len": 128}),
     "bloom": ("bloom", {}),
     "opt": ("opt", {}),
     "gpt2": ("gpt2", {}),
-    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2}),
+    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2,
+                            "max_position_embeddings": 128}),
     "gpt_neox": ("gpt_neox", {}),
     "gpt_bigcode": ("gpt_bigcode", {}),
     "starcoder2": ("starcoder2", {"sliding_window": None}),
@@ -107,7 +108,7 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 OWN: dict[str, dict[str, Any]] = {
-    "bert": {"is_decoder": True}, "reformer": {"is_decoder": True}, "xmod": {"default_language": "en_XX"},
+    "xmod": {"default_language": "en_XX"},
     "dots1": {"n_shared_experts": 1}, "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", FULL], "num_hidden_layers": 2},
     "phi4_multimodal": {"vision_config": None, "audio_config": None},
     "zaya": {"num_experts_per_tok": 1},
@@ -142,11 +143,14 @@ def described(name: str) -> dict[str, Any]:
     Raises what transformers raises where it refuses these sizes.
     """
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type, own = NAMED.get(name, (name, OWN.get(name, {})))
     default = AutoConfig.for_model(model_type).to_dict()
+    if name not in NAMED and default.get("is_decoder") is False:
+        own = own | {"is_decoder": True}
     made: dict[str, Any] = AutoConfig.for_model(model_type, **(_small(default) | own)).to_dict()
-    return made | {"model_type": model_type}
+    return made | {"model_type": model_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
 
 
 def _small(default: dict[str, Any]) -> dict[str, Any]:

@@ -83,7 +83,7 @@ def _load(record: Record) -> Loaded:
     record.put(environment=here)
     model = load.load(config.model, config.precision, device, config.seed, record.update)
     record.note(*model.notes)
-    check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    check_fit(model, config.shape, config.benchmark.generate, config.seed, config.runs_at_one_length)
     cache = None
     if builds:
         cache = programs.cache_of(model.model, config.cache, config.shape, config.benchmark.generate)
@@ -213,7 +213,7 @@ def _build(
             networks[name] = network.interpret(stack, low, conversion)
             record.put_engine(name, networks[name].contents)
         if asked.require_fused:
-            unfused.refuse({name: each.contents for name, each in networks.items()})
+            unfused.refuse({name: each.contents for name, each in networks.items()}, rewritten)
 
     with record.stage("build"):
         built = {}

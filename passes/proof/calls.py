@@ -93,7 +93,8 @@ def find_calls(graph_module: GraphModule, needed: bool = True) -> list[Attention
 
 
 THROUGH = {
-    *VIEW_LIKE, aten.slice.Tensor, aten._to_copy.default, aten.to.dtype, aten.dropout.default, aten.clone.default,
+    *VIEW_LIKE, aten.alias.default, aten.slice.Tensor, aten._to_copy.default, aten.to.dtype, aten.type_as.default,
+    aten.dropout.default,
 }  # fmt: skip
 """What lies between a softmax and the product that it weighs."""
 SOFTMAX = {aten._softmax.default, aten.softmax.int}

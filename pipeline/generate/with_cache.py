@@ -23,6 +23,7 @@ from pipeline.engine.session import Runs, captured
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.rows import aligned
 from pipeline.generate.sampling import Sampling
+from pipeline.model.rotary import check_crossing
 from pipeline.trace.cache_shape import CacheShape
 
 OnTokens = Callable[[list[int]], object]
@@ -73,9 +74,9 @@ class CachedGenerator:
 
     def _ready(self, tokens: Tensor, new_tokens: int, padding: Tensor | None, sampling: Sampling | None) -> bool:
         """Have everything of a generation in place, kernels compiled and steps captured; whether it was so before."""
-        self._check(tokens, new_tokens)
         sampling = sampling or Sampling()
-        prompts, lengths = aligned(tokens, padding)
+        prompts, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
+        self._check(prompts, new_tokens)
         shape = (*prompts.shape, new_tokens, sampling)
         was_ready = shape == self._prepared
         if not was_ready:
@@ -104,10 +105,10 @@ class CachedGenerator:
                 self._replays_itself = all(session.replay_itself() for session in self._decode)
 
     def _check(self, tokens: Tensor, new_tokens: int) -> None:
-        batch, length = tokens.shape
-        if batch != self.cache.batch:
-            raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={self.cache.batch}")
-        cache = self.cache
+        cache, (batch, length) = self.cache, tokens.shape
+        if batch != cache.batch:
+            raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={cache.batch}")
+        check_crossing(cache.turn, length, length + new_tokens, f"{new_tokens} new tokens")
         if length + new_tokens > cache.longest:
             limit = f"cache.capacity={cache.capacity}; set it higher"
             if cache.longest < cache.capacity:
@@ -261,7 +262,7 @@ class CachedGenerator:
 
         A row of no more than ``decoded`` tokens keeps one as its prompt; before its logits, those of its prompt are
         repeated."""
-        rows, lengths = aligned(tokens, padding)
+        rows, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
         rows, lengths = rows.to(self._device), lengths.to(self._device)
         length = rows.shape[1] - decoded
         self._check(rows[:, :length], decoded)

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.errors import UserError, whole_message
 from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.model.rotary import turn_of
 from pipeline.trace.call_form import InputSpec
 
 GRANULE = 128
@@ -34,6 +35,8 @@ class CacheShape:
     """Tokens of a sequence at most: the capacity, or what the model has positions for."""
     layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: torch.dtype
+    turn: int | None = None
+    """Tokens that no sequence may cross once it is begun (:func:`pipeline.model.rotary.turn_of`)."""
 
     @staticmethod
     def of(described: dict[str, Any]) -> CacheShape:
@@ -66,14 +69,17 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     for layer in _filled(model, cache.name).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
             raise UserError(
-                f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys"
+                f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys; "
+                "set cache=none"
             )
         keys, values = layer.keys, layer.values
         heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
         layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
-    longest = min(capacity, positions)
-    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype)
+    longest, turn = min(capacity, positions), turn_of(model.config)
+    if turn is not None and shape.max <= turn:  # no prompt begins beyond it
+        longest = min(longest, turn)
+    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype, turn=turn)
 
 
 def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
@@ -87,7 +93,9 @@ def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
         raise
     except Exception as error:  # a model that takes none raises whatever it comes upon first
         said = whole_message(error)
-        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({said})") from error
+        raise UserError(
+            f"cache={mode}: {type(model).__name__} does not take a KV cache ({said}); set cache=none"
+        ) from error
     if not seen.layers:
-        raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values")
+        raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values; set cache=none")
     return seen

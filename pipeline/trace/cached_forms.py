@@ -25,7 +25,7 @@ from passes.graph.cache_ops import cache_update
 from passes.proof.claims import ancestors
 from pipeline.config.schema import ShapeConfig
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.call_form import InputSpec, Traced, example_length, exported, own_rows
+from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
 
 WITHOUT = f"try cache=none; {AS_IT_IS}"
 
@@ -155,6 +155,10 @@ class DecodeForm(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self.fills_mask = False
+        """Hand the model a mask that is one at every place of the cache, for one that would make it as long as its cache
+        says that it is, which is a number out of a tensor (Falcon's alibi, OPT).  What a row sees is said by
+        :func:`masks_of_rows`."""
 
     def forward(
         self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
@@ -164,6 +168,9 @@ class DecodeForm(nn.Module):
         Returns logits [batch, 1, vocabulary] and the caches.
         """
         cache = Cache(layers=[_Layer(k, v, position, whole=True) for k, v in zip(keys, values, strict=True)])
+        given = {}
+        if self.fills_mask:
+            given["attention_mask"] = input_ids.new_ones(input_ids.shape[0], keys[0].shape[2])
         with masks_of_rows(position):
             output = self.model(
                 input_ids=input_ids,
@@ -171,6 +178,7 @@ class DecodeForm(nn.Module):
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **given,
             )
         return _results(output.logits, cache)
 
@@ -205,7 +213,12 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    program = exported(form, inputs | _caches(cache, device), None, WITHOUT)
+    inputs |= _caches(cache, device)
+    try:
+        program = exported(form, inputs, None, WITHOUT)
+    except NumberFromData:
+        form.fills_mask = True
+        program = exported(form, inputs, None, WITHOUT)
     if cache.batch > 1 and _reads_first_row(program):
         raise RunError(
             "ragged_batch",
