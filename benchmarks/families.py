@@ -1,4 +1,4 @@
-"""Which families of decoders there are, and a tiny model of each: transformers' own classes, random weights, no download.
+"""Which families of decoders there are, and a tiny model of each: transformers' own classes, random weights.
 
 Sizes are such that a fused attention kernel exists for each head (16 channels), and that the lengths of
 :mod:`benchmarks.family_runs` lie on both sides of every window, chunk and boundary of rotary factors.
@@ -17,14 +17,16 @@ SIZES: dict[str, Any] = TINY | {
     "max_position_embeddings": 64, "n_positions": 64, "max_seq_len": 64, "max_target_positions": 64,
     "original_max_position_embeddings": 24, "sliding_window": 16, "sliding_window_size": 16, "window_size": 16,
     "attention_window_size": 16, "attention_chunk_size": 16,
-    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0, "moe_k": 2, "intermediate_size_mlp": 64,
-    "n_routed_experts": 4, "expert_ffn_hidden_size": 32, "zero_expert_num": 1, "moe_topk": 2, "num_experts_per_token": 2,
-    "ngram_vocab_size_ratio": 1,
+    "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 96, "num_kv_shared_layers": 0,
+    "moe_k": 2, "intermediate_size_mlp": 64,
+    "n_routed_experts": 4, "expert_ffn_hidden_size": 32, "zero_expert_num": 1, "moe_topk": 2,
+    "num_experts_per_token": 2, "ngram_vocab_size_ratio": 1,
     # state spaces and short convolutions
     "mamba_d_state": 16, "mamba_d_head": 16, "mamba_n_heads": 8, "mamba_n_groups": 1, "mamba_expand": 2,
     "mamba_num_heads": 8, "mamba_head_dim": 16, "n_mamba_heads": 2, "mamba_dt_rank": 4, "mamba_d_ssm": 128,
     "state_size": 16, "time_step_rank": 4, "lru_width": 64, "n_groups": 1, "chunk_size": 16, "mamba_chunk_size": 16,
-    "linear_head_dim": 16, "linear_num_heads": 4, "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_head_dim": 16, "linear_num_heads": 4,
+    "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "ple_embed_dim": 64,
     # indexers of sparse attention
     "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64,
@@ -109,7 +111,8 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
 
 OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
-    "dots1": {"n_shared_experts": 1}, "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", FULL], "num_hidden_layers": 2},
+    "dots1": {"n_shared_experts": 1},
+    "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", FULL], "num_hidden_layers": 2},
     "phi4_multimodal": {"vision_config": None, "audio_config": None},
     "zaya": {"num_experts_per_tok": 1},
     "gemma3n_text": {"activation_sparsity_pattern": [0.0, 0.0], "num_hidden_layers": 2},

@@ -1,4 +1,4 @@
-"""One family in one call form, through the pipeline as ``python -m pipeline`` would take it: what became of it, as a row.
+"""One family in one call form, through the pipeline as ``python -m pipeline`` would take it: a row of the table.
 
 The run builds real engines; without a GPU they are built ahead of time, and what is compared with PyTorch is the graph
 that each was made from.

@@ -174,8 +174,8 @@ def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[s
     with record.stage("strategy"):
         rewritten, summaries = {}, []
         for name, each in traced.items():
-            options = {"without": asked.without, "needed": False}
-            rewritten[name] = rewrite(each.program, asked.name, asked.unproven, asked.assume, **options)
+            how = asked.name, asked.unproven, asked.assume
+            rewritten[name] = rewrite(each.program, *how, without=asked.without, needed=False)
             attention = attention_of(rewritten[name])
             record.put_graph(name, "graph_after.txt", rewritten[name].program.graph)
             record.put_attention(name, attention)

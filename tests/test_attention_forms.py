@@ -120,7 +120,7 @@ def test_a_generation_that_crosses_the_turn_is_refused_before_anything_is_built(
             check_fit(model, config.shape, GenerateShape(1, length, new), 0)
     for length, new in ((20, 4), (25, 8)):
         check_fit(model, config.shape, GenerateShape(1, length, new), 0)
-    with pytest.raises(UserError, match="shape.kind=static: sequences of up to 24 tokens"):
+    with pytest.raises(UserError, match=r"shape.kind=static: sequences of up to 24 tokens"):
         check_fit(model, config.shape, None, 0, one_length=True)
     check_crossing(None, 20, 30, "x")
 

@@ -280,12 +280,12 @@ def test_values_of_another_head_size_take_the_native_layer(scores: int, values: 
 # What is refused
 
 
-def test_a_mask_as_long_as_the_cache_is_handed_to_a_model_that_would_make_one() -> None:
+def test_a_cache_says_that_it_is_full_to_a_model_that_makes_a_bias_as_long_as_it() -> None:
     config, made = settings("falcon", "in_engine"), loaded("falcon")
     cache, form = cache_of(config, made), cached_forms.DecodeForm(made.model)
-    assert cache is not None and not form.fills_mask
+    assert cache is not None and not form.says_full
     step = cached_forms.trace_decode(form, cache, CPU).program.module()
-    assert form.fills_mask
+    assert form.says_full
     ids, (keys, values) = torch.tensor([[5, 7, 9]]), (cache.tensors(CPU)[:1], cache.tensors(CPU)[1:])
     for place in range(3):
         logits, key, value = step(ids[:, place : place + 1], torch.tensor([place]), keys, values)
@@ -313,7 +313,7 @@ def only_asserted(x: Tensor) -> Tensor:
 def test_a_number_that_only_an_assertion_reads_is_no_obstacle() -> None:
     ids = {"input_ids": torch.ones(1, 5, dtype=torch.int64)}
     assert exported(Model(only_asserted), ids, None) is not None
-    with pytest.raises(RunError, match="reads a number out of a tensor .*; backend=torch_compile") as error:
+    with pytest.raises(RunError, match=r"reads a number out of a tensor .*; backend=torch_compile") as error:
         exported(Model(lambda x: x * x.sum().item()), ids, None)
     assert error.value.kind == "export" and "\n" not in str(error.value)
 

@@ -1,8 +1,8 @@
 """Complex numbers written out as two real ones, for TensorRT has none: Llama 4 and DeepSeek V2 turn positions by them.
 
 Legal because each operation is the definition of its own: ``polar(r, t)`` is ``r cos t + i r sin t``, a product is
-``(a + ib)(c + id) = (ac - bd) + i(ad + bc)``, and what moves elements moves both parts alike.  PyTorch computes the same
-sums of products in the same precision.
+``(a + ib)(c + id) = (ac - bd) + i(ad + bc)``, and what moves elements moves both parts alike.  PyTorch computes the
+same sums of products in the same precision.
 """
 
 from __future__ import annotations

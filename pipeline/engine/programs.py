@@ -58,8 +58,8 @@ def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
     """What the reader must know of masks that were dropped without a proof for every input."""
     if rewritten.written_out:
         yield (
-            f"attention is written out by the model itself ({len(rewritten.written_out)} of its layers): every score is "
-            "stored, no fused kernel; it is right, and slower than one, the more so the longer the text"
+            f"attention is written out by the model itself ({len(rewritten.written_out)} of its layers): every score "
+            "is stored, no fused kernel; it is right, and slower than one, the more so the longer the text"
         )
     elif not rewritten.calls:
         yield "its graph has no attention: there is no mask to prove, and no attention layer"

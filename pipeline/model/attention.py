@@ -1,13 +1,14 @@
-"""Attention that transformers has no ``scaled_dot_product_attention`` for, in words that can become layers, while a model
-is traced.
+"""Attention that transformers has no ``scaled_dot_product_attention`` for, while a model is traced: in words that can
+become layers.
 
-transformers writes such attention out ("eager").  Two kinds of it have a form of their own here; what a model's own code
-writes out, without asking which function it is to take (BLOOM, MPT), stays as it is.
+transformers writes such attention out ("eager").  Two kinds of it have a form of their own here; what a model's own
+code writes out, without asking which function it is to take (BLOOM, MPT), stays as it is.
 
-*Sinks* (GPT-OSS): each head has a number that takes part in the softmax as one more score, and counts for nothing in the
-sum.  That is a key of its own before all others, whose value is zero, and whose score is that number for every query: one
-more channel, in which that key is 1 and the others are 0, and in which the query has the number over the scale.  What a
-query sees of the other keys stays what it was, moved by one; so a causal mask stays one, aligned at the lower right.
+*Sinks* (GPT-OSS): each head has a number that takes part in the softmax as one more score, and counts for nothing in
+the sum.  That is a key of its own before all others, whose value is zero, and whose score is that number for every
+query: one more channel, in which that key is 1 and the others are 0, and in which the query has the number over the
+scale.  What a query sees of the other keys stays what it was, moved by one; so a causal mask stays one, aligned at the
+lower right.
 
 *A soft cap* (Gemma 2): scores go through ``cap * tanh(score / cap)``, which no attention layer of TensorRT does.  It is
 written out, over whole numbers of heads and without float masks.
@@ -32,8 +33,8 @@ CHANNELS = 8
 
 @contextmanager
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
-    """While the block runs, ``model`` computes attention by :func:`_attention`, where it would write it out otherwise and
-    lets itself be told."""
+    """While the block runs, ``model`` computes attention by :func:`_attention`, where it would write it out otherwise
+    and lets itself be told."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if attention_of(model) != "eager" or not looks_attention_up(type(model)):
@@ -93,8 +94,8 @@ def _causal(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _with_sinks(query: Tensor, key: Tensor, value: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The three with a channel more, filled up to a multiple of :data:`CHANNELS`, and a key more before the others, whose
-    score is ``sinks`` [Hq] times the scale and whose value is 0."""
+    """The three with a channel more, filled up to a multiple of :data:`CHANNELS`, and a key more before the others,
+    whose score is ``sinks`` [Hq] times the scale and whose value is 0."""
     batch, heads, length, size = query.shape
     more = CHANNELS - size % CHANNELS
     number = sinks.to(query.dtype).view(1, heads, 1, 1).expand(batch, heads, length, 1)

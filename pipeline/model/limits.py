@@ -12,9 +12,9 @@ from pipeline.model.text import token_batch
 def check_fit(
     loaded: LoadedModel, shape: ShapeConfig, generate: GenerateShape | None, seed: int, one_length: bool = False
 ) -> None:
-    """Raises :class:`UserError` where ``shape`` or ``generate`` goes beyond the model's positions, or across the length at
-    which it turns them otherwise, and for a tokenizer of another model.  ``one_length``: shorter sequences are to run at
-    ``shape.max`` too."""
+    """Raises :class:`UserError` where ``shape`` or ``generate`` goes beyond the model's positions, or across the length
+    at which it turns them otherwise, and for a tokenizer of another model.  ``one_length``: shorter sequences are to
+    run at ``shape.max`` too."""
     described = loaded.model.config.get_text_config()
     limit = getattr(described, "max_position_embeddings", None)
     if limit is not None and shape.max > limit:
@@ -30,7 +30,7 @@ def check_fit(
         check_crossing(turn, generate.input_length, total, f"benchmark.generate.output_length={generate.output_length}")
     if one_length and turn is not None and turn < shape.max:
         raise UserError(
-            f"shape.kind=static: sequences of up to {turn} tokens would have the rotary factors that {loaded.source} has "
-            "for longer ones; set shape=dynamic"
+            f"shape.kind=static: sequences of up to {turn} tokens would have the rotary factors that {loaded.source} "
+            "has for longer ones; set shape=dynamic"
         )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, seed)

@@ -35,9 +35,11 @@ class _Layer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool) -> None:
+    def __init__(
+        self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool, full: bool = False
+    ) -> None:
         super().__init__()
-        self.keys, self.values, self.position, self.whole = keys, values, position, whole
+        self.keys, self.values, self.position, self.whole, self.full = keys, values, position, whole, full
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
@@ -60,6 +62,8 @@ class _Layer(CacheLayerMixin):
         return (self.keys.shape[2] if self.whole else query_length), 0  # type: ignore[union-attr]
 
     def get_seq_length(self) -> Any:
+        if self.full:
+            return self.get_max_length() - 1  # before the token that is being run
         return self.position[0] if self.whole else 0  # one for all rows, see trace_decode
 
     def get_max_length(self) -> int:
@@ -100,16 +104,24 @@ def _mask_of_rows(
     return mask.expand(batch_size, -1, q_length, kv_length)
 
 
+def _added_mask_of_rows(position: Tensor, *, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:
+    """The same as transformers' ``eager_mask`` has it: 0, or the least number of ``dtype``, added to the scores."""
+    mask = _mask_of_rows(position, **given)
+    assert mask is not None
+    zero, least = (torch.full((), each, dtype=dtype, device=mask.device) for each in (0.0, torch.finfo(dtype).min))
+    return torch.where(mask, zero, least)
+
+
 @contextmanager
 def masks_of_rows(position: Tensor) -> Iterator[None]:
     """While the block runs, a model that lets transformers make its masks gets each row's for its own place,
     ``position`` [batch]: a cache tells transformers one length, for all rows."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS
-    masks["sdpa"] = partial(_mask_of_rows, position)
+    masks["sdpa"], masks["eager"] = partial(_mask_of_rows, position), partial(_added_mask_of_rows, position)
     try:
         yield
     finally:
-        del masks["sdpa"]  # the local entry; the library's own stands behind it
+        del masks["sdpa"], masks["eager"]  # the local entries; the library's own stand behind them
 
 
 class PrefillForm(nn.Module):
@@ -155,10 +167,10 @@ class DecodeForm(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
-        self.fills_mask = False
-        """Hand the model a mask that is one at every place of the cache, for one that would make it as long as its cache
-        says that it is, which is a number out of a tensor (Falcon's alibi, OPT).  What a row sees is said by
-        :func:`masks_of_rows`."""
+        self.says_full = False
+        """Have the cache say that it is full, for a model that makes a mask or a bias as long as its cache says that it is,
+        which is a number out of a tensor (Falcon's and MPT's alibi, OPT).  What a row sees, and where its token is, are
+        said by :func:`masks_of_rows` and ``position_ids``."""
 
     def forward(
         self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
@@ -167,10 +179,8 @@ class DecodeForm(nn.Module):
 
         Returns logits [batch, 1, vocabulary] and the caches.
         """
-        cache = Cache(layers=[_Layer(k, v, position, whole=True) for k, v in zip(keys, values, strict=True)])
-        given = {}
-        if self.fills_mask:
-            given["attention_mask"] = input_ids.new_ones(input_ids.shape[0], keys[0].shape[2])
+        pairs = zip(keys, values, strict=True)
+        cache = Cache(layers=[_Layer(k, v, position, whole=True, full=self.says_full) for k, v in pairs])
         with masks_of_rows(position):
             output = self.model(
                 input_ids=input_ids,
@@ -178,7 +188,6 @@ class DecodeForm(nn.Module):
                 cache=cache,
                 use_cache=True,
                 logits_to_keep=1,
-                **given,
             )
         return _results(output.logits, cache)
 
@@ -217,7 +226,7 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
     try:
         program = exported(form, inputs, None, WITHOUT)
     except NumberFromData:
-        form.fills_mask = True
+        form.says_full = True
         program = exported(form, inputs, None, WITHOUT)
     if cache.batch > 1 and _reads_first_row(program):
         raise RunError(
