@@ -288,7 +288,8 @@ def test_a_cache_says_that_it_is_full_to_a_model_that_makes_a_bias_as_long_as_it
     assert form.says_full
     ids, (keys, values) = torch.tensor([[5, 7, 9]]), (cache.tensors(CPU)[:1], cache.tensors(CPU)[1:])
     for place in range(3):
-        logits, key, value = step(ids[:, place : place + 1], torch.tensor([place]), keys, values)
+        given = {"input_ids": ids[:, place : place + 1], "position": torch.tensor([place])}
+        logits, key, value = step(**given, keys=keys, values=values)
         keys, values = [key], [value]
     torch.testing.assert_close(logits, made.model(ids).logits[:, -1:], rtol=1e-4, atol=1e-5)
 

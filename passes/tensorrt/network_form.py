@@ -8,6 +8,7 @@
 * Torch-TensorRT knows of a bitwise operation on bools only by a note that constants do not have; on bools they are the
   logical ones.
 * The largest element along an axis and its place, together, are the first of those that ``topk`` gives.
+* The greater of two sizes of which one is known to be: that one.  There is no layer that would choose.
 * What ``empty`` holds is undefined, so zeros will do; there is no layer for it.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from passes.proof.op_kinds import RESHAPES
 
@@ -44,6 +47,8 @@ def prepare(graph: GraphModule) -> int:
             _spell_out_number(node)
         elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:  # then so are what it reads
             node.target = LOGICAL[node.target]
+        elif node.target is torch.sym_max:
+            _choose_greater(node)
         elif node.target is aten.max.dim:
             _as_first_of_topk(node)
         elif node.target is aten.empty.memory_format:
@@ -101,6 +106,22 @@ def _as_first_of_topk(node: Node) -> None:
             user.replace_all_uses_with(made)
             graph.erase_node(user)
     graph.erase_node(node)
+
+
+def _choose_greater(node: Node) -> None:
+    values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
+    first, second = (
+        each.node.shape_env.bound_sympy(each.node.expr) if isinstance(each, torch.SymInt) else ValueRanges.wrap(each)
+        for each in values
+    )
+    greater = 0 if first.lower >= second.upper else 1 if second.lower >= first.upper else None
+    if greater is None:
+        return
+    chosen = node.args[greater]
+    for user in list(node.users):
+        user.args = map_aggregate(user.args, lambda each: chosen if each is node else each)  # type: ignore[assignment]
+        user.kwargs = map_aggregate(user.kwargs, lambda each: chosen if each is node else each)  # type: ignore[assignment]
+    node.graph.erase_node(node)
 
 
 def _spell_out_number(node: Node) -> None:

@@ -22,6 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from passes.errors import AS_IT_IS, RunError
 from passes.graph.cache_ops import cache_update
+from passes.proof.calls import written_out
 from passes.proof.claims import ancestors
 from pipeline.config.schema import ShapeConfig
 from pipeline.trace.cache_shape import CacheShape
@@ -168,9 +169,9 @@ class DecodeForm(nn.Module):
         super().__init__()
         self.model = model
         self.says_full = False
-        """Have the cache say that it is full, for a model that makes a mask or a bias as long as its cache says that it is,
-        which is a number out of a tensor (Falcon's and MPT's alibi, OPT).  What a row sees, and where its token is, are
-        said by :func:`masks_of_rows` and ``position_ids``."""
+        """Have the cache say that it is full, for a model that makes a mask or a bias as long as its cache says that it
+        is, which is a number out of a tensor (Falcon's and MPT's alibi, OPT).  What a row sees, and where its token is,
+        are said by :func:`masks_of_rows` and ``position_ids``."""
 
     def forward(
         self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
@@ -228,6 +229,12 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
     except NumberFromData:
         form.says_full = True
         program = exported(form, inputs, None, WITHOUT)
+    if written_out(program.graph_module) and not _is_the_model(program, form, cache, device):
+        raise RunError(
+            "export",
+            f"{type(form.model).__name__} makes masks of its own for a cache that grows, and this one has a fixed "
+            f"capacity; {WITHOUT}",
+        )
     if cache.batch > 1 and _reads_first_row(program):
         raise RunError(
             "ragged_batch",
@@ -235,6 +242,22 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
             "rows, and rows of a batch differ; set shape.batch=1",
         )
     return Traced(program, specs)
+
+
+def _is_the_model(program: ExportedProgram, form: DecodeForm, cache: CacheShape, device: torch.device) -> bool:
+    """Whether three tokens through the step's ``program`` come to what the model makes of them.
+
+    For attention that is written out, of which no mask is proved; what is built is verified later all the same.  A key
+    too many is told from rounding: what is allowed is a twentieth."""
+    step, given, count = program.module(), _caches(cache, device), len(cache.layers)
+    tokens = torch.arange(1, 4, device=device).expand(cache.batch, -1)
+    with torch.no_grad():
+        for place in range(tokens.shape[1]):
+            position = torch.full((cache.batch,), place, device=device)
+            logits, *made = step(input_ids=tokens[:, place : place + 1], position=position, **given)
+            given = {"keys": made[:count], "values": made[count:]}
+        expected = form.model(input_ids=tokens, use_cache=False).logits[:, -1:].float()
+    return bool((logits.float() - expected).norm() <= expected.norm() / 20)
 
 
 def _reads_first_row(program: ExportedProgram) -> bool:
