@@ -198,6 +198,33 @@ def _offset(run: Run) -> set[Any]:
     return {()} if _causal_from(run, run.queries + position) else set()
 
 
+def _placed(run: Run, sees: Callable[[Tensor, Tensor, int], Tensor], places: range) -> set[Any]:
+    """The widths with which ``sees`` (place, key, width) is every row of the batch, each from some place on."""
+    if run.attends is None:
+        return set()
+    rows = run.attends.expand(*run.attends.shape[:2], len(run.queries), len(run.keys.flatten()))
+    found = set()
+    for width in range(1, LONGEST + 1):
+        tables = [sees(run.queries + place, run.keys, width) for place in places]
+        found |= {width} if all(any(bool((row == table).all()) for table in tables) for row in rows) else set()
+    return found
+
+
+def _offset_window(run: Run) -> set[Any]:
+    keys = run.keys.numel()
+    return _placed(run, lambda place, key, width: (key <= place) & (place - key < width), range(-keys, keys + 1))
+
+
+def _ring(run: Run) -> set[Any]:
+    keys = run.keys.numel()
+
+    def sees(place: Tensor, key: Tensor, width: int) -> Tensor:
+        age = (place - key) % keys
+        return (age <= place) & (age < width)
+
+    return _placed(run, sees, range(3 * keys))
+
+
 def _window(run: Run) -> set[Any]:
     return {
         (corner, width)
@@ -239,6 +266,7 @@ def _bias(run: Run) -> set[Any]:
 
 MEANINGS: dict[str, Callable[[Run], set[Any]]] = {
     "full": _full, "causal": _causal, "causal_lower_right": _lower_right, "causal_offset": _offset,
+    "sliding_window_offset": _offset_window, "ring": _ring,
     "sliding_window": _window, "chunked": _chunked, "padding": _padding, "packed": _packed, "bias": _bias,
 }  # fmt: skip
 """Class -> the parameters (width, size, corner) with which it describes a run.  It describes a mask where one choice

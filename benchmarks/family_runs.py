@@ -122,7 +122,7 @@ def row(family: str, form: str) -> Row:
             return ended(NONE, " ".join(first_line(error).split()))
         try:
             display = StageDisplay(Console(file=io.StringIO()))
-            report = run(config, display, track=lambda *_, **__: _Untracked()).report  # type: ignore[arg-type]
+            report = run(config, display, track=lambda *_, **__: _Untracked()).report
         except UserError as error:
             return ended(REFUSED, str(error), "load")
     return ended(*_outcome(report), **_found(report))

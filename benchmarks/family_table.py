@@ -141,8 +141,8 @@ transformers has for causal language modelling, each through the pipeline as a f
 * `refused`: before anything is built; `stopped`: later. A number says below what the run says then.
 
 Attention sinks (GPT-OSS) become a key of their own; a soft cap (Gemma 2) and alibi of the model's own making (BLOOM,
-MPT) stay written out. Mixtures of experts are products over every expert, or over the chosen ones where those are fewer.
-What the masks of a graph are in every way that a model is called is in [masks by call](masks-by-call.md).
+MPT) stay written out. Mixtures of experts are products over every expert, or over the chosen ones where those are
+fewer. What the masks of a graph are in every way that a model is called is in [masks by call](masks-by-call.md).
 
 Made by `python -m benchmarks.family_table` with {stack}: {families} families, {built} of them built.
 

@@ -21,9 +21,11 @@ SIZES = {  # hidden, q+k+v, attention output, intermediate, vocabulary
 }
 KEYS = (512, 1024, 2048, 2176, 3072, 4096, 8192)
 ATTENTION = ("native", "native_mask", "native_folded", "rows", "rows_mask", "rows_bias", "matmul", "chunks16")
-LINEAR = ("nt", "nn", "rows8", "reduce")
+LINEAR = ("nt", "nn", "rows8", "reduce", "nt_int8", "rows8_int8", "rows8_int4", "reduce_int8", "reduce_int4")
 CHAIN = 8
 Shape = tuple[int, ...]
+BLOCK = 128
+"""Inputs that share a scale of int4 weights."""
 FOLDED = 8
 """Channels that hold the mask: head sizes with fused kernels are multiples of 8."""
 BLOCKED = -30000.0
@@ -50,6 +52,31 @@ class Net:
         value = np.ascontiguousarray(value)
         self.kept.append(value)
         return self.net.add_constant(value.shape, self.trt.Weights(value)).get_output(0)
+
+    def weight(self, value: np.ndarray, bits: int = 16, wide: bool = False) -> Any:
+        """``value`` [out, in] as fp16: itself, or dequantised from int8 with a scale an output (one, if alike) or
+        from int4 with a scale for each :data:`BLOCK` inputs of an output.  ``wide``: as fp32."""
+        kind, scale_type = (self.trt.float32, np.float32) if wide else (self.trt.float16, np.float16)
+        if bits == 16:
+            held = self.const(value)
+            return self.net.add_cast(held, kind).get_output(0) if wide else held
+        out, inner = value.shape
+        most = 2 ** (bits - 1) - 1
+        blocks = value.astype(np.float32).reshape(out, -1, inner if bits == 8 else BLOCK)
+        scales = (np.abs(blocks).max(2, keepdims=True) / most).astype(scale_type)
+        whole = np.clip(np.rint(blocks / scales.astype(np.float32)), -most, most).astype(np.int8).reshape(out, inner)
+        if bits == 8:
+            alike = bool((scales == scales.flat[0]).all())
+            scale = self.const(scales.reshape(out)[0] if alike else scales.reshape(out))
+            layer = self.net.add_dequantize(self.const(whole), scale, kind)
+            if not alike:
+                layer.axis = 0
+            return layer.get_output(0)
+        packed = np.ascontiguousarray((whole[:, ::2] & 15) | (whole[:, 1::2] << 4))
+        self.kept.append(packed)
+        four = self.net.add_constant((out, inner), self.trt.Weights(self.trt.int4, packed.ctypes.data, whole.size))
+        scales = self.const(scales.reshape(out, -1))
+        return self.net.add_dequantize(four.get_output(0), scales, kind).get_output(0)
 
     def matmul(self, a: Any, b: Any, ta: bool = False, tb: bool = False) -> Any:
         op = {False: self.trt.MatrixOperation.NONE, True: self.trt.MatrixOperation.TRANSPOSE}
@@ -210,8 +237,10 @@ def attention_inputs(model: str, form: str, keys: int) -> tuple[dict[str, torch.
 def linear(net: Net, x: Any, weight: np.ndarray, form: str) -> Any:
     """x [1, in] times weight [out, in] transposed, as [1, out]."""
     out, inner = weight.shape
+    form, _, bits = form.partition("_int")
+    small = net.weight(weight, int(bits or 16))
     if form == "nt":
-        return net.matmul(x, net.const(weight), tb=True)
+        return net.matmul(x, small, tb=True)
     if form == "nn":
         return net.matmul(x, net.const(weight.T))
     if form == "column":
@@ -219,7 +248,7 @@ def linear(net: Net, x: Any, weight: np.ndarray, form: str) -> Any:
     if form.startswith("rows"):
         rows = int(form[4:])
         padded = net.cat([x, net.const(np.zeros((rows - 1, inner), np.float16))], 0)
-        return net.slice(net.matmul(padded, net.const(weight), tb=True), (0, 0), (1, out))
+        return net.slice(net.matmul(padded, small, tb=True), (0, 0), (1, out))
     if form.startswith("split"):
         parts = int(form[5:])
         blocks = weight.reshape(out, parts, inner // parts).transpose(1, 0, 2)
@@ -231,7 +260,7 @@ def linear(net: Net, x: Any, weight: np.ndarray, form: str) -> Any:
         layer = net.net.add_convolution_nd(net.reshape(x, (1, inner, 1, 1)), out, (1, 1), net.trt.Weights(kept))
         return net.reshape(layer.get_output(0), (1, out))
     assert form == "reduce"
-    return net.reshape(net.reduce(net.binary(net.const(weight), x, "PROD"), "SUM", 1, keep=False), (1, out))
+    return net.reshape(net.reduce(net.binary(small, x, "PROD"), "SUM", 1, keep=False), (1, out))
 
 
 def linear_weights(model: str, part: str) -> list[list[np.ndarray]]:

@@ -203,6 +203,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("outputs/kernels"))
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--build-only", action="store_true", help="on a machine without a GPU")
+    parser.add_argument("--forms", help="only these, with commas between them")
+    parser.add_argument("--parts", help="of the linear forms only these: layers, head")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--table", type=Path, help="print the Markdown tables of this kernels.jsonl, and run nothing")
     arguments = parser.parse_args()
@@ -210,7 +212,10 @@ def main() -> int:
         print(tables(arguments.table))
         return 0
     arguments.out.mkdir(parents=True, exist_ok=True)
-    chosen = list(cases(arguments.kinds, arguments.models.split(",")))[: arguments.limit]
+    every = cases(arguments.kinds, arguments.models.split(","))
+    forms, parts = (text.split(",") if text else None for text in (arguments.forms, arguments.parts))
+    chosen = [c for c in every if (not forms or c[2] in forms) and (not parts or c[0] != "linear" or c[3] in parts)]
+    chosen = chosen[: arguments.limit]
     context = multiprocessing.get_context("spawn")
     tasks, rows, turn = context.Queue(), context.Queue(), context.Lock()
     for case in chosen:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from benchmarks.pictures import EDGE, WIDTH, framed, head, line, text
-from pipeline.compare.charts import MARGIN, ticks
+from pipeline.compare.charts import MARGIN, decades, ticks
 from pipeline.compare.numbers import number
 
 HEIGHT, AXIS, GAP = 250, 46, 24
@@ -53,8 +53,8 @@ def svg(title: str, notes: Sequence[str], panels: Sequence[Panel], legend: Mappi
 def _panel(panel: Panel, left: float, top: float, width: float) -> Iterator[str]:
     lengths = sorted({n for each in panel.lines for n in each.points})
     values = [value for each in panel.lines for value in each.points.values()]
-    marks = _decades(min(values), max(values)) if panel.log else ticks(max(values) * MARGIN)
     low, high = (min(values) / 1.3, max(values) * 1.3) if panel.log else (0.0, max(values) * MARGIN)
+    marks = decades(low, high) if panel.log else ticks(high)
     begin, end, bottom = left + AXIS, left + width - 22, top + 14 + HEIGHT
 
     def x(n: int) -> float:
@@ -67,9 +67,8 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> Iterator[str]
 
     yield text(left, top, f"{panel.title}, {panel.unit}", "head")
     for mark in marks:
-        if low <= mark <= high:
-            yield line("grid", begin, y(mark), end, y(mark))
-            yield text(begin - 8, y(mark) + 4, f"{mark:g}", "dim", "end")
+        yield line("grid", begin, y(mark), end, y(mark))
+        yield text(begin - 8, y(mark) + 4, f"{mark:g}", "dim", "end")
     for n in lengths:
         yield line("grid", x(n), top + 14, x(n), bottom)
         yield text(x(n), bottom + 16, str(n), "dim", "middle")
@@ -80,9 +79,3 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> Iterator[str]
         for n, value in sorted(each.points.items()):
             tip = escape(f"{each.name}, {n} tokens: {number(value)} {panel.unit}")
             yield f'<circle class="{each.css}" cx="{x(n):.2f}" cy="{y(value):g}" r="4"><title>{tip}</title></circle>'
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times each power of ten from below ``low`` to above ``high``."""
-    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    return [factor * 10.0**power for power in powers for factor in (1, 2, 5)]

@@ -210,18 +210,6 @@ def prompts(folder: Path) -> str:
     return _table(("a prompt, us", *found), lines)
 
 
-def products(path: Path, where: str) -> str:
-    """Microseconds of a prompt's rows times weights, by how the weights lie and what the network is for."""
-    every = rows_of(path)
-    times = {(row["layout"], row["lengths"]): row["us"] for row in every if "us" in row}
-    lengths = list(dict.fromkeys(name for _, name in times))
-    lines = [
-        [f"`{layout}`", *(f"{times[layout, n]:.1f}" if (layout, n) in times else "–" for n in lengths)]
-        for layout in dict.fromkeys(layout for layout, _ in times)
-    ]
-    return f"{_where(every, where)}\n\n" + _table(("weights as", *lengths), lines)
-
-
 def _where(rows: Iterable[Mapping[str, Any]], otherwise: str) -> str:
     on = environment_of(rows)
     return f"{caption(on) if on else otherwise}.{aged(on)}"

@@ -17,13 +17,17 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from benchmarks import figures, line_chart, profile_tables, speed_up
+from benchmarks import figures, line_chart, profile_tables, scatter, speed_up
 from benchmarks.generation_table import batch_table, generation_tables
 from benchmarks.pictures import svg
 from benchmarks.prompt_table import NAMES, SWEPT, beside_sweeps, length_table, prompt_tables, sweeps
 from benchmarks.shown import Shown
 from benchmarks.stacks import ROOT, Measured, aged, caption, measured
 from benchmarks.ways import Row, rows
+from pipeline.compare.fronts import fronts
+from pipeline.compare.labels import sections
+from pipeline.compare.pool import pooled
+from pipeline.compare.rows import row
 
 PAGE, README = ROOT / "docs" / "results.md", ROOT / "README.md"
 TEMPLATE = ROOT / "benchmarks" / "results.md.jinja"
@@ -113,7 +117,6 @@ RAW: dict[str, tuple[str, Callable[[Path, str], str]]] = {
     "layers": ("steps.jsonl", _kernels),
     "layers_together": ("steps_together.jsonl", _kernels),
     "prompt_attention": ("prompt_attention.jsonl", profile_tables.prompt_attention),
-    "products": ("products.jsonl", profile_tables.products),
 }
 """Part of the page -> the file that it is made of, and how; the latter takes what the stack's rows were measured on."""
 
@@ -177,11 +180,28 @@ def step_picture(of: Figures) -> str | None:
     return svg("Where a step's time goes", [f"{of.source}.", note], charts, {v: k for k, v in legend.items()})
 
 
+def quality_picture(of: Figures) -> str | None:
+    """What precisions cost and what they are worth, of each model with real weights; None where nothing was measured
+    of two of them."""
+    found = pooled(row(each) for each in of.one.reports)
+    panels = [
+        scatter.Panel(section.model, front)
+        for section in sections([each for each in found if each.axes.get("model.weights") != "random"])
+        for front in fronts(section)
+        if "prefill" not in front.title
+    ]
+    if not panels:
+        return None
+    note = "Beside the unquantised model, on one real text. Line: what nothing beats in both; whisker: 95 % interval."
+    return scatter.svg("Quality against speed and bytes: what is worth having", [f"{of.source}.", note], panels)
+
+
 MADE: dict[str, Callable[[Figures], str | None]] = {
     "speed-up.svg": speed_up_picture,
     "generation.svg": generation_picture,
     "mask.svg": mask_picture,
     "step.svg": step_picture,
+    "quality.svg": quality_picture,
 }
 """Picture -> how it is made of what was measured on a stack."""
 
@@ -205,6 +225,9 @@ def files() -> dict[Path, str]:
         raise ValueError("benchmarks/results: no stack has a generation of ours and of a rival, for README's picture")
     source = owners["speed-up.svg"].source
     picture = f"![How many times as fast generation with proved attention is; {source}](docs/pictures/speed-up.svg)\n"
+    if "quality.svg" in owners:
+        source = owners["quality.svg"].source
+        picture += f"\n![What precisions cost and what they are worth; {source}](docs/pictures/quality.svg)\n"
     return {
         PAGE: re.sub(r"\n{3,}", "\n\n", page).rstrip() + "\n",
         **pictures,

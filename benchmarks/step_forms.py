@@ -1,6 +1,8 @@
 """Whole decoder layers at one token, each part in one of several forms, as networks for :mod:`benchmarks.kernels`.
 
-A form is three words with dots between them, ``PRODUCTS.ATTENTION.KEPT``:
+A form is three words with dots between them, ``PRODUCTS.ATTENTION.KEPT``; ``PRODUCTS@xN`` adds up N
+pieces of the inputs side by side before their sum is taken, ``@N`` pieces of N inputs, and ``ATTENTION@N`` N pieces of
+the keys:
 
 *products*: ``plain`` is matrix products; ``eight`` the same of eight rows, seven of them zero; ``mix`` multiplies
 siblings (query, key and value; gate and up) as matrix products and the others element by element, with sums; ``merged``
@@ -9,16 +11,24 @@ puts siblings' weights together into one product, element by element.
 each with a softmax of its own (Flash-Decoding); ``ms16`` has its scores element by element; ``whole`` is one softmax
 over all keys, scores and values element by element, the cache of the values with the keys' axis last; ``wide`` is the
 same with fp32 sums; ``turned`` is ``wide`` with the cache of the values as that of the keys, turned when it is read.
+``fused`` is ``wide`` with a softmax for each channel of the values, so that it becomes part of their kernel, and
+``fused_half`` that with weights in fp16.
 *kept*: what is not computed anew in every block of the product that reads it, but written by a scatter, which TensorRT
 does not fuse into what follows: ``n`` normed rows, ``s`` the activated row of the gate, ``q`` rotated queries, ``a``
 the result of attention; ``-`` for none.  ``o``: the new token is left out of the cache, its attention is added, and its
 keys and values are outputs, to be put into the cache by somebody else.  ``d``: the reciprocal root of a norm is
 multiplied on behind the product.  ``j``: query and key are normed and rotated together.  ``g``: a norm's gain is part
-of the weights behind it.  ``u``: the softmax is divided before the values are weighted, not behind.
+of the weights behind it.  ``u``: the softmax is divided before the values are weighted, not behind.  ``m``: the mean of
+a norm is computed for each output of the product behind it, in its kernel, and divides what comes out; ``k`` that for
+query, key and value only; ``b``: the mean alone is computed before, and divides behind.  ``r``: what a layer adds to
+its input is added up together with it, in one sum.  ``h``: the activated gate is a factor of the other product's terms.
+``w``: the terms of a sum are products in fp32.  ``i``: weights of int8 with a scale an output; ``f``: of int4 in blocks
+of 128; ``c``: the scales are multiplied on behind.  ``t``: the softmax's weights are rounded before they are added up.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -52,6 +62,35 @@ STEP = (
     "merged.wide.jg",
     "merged.wide.ju",
     "merged.wide.jgu",
+    "merged.wide.jgr",
+    "merged.wide.jgmr",
+    "merged.fused.jg",
+    "merged.fused_half.jg",
+    "merged.fused.jgr",
+    "merged.fused.jgkr",
+    "merged.fused.jgmr",
+    "merged.fused.jgri",
+    "merged.fused.jgrf",
+    "merged.fused.jgmri",
+    "merged.wide.jgh",
+    "merged.wide.jgt",
+    "merged@x2.wide.jg",
+    "merged@x4.wide.jg",
+    "merged@x8.wide.jg",
+    "merged.wide@4.jg",
+    "merged@x4.wide@4.jg",
+    "merged@x4.wide@4.jgh",
+    "merged@x8.wide@4.jgh",
+    "merged.wide.jgi",
+    "merged.wide.jgrhi",
+    "merged.wide.jgwhi",
+    "merged.wide.jwbrhi",
+    "merged@x4.wide@4.jgi",
+    "merged@x4.wide@4.jgwhi",
+    "merged@x8.wide@4.jgwhi",
+    "merged@x4.wide@4.jwbrhi",
+    "eight.wide.jgi",
+    "eight.wide.jgf",
 )
 EPSILON = 1e-5
 SCALED = 64.0
@@ -62,7 +101,9 @@ class StepNet(Net):
 
     def __init__(self, model: str, form: str, keys: int) -> None:
         super().__init__()
-        self.products, self.attention, self.flags = form.split(".")
+        products, self.attention, self.flags = form.split(".")
+        self.products, _, self.pieces = products.partition("@")
+        self.attention, _, self.key_pieces = self.attention.partition("@")
         self.keys = keys
         self.heads, self.kv_heads, self.size = HEADS[model]
         self.position = self.input("position", (1,), "int")
@@ -76,8 +117,12 @@ class StepNet(Net):
             self.unseen = self.binary(self.unseen, self.binary(places, position, "EQUAL"), "OR")
 
     @property
+    def bits(self) -> int:
+        return 8 if "i" in self.flags else 4 if "f" in self.flags else 16
+
+    @property
     def in_rows(self) -> bool:
-        return self.attention in ("whole", "wide", "turned")
+        return self.attention in ("whole", "wide", "turned", "fused", "fused_half")
 
     def half(self, value: float, rank: int) -> Any:
         return self.const(np.full((1,) * rank, value, np.float16))
@@ -112,16 +157,101 @@ class StepNet(Net):
         """x [1, in] times weight [out, in] transposed, added up in ``kind``: [1, out]."""
         if self.products == "eight":
             rows = self.cat([x, self.const(np.zeros((7, x.shape[1]), np.float16))], 0)
-            return self.slice(self.matmul(rows, self.const(weight), tb=True), (0, 0), (1, weight.shape[0]))
+            return self.slice(self.matmul(rows, self.weight(weight, self.bits), tb=True), (0, 0), (1, weight.shape[0]))
+        if "w" in self.flags or self.pieces:
+            return self.reshape(self.cast(self.summed(x, weight), "half"), (1, len(weight)))
         if not summed or self.products == "plain":
-            return self.matmul(x, self.const(weight), tb=True)
-        terms = self.cast(self.binary(self.const(weight), x, "PROD"), kind)
+            return self.matmul(x, self.weight(weight, self.bits), tb=True)
+        terms = self.cast(self.binary(self.weight(weight, self.bits), x, "PROD"), kind)
         return self.reshape(self.reduce(terms, "SUM", 1, keep=False), (1, weight.shape[0]))
+
+    def added(self, x: Any, row: Any, weight: np.ndarray) -> Any:
+        """x [1, out] and the product of row [1, in] with weight [out, in]."""
+        if "r" not in self.flags:
+            return self.binary(x, self.product(row, weight))
+        total = self.summed(row, weight, plus=self.reshape(self.cast(x, "float"), (len(weight), 1)))
+        return self.reshape(self.cast(total, "half"), (1, len(weight)))
+
+    def summed(self, row: Any, weight: np.ndarray, plus: Any = None, times: Any = None) -> Any:
+        """Row [1, in] times weight [out, in] and ``plus`` [out, 1], or times ``times``, in one sum: [out, 1], fp32."""
+        scales = np.full((len(weight), 1), 1, np.float32)
+        if "c" in self.flags:
+            scales = np.abs(weight.astype(np.float32)).max(1, keepdims=True) / 127
+            weight = (weight.astype(np.float32) / scales).astype(np.float16)
+        terms = self.terms(row, weight)
+        if plus is not None:
+            count = terms.shape[1]
+            terms = self.binary(terms, self.binary(plus, self.const(1 / (count * scales)), "PROD"))
+        if times is not None:
+            terms = self.binary(terms, times, "PROD")
+        total = self.reduce(terms, "SUM", 1)
+        return self.binary(total, self.const(scales), "PROD") if "c" in self.flags else total
+
+    def terms(self, row: Any, weight: np.ndarray) -> Any:
+        """What is to be added up for row [1, in] times weight [out, in], fp32: [out, in], or the sums of its pieces
+        [out, width] where there is a width."""
+        inner = weight.shape[1]
+        width = inner // int(self.pieces[1:]) if self.pieces.startswith("x") else int(self.pieces or inner)
+        return self.side_by_side(
+            self.whole_terms(self.slice(row, (0, at), (1, width)), np.ascontiguousarray(weight[:, at : at + width]))
+            for at in range(0, inner, width)
+        )
+
+    def side_by_side(self, pieces: Iterable[Any]) -> Any:
+        """The sum of tensors of one shape, two and two."""
+        pieces = list(pieces)
+        while len(pieces) > 1:
+            pairs = [self.binary(*pair) for pair in zip(pieces[::2], pieces[1::2], strict=False)]
+            pieces = pairs + pieces[len(pairs) * 2 :]
+        return pieces[0]
+
+    def whole_terms(self, row: Any, weight: np.ndarray) -> Any:
+        if "w" in self.flags:
+            wide = row if row.dtype == self.trt.float32 else self.cast(row, "float")
+            return self.binary(self.weight(weight, self.bits, wide=True), wide, "PROD")
+        return self.cast(self.binary(self.weight(weight, self.bits), row, "PROD"), "float")
+
+    def gated(self, x: Any, gain: np.ndarray, gate: np.ndarray, up: np.ndarray) -> Any:
+        """The activated row [1, inner] of the norm of x: the gate's product, and the activation in the other's sum."""
+        gate, up = ((each.astype(np.float32) * gain.astype(np.float32)).astype(np.float16) for each in (gate, up))
+        wide, root = self.cast(x, "float"), self.root(x)
+        behind = "b" in self.flags
+        row = x if behind else self.cast(self.binary(wide, root, "PROD"), "half")
+        if "w" in self.flags:
+            row = wide if behind else self.binary(wide, root, "PROD")
+        first = self.summed(row, gate)
+        first = self.binary(first, root, "PROD") if behind else first
+        first = self.binary(
+            first, self.net.add_activation(first, self.trt.ActivationType.SIGMOID).get_output(0), "PROD"
+        )
+        first = self.binary(first, root, "PROD") if behind else first
+        total = self.summed(row, up, times=first)
+        return self.reshape(self.cast(total, "half"), (1, len(gate)))
+
+    def normed_behind(self, x: Any, weight: np.ndarray) -> Any:
+        """The product of the norm of x [1, in], without a gain, with weight [out, in]; the mean for each output."""
+        wide, ones = self.cast(x, "float"), self.const(np.ones((len(weight), 1), np.float32))
+        terms = self.cast(self.binary(self.weight(weight, self.bits), x, "PROD"), "float")
+        mean = self.reduce(self.binary(ones, self.binary(wide, wide, "PROD"), "PROD"), "AVG", 1, keep=False)
+        root = self.unary(self.binary(mean, self.const(np.full((1,), EPSILON, np.float32))), "SQRT")
+        merged = self.binary(self.reduce(terms, "SUM", 1, keep=False), self.unary(root, "RECIP"), "PROD")
+        return self.reshape(self.cast(merged, "half"), (1, len(weight)))
 
     def siblings(self, x: Any, gain: np.ndarray, weights: list[np.ndarray]) -> list[Any]:
         """The products of the norm of x [1, in] with each of ``weights``."""
         starts = np.cumsum([0, *(len(weight) for weight in weights)])
-        if "d" in self.flags:
+        if "m" in self.flags or ("k" in self.flags and len(weights[1]) == self.kv_heads * self.size):
+            folded = np.concatenate(weights).astype(np.float32) * gain.astype(np.float32)
+            merged = self.normed_behind(x, folded.astype(np.float16))
+        elif "b" in self.flags:
+            folded = (np.concatenate(weights).astype(np.float32) * gain.astype(np.float32)).astype(np.float16)
+            total = self.summed(x, folded)
+            merged = self.reshape(self.cast(self.binary(total, self.root(x), "PROD"), "half"), (1, len(folded)))
+        elif "g" in self.flags and "w" in self.flags:
+            folded = (np.concatenate(weights).astype(np.float32) * gain.astype(np.float32)).astype(np.float16)
+            total = self.summed(self.binary(self.cast(x, "float"), self.root(x), "PROD"), folded)
+            merged = self.reshape(self.cast(total, "half"), (1, len(folded)))
+        elif "d" in self.flags:
             # Scaled so that what a norm is there for, rows of large numbers, does not overflow before it.
             row = self.binary(x, self.const((gain / SCALED).astype(np.float16).reshape(1, -1)), "PROD")
             scale = self.binary(self.root(x), self.const(np.full((1, 1), SCALED, np.float32)), "PROD")
@@ -185,13 +315,43 @@ class StepNet(Net):
 
         scores = summed(self.reshape(key, (h, 1, keys, d)), self.reshape(q, (h, g, 1, d)))
         scores = self.binary(scores, self.bias((1, 1, keys), kind))
+        if self.attention.startswith("fused"):
+            return self.fused(scores, self.reshape(value, (h, 1, d, keys)))
         weights = self.unary(self.binary(scores, self.reduce(scores, "MAX", 2), "SUB"), "EXP")
+        if "t" in self.flags:
+            rounded = self.cast(weights, "half")
+            weights = self.cast(rounded, "float")
         total, early = self.reduce(weights, "SUM", 2), "u" in self.flags
         if early:
             weights = self.binary(weights, total, "DIV")
-        rows = self.reshape(self.cast(weights, "half"), (h, g, 1, keys))
-        out = summed(self.reshape(value, (h, 1, d, keys)), rows)
+        rows = self.reshape(rounded if "t" in self.flags else self.cast(weights, "half"), (h, g, 1, keys))
+        width = keys // int(self.key_pieces or 1)
+        terms = self.side_by_side(
+            self.cast(
+                self.binary(
+                    self.slice(self.reshape(value, (h, 1, d, keys)), (0, 0, 0, at), (h, 1, d, width)),
+                    self.slice(rows, (0, 0, 0, at), (h, g, 1, width)),
+                    "PROD",
+                ),
+                kind,
+            )
+            for at in range(0, keys, width)
+        )
+        out = self.reduce(terms, "SUM", 3, keep=False)
         return self.cast(out if early else self.binary(out, total, "DIV"), "half")
+
+    def fused(self, scores: Any, value: Any) -> Any:
+        """Softmax of scores [Hkv, group, keys] over value [Hkv, 1, D, keys], once for each channel."""
+        h, _, d, keys = value.shape
+        ones = self.const(np.ones((1, 1, d, 1), np.float32))
+        scores = self.binary(self.reshape(scores, (h, self.heads // h, 1, keys)), ones, "PROD")
+        weights = self.unary(self.binary(scores, self.reduce(scores, "MAX", 3), "SUB"), "EXP")
+        total = self.reduce(weights, "SUM", 3, keep=False)
+        if self.attention == "fused_half":
+            terms = self.cast(self.binary(value, self.cast(weights, "half"), "PROD"), "float")
+        else:
+            terms = self.binary(self.cast(value, "float"), weights, "PROD")
+        return self.cast(self.binary(self.reduce(terms, "SUM", 3, keep=False), total, "DIV"), "half")
 
     def over_pieces(self, q: Any, key: Any, value: Any, new: list[Any]) -> Any:
         h, g, d, n = self.kv_heads, self.heads // self.kv_heads, self.size, int(self.attention[2:])
@@ -245,10 +405,12 @@ class StepNet(Net):
         new = [turned[1], v]
         key, value = self.caches(i, new)
         out = self.attend(turned[0], key, value, new)
-        x = self.binary(x, self.product(self.keep(out, "a"), layer["o"]))
+        x = self.added(x, self.keep(out, "a"), layer["o"])
+        if "h" in self.flags:
+            return self.added(x, self.gated(x, layer["norm2"], layer["gate"], layer["up"]), layer["down"])
         gate, up = self.siblings(x, layer["norm2"], [layer["gate"], layer["up"]])
         gate = self.binary(gate, self.net.add_activation(gate, self.trt.ActivationType.SIGMOID).get_output(0), "PROD")
-        return self.binary(x, self.product(self.keep(self.binary(gate, up, "PROD"), "s"), layer["down"]))
+        return self.added(x, self.keep(self.binary(gate, up, "PROD"), "s"), layer["down"])
 
 
 @lru_cache(1)
@@ -303,7 +465,9 @@ def step_inputs(model: str, form: str, keys: int) -> tuple[dict[str, torch.Tenso
     for i, arrays in enumerate(step_weights(model)):
         layer = {name: torch.from_numpy(array).to(device).float() for name, array in arrays.items()}
         old = [torch.randn(1, kv_heads, keys, size, generator=draw).half() for _ in "kv"]
-        values = old[1].transpose(2, 3).reshape(1, -1, keys, 1).contiguous() if ".w" in form else old[1]
+        values = (
+            old[1].transpose(2, 3).reshape(1, -1, keys, 1).contiguous() if ".w" in form or ".fused" in form else old[1]
+        )
         inputs |= {f"k{i}": old[0], f"v{i}": values}
         row = norm(x, layer["norm1"])
         q, k, v = ((row @ layer[name].T).view(1, -1, 1, size) for name in "qkv")

@@ -8,6 +8,7 @@ from functools import cached_property
 from statistics import median
 from typing import Any, NamedTuple
 
+from passes.precision import FEW_BITS
 from pipeline.compare.ratios import Ratio, ratio
 from pipeline.compare.rows import Figure
 from pipeline.compare.sources import Found
@@ -174,6 +175,9 @@ def way_of(report: Mapping[str, Any]) -> Way:
             options.append(f"strategy.unproven={strategy['unproven']}")
         if strategy.get("assume"):
             options.append(f"strategy.assume=[{','.join(strategy['assume'])}]")
+    if config["precision"] in FEW_BITS:
+        asked = {key: value for key, value in config["quantize"].items() if key != "calibration" and value}
+        options += [f"quantize.{key}={value}" for key, value in asked.items()]
     return Way(
         backend=backend["name"],
         mode=backend.get("mode") or "",

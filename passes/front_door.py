@@ -64,13 +64,13 @@ def rewrite(
 ) -> Rewritten:
     """``program`` with its attention calls rewritten, in aten ops alone, and what became of each call.
 
-    ``program`` is what ``torch.export.export`` gives, and is left as it is; the result shares its weights, but for
-    those that a scale was multiplied into.  ``strategy``: ``lowering`` (or ``detect_causal``, which comes to the same
-    here): a call whose mask is proved causal gets ``is_causal=True`` instead, one whose mask blocks nothing gets none,
-    any other stays as it is; ``decompose``: every call as matmul, softmax, matmul.  ``unproven``: ``error`` raises
-    :class:`passes.errors.RunError` of kind ``unproven`` where a mask is not proved, ``force`` (``lowering``) drops it
-    all the same.  ``assume`` names :data:`passes.proof.conditions.CONDITIONS` that hold for every input, you say;
-    ``without`` passes that are left out: ``fold_scale``, ``group_heads``, ``narrow_rows``.
+    ``program`` is what ``torch.export.export`` gives, and is left as it is; the result shares its weights.
+    ``strategy``: ``lowering`` (or ``detect_causal``, which comes to the same here): a call whose mask is proved causal
+    gets ``is_causal=True`` instead, one whose mask blocks nothing gets none, any other stays as it is; ``decompose``:
+    every call as matmul, softmax, matmul.  ``unproven``: ``error`` raises :class:`passes.errors.RunError` of kind
+    ``unproven`` where a mask is not proved, ``force`` (``lowering``) drops it all the same.  ``assume`` names
+    :data:`passes.proof.conditions.CONDITIONS` that hold for every input, you say; ``without`` passes that are left
+    out: ``group_heads``, ``narrow_rows``.
     Raises :class:`passes.errors.UserError` for other names, and :class:`passes.errors.RunError` of kind
     ``no_attention`` for a graph without attention ops.
     """

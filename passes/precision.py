@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 Products = Literal["fp16_accumulation", "tf32"]
+Kind = Literal["int8", "int4", "e4m3"]
 
 
 @dataclass(frozen=True)
@@ -69,3 +70,42 @@ PRECISIONS = {
     )
 }
 """By name, the default first."""
+
+
+@dataclass(frozen=True)
+class FewBits:
+    """Weights of fewer bits under one of :data:`PRECISIONS`, in which everything else is computed."""
+
+    name: str
+    """As it is typed, and as reports have it."""
+    kind: Kind
+    """What a weight is stored as: :mod:`passes.quantised`."""
+    bits: int
+    blocks: tuple[int, ...] = ()
+    """Elements along the input that share a scale, where nothing else is asked for the first that divides every layer;
+    none: a whole channel does."""
+    methods: tuple[str, ...] = ("round",)
+    """How weights may be rounded, the default first."""
+    rounds_rows: bool = False
+    """Whether the rows that they are multiplied with are rounded too, at scales that are measured on text."""
+
+    def calibrated(self, method: str | None) -> bool:
+        """Whether rows of text are looked at, with ``method`` asked for."""
+        return self.rounds_rows or (method == "awq" and "awq" in self.methods)
+
+
+FEW_BITS = {
+    each.name: each
+    for each in (
+        FewBits("int8_weights", "int8", 8),
+        FewBits("int4_weights", "int4", 4, (128, 64, 32), ("round", "awq")),
+        FewBits("fp8", "e4m3", 8, rounds_rows=True),
+    )
+}
+BASES = tuple(name for name, each in PRECISIONS.items() if each.is_narrow)
+"""What they may be under, the default first."""
+
+
+def number_type(precision: str, base: str | None) -> str:
+    """Which of :data:`PRECISIONS` a run computes in whose ``precision`` may be one of :data:`FEW_BITS`."""
+    return (base or BASES[0]) if precision in FEW_BITS else precision

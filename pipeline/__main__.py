@@ -36,7 +36,7 @@ from omegaconf.errors import OmegaConfBaseException
 from passes.errors import UserError
 from pipeline.config.compose import from_hydra
 from pipeline.config.idle import refuse_idle
-from pipeline.config.overrides import combinations, explained, for_hydra, quoted, read, typed
+from pipeline.config.overrides import combinations, explained, for_hydra, model_by_name, quoted, read, typed
 from pipeline.config.schema import Config
 from pipeline.host import gpu
 from pipeline.host.files import DISK, said_by_the_disk
@@ -119,7 +119,7 @@ def _main(arguments: list[str]) -> int:
     for override in overrides:
         if override.is_sweep_override():
             raise UserError(f"{typed(str(override.input_line))}: several values are a sweep; add -m")
-    config = from_hydra(base)
+    config = _validated(base)
     if parsed.cfg is None:
         refuse_idle(_by_key(overrides), [config], sweep=False)
     if config.tracking.register:
@@ -136,7 +136,7 @@ def _main(arguments: list[str]) -> int:
         from pipeline.run import run
 
         try:
-            outcome = run(from_hydra(composed))
+            outcome = run(_validated(composed))
         except UserError as error:  # found by the load stage
             _print_error(error)
             codes.append(2)
@@ -169,7 +169,7 @@ def _sweep(
             every = [(job, composed(job)) for job in combinations(swept)]
         refuse_idle(_by_key(overrides), [config for _, config in every], sweep=True)
         jobs = plan(every)
-    config = jobs[0].config if jobs else from_hydra(base)
+    config = jobs[0].config if jobs else _validated(base)
     if config.sweep.baseline is not None and jobs is not None:
         check_baseline(config.sweep.baseline, [job.config.to_dict() for job in jobs])
     if config.dry_run:
@@ -243,7 +243,27 @@ def compose_config(overrides: list[str], name: str = "config", own_dir: str | No
 
     ``name`` is the primary config, ``own_dir`` a folder of the user's that is searched beside ``conf/``.
     """
-    return from_hydra(_compose(overrides, name, own_dir))
+    given = [
+        for_hydra(each, False) if each != override else each
+        for override in overrides
+        for each in model_by_name(override, False, _known(own_dir))
+    ]
+    return _validated(_compose(given, name, own_dir))
+
+
+def _validated(composed: DictConfig) -> Config:
+    def describe(source: str, revision: str | None) -> dict[str, Any]:
+        from pipeline.model.checkpoint import described
+
+        return described(source, revision)
+
+    return from_hydra(composed, describe)
+
+
+def _known(own_dir: str | None) -> Callable[[str], bool]:
+    """Whether conf/, or the user's folder beside it, has a model of that name."""
+    folders = [config_dir(), *([Path(own_dir)] if own_dir is not None else [])]
+    return lambda name: any((folder / "model" / f"{name}.yaml").is_file() for folder in folders)
 
 
 def _compose(overrides: list[str], name: str, own_dir: str | None) -> DictConfig:
@@ -258,7 +278,8 @@ def _compose(overrides: list[str], name: str, own_dir: str | None) -> DictConfig
 
 def _read(given: list[str], several: bool, name: str, own_dir: str | None) -> tuple[list[Override], DictConfig]:
     """The overrides of the command line, and what those that have one value make of the YAML."""
-    overrides = read(for_hydra(argument, several) for argument in given)
+    written_out = (each for argument in given for each in model_by_name(argument, several, _known(own_dir)))
+    overrides = read(for_hydra(argument, several) for argument in written_out)
     fixed = [str(override.input_line) for override in overrides if not override.is_sweep_override()]
     return overrides, _compose(fixed, name, own_dir)
 

@@ -6,38 +6,40 @@ conversation.  Exit code 2: something asked for cannot be done; one line says wh
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from passes.errors import RunError, UserError
+from pipeline.host.arguments import Parser
 
 if TYPE_CHECKING:
     from pipeline.deploy.answering import Answer
     from pipeline.deploy.opened import Opened
 
 DATA = Path("data") / "chat"
+RUN_ID = re.compile("[0-9a-f]{32}")
+VERSION = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse's way prints its usage over the message
-        raise UserError(f"{message}; --help shows what is taken")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser("python -m pipeline.chat", description=(__doc__ or "").split("\n")[0])
+def _parser() -> Parser:
+    parser = Parser("python -m pipeline.chat", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
-        "run", metavar="RUN", help="a run id of MLflow, a run's folder below outputs, or models:/NAME@ALIAS"
+        "run",
+        metavar="RUN",
+        help="a run id of MLflow, a run's folder below outputs, models:/NAME@ALIAS or models:/NAME/1",
     )
-    parser.add_argument("--uri", default="sqlite:///mlflow.db", help="the MLflow store (default: %(default)s)")
+    default = os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    parser.add_argument("--uri", default=default, help="the MLflow store (MLFLOW_TRACKING_URI, or sqlite:///mlflow.db)")
     parser.add_argument("--on-cpu", choices=["torch"], help="run the verified graph in PyTorch instead of the engine")
     parser.add_argument("--once", metavar="QUESTION", help="answer this alone, and end")
     parser.add_argument("--max-tokens", type=int, help="of an answer")
@@ -49,7 +51,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as pipeline.__main__ has it
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     try:
         return _main(_parser().parse_args(sys.argv[1:] if arguments is None else arguments))
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def _main(asked: argparse.Namespace) -> int:
+def _main(asked: Namespace) -> int:
     from pipeline.deploy.request import Settings, read
 
     place = _place(asked.run)
@@ -95,37 +96,41 @@ def _main(asked: argparse.Namespace) -> int:
 
 
 def _place(run: str) -> Path | str:
-    """The folder of the run's model, or its address in MLflow; raises :class:`UserError` where it is neither."""
+    """The folder of the run's model, or ``run`` where it names one in MLflow; raises :class:`UserError` where it is
+    neither."""
     folder = Path(run)
     if folder.is_dir():
         if not (folder / "model" / DATA).is_dir():
             raise UserError(f"RUN={run}: holds no model that answers; see tracking.log_model and the report's notes")
         return folder / "model"
-    if run.startswith("models:/"):
+    if RUN_ID.fullmatch(run) or VERSION.fullmatch(run):
         return run
-    if re.fullmatch(r"[0-9a-f]{32}", run):
-        return f"runs:/{run}/model"
     raise UserError(f"RUN={run}: is no folder, no run id of 32 characters and no models:/NAME@ALIAS")
 
 
 def _open(place: Path | str, uri: str, on_cpu: str | None) -> Opened:
     """The model at ``place``; raises :class:`UserError` where there is none, or it cannot be opened here."""
-    model = place if isinstance(place, Path) else _fetched(uri, place)
-    from pipeline.deploy.opened import open_model
+    if isinstance(place, Path):
+        from pipeline.deploy.opened import open_model
 
-    return open_model(model / DATA, on_cpu, uri, _say)
+        return open_model(place / DATA, on_cpu, uri, _say)
+    with tempfile.TemporaryDirectory(prefix="model-") as copies:
+        return _open(_fetched(uri, place, Path(copies)), uri, on_cpu)
 
 
-def _fetched(uri: str, artifact_uri: str) -> Path:
-    from pipeline.tracking.store import as_user_error, check_store, quiet
+def _fetched(uri: str, place: str, copies: Path) -> Path:
+    from pipeline.tracking.store import artifact, as_user_error, check_store, open_client, quiet
 
-    store = check_store(uri, must_exist=True)
-    from mlflow.artifacts import download_artifacts
-
-    with as_user_error(f"RUN={artifact_uri}"), quiet():
-        model = Path(download_artifacts(artifact_uri, tracking_uri=store, registry_uri=store))
-    if not (model / DATA).is_dir():
-        raise UserError(f"RUN={artifact_uri}: holds no model that answers")
+    store, version = check_store(uri, must_exist=True), VERSION.fullmatch(place)
+    with as_user_error(f"RUN={place}"), quiet():
+        client, run_id = open_client(store), place
+        if version is not None:
+            name, alias, number = version.groups()
+            found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+            run_id = found.run_id
+        model = artifact(client, client.get_run(run_id), "model", copies)
+    if model is None or not (model / DATA).is_dir():
+        raise UserError(f"RUN={place}: holds no model that answers; see tracking.log_model and the report's notes")
     return model
 
 

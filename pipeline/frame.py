@@ -96,3 +96,15 @@ def framed(
     if interruption is not None:
         raise interruption
     return Outcome(record.content, folder)
+
+
+def unavailable(record: Record) -> None:
+    """Record why the attention plugin cannot run here."""
+    from passes.tensorrt.versions import load_stack
+    from pipeline.record.environment import environment
+    from pipeline.rivals.plugin import why_not
+
+    stack = load_stack()
+    record.put(environment=environment(stack.versions()))
+    record.put(unavailable=(reason := why_not(record.config.backend, stack)))
+    record.note(f"unavailable: {reason}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config.schema import Config
-from pipeline.frame import Outcome, framed
+from pipeline.frame import Outcome, framed, unavailable
 from pipeline.host.memory import collector_paused, trim
 from pipeline.host.turn import Turn, alone
 from pipeline.record.console import StageDisplay
@@ -23,11 +23,11 @@ from pipeline.record.sections import Status
 if TYPE_CHECKING:
     import torch
 
-    from passes.graph.rewritten import Rewritten
     from passes.tensorrt.versions import Stack
     from pipeline.engine.programs import Program
     from pipeline.engine.sections import Engines
     from pipeline.model.load import LoadedModel
+    from pipeline.model.real_text import RealText
     from pipeline.record.environment import Environment
     from pipeline.store.reuse import Place
     from pipeline.tracking.runs import Tracked
@@ -50,19 +50,20 @@ def run(
     if config.generates and config.model.logits != "last":  # of a prompt, generation needs no other
         config = replace(config, model=replace(config.model, logits="last"))
     if config.backend.name == "plugin":
-        return framed(config, display, track, _unavailable, lambda record, folder, loaded: "unavailable")
+        return framed(config, display, track, unavailable, lambda record, folder, loaded: "unavailable")
     work = _tensorrt if config.backend.name == "tensorrt" else _rival
     return framed(config, display, track, _load, partial(work, turn=turn))
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model, where it runs, and what it has to do there."""
+    """The model, where it runs, what it has to do there, and the text on which its precision's cost is measured."""
 
     model: LoadedModel
     device: torch.device
     environment: Environment
     wanted: Wanted
+    text: RealText | str | None
 
 
 def _load(record: Record) -> Loaded:
@@ -71,40 +72,28 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
-    from pipeline.model import load
-    from pipeline.model.limits import check_fit
+    from pipeline.model import limits, quantise
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
-    from pipeline.verify.candidate import Wanted
+    from pipeline.verify import candidate, quality
 
     config, builds = record.config, record.config.backend.name == "tensorrt"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     here = environment(load_stack().versions() if builds else None)
     record.put(environment=here)
-    model = load.load(config.model, config.precision, device, config.seed, record.update)
+    model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
+    text = quality.text_for(config.verify, model, config.precision) if config.judges_quality else None
     record.note(*model.notes)
-    check_fit(model, config.shape, config.benchmark.generate, config.seed, config.runs_at_one_length)
-    cache = None
-    if builds:
-        cache = programs.cache_of(model.model, config.cache, config.shape, config.benchmark.generate)
+    limits.check_fit(model, config.shape, config.benchmark.generate, config.seed, config.runs_at_one_length)
+    limits.check_range(model, config.precision, config.seed)
+    asked = (config.cache, config.shape, config.benchmark.generate)
+    cache = programs.cache_of(model.model, *asked) if builds else None
     if config.looks_into_store:
         Store.of(config.store)  # refuses a folder that cannot be written
     record.put(model=model.describe())
     record.detail = f"{model.parameters / 1e6:.0f} M parameters from {model.source}"
-    wanted = Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
-    return Loaded(model, device, here, wanted)
-
-
-def _unavailable(record: Record) -> None:
-    """Record why the attention plugin cannot run here."""
-    from passes.tensorrt.versions import load_stack
-    from pipeline.record.environment import environment
-    from pipeline.rivals.plugin import why_not
-
-    stack = load_stack()
-    record.put(environment=environment(stack.versions()))
-    record.put(unavailable=(reason := why_not(record.config.backend, stack)))
-    record.note(f"unavailable: {reason}")
+    wanted = candidate.Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
+    return Loaded(model, device, here, wanted, text)
 
 
 def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
@@ -118,7 +107,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
 
     config, stack, on_gpu = record.config, load_stack(), loaded.device.type == "cuda"
     store = Store.of(config.store) if config.looks_into_store else None
-    judged_as = reuse.judged_as(config.verify, config.seed)
+    judged_as = reuse.judged_as(config.verify, config.seed, loaded.text)
     decided_by = {} if store is None else ingredients(config, loaded.model, stack, loaded.device)
     taken_over = judged_as if config.reaches("verify") and not on_gpu else None
     with reuse.engine_of(folder, store, decided_by, taken_over, record.note, record.display.note) as place:
@@ -130,24 +119,25 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
             record.note(*engines.notes)
             record.display.done("store", place.seconds, f"hit {place.key[:12]}, built {kept.built}")
         else:
-            made_from, rewritten = _rewrite(record, loaded)
-            engines = _build(record, folder, loaded, stack, place, made_from, rewritten)
+            made_from = _rewrite(record, loaded)
+            engines = _build(record, folder, loaded, stack, place, made_from)
 
         if kept is not None and not on_gpu:
             record.stop_before("verify")
             verification = replace(kept.verification, stored=True)
-            record.put(verify=verification, store=place.lookup(verified=True))
+            record.put(verify=verification, quality=kept.quality, store=place.lookup(verified=True))
         else:
             with record.stage("verify"):
                 if on_gpu:
                     graph, kernels = config.backend.cuda_graph, place.runtime_cache
                     what = candidate.engines(folder, loaded.model, loaded.wanted, graph, kernels)
                 else:  # no engine can run; what can be checked are the graphs that they were built from
-                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.precision)
-                verification = _verify(record, loaded.model, what, stack.flavour, engines.attention.summary.assumed)
-        place.keep(reuse.Kept(engines, verification, judged_as, record.report.stages_s), record.note)
+                    what = candidate.graphs(made_from, loaded.model, loaded.wanted, config.number_type)
+                verification = _verify(record, loaded, what, stack.flavour, engines.attention.summary.assumed)
+        kept_of = partial(reuse.Kept, engines, verification, judged_as)
+        place.keep(kept_of(record.report.stages_s, record.report.quality), record.note)
     if config.exports:  # the store keeps no graphs
-        _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
+        _export(record, folder, stack, made_from or _rewrite(record, loaded), engines, verification)
     record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))
     if not on_gpu:
         return "not_executed"
@@ -157,50 +147,45 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     return "ok"
 
 
-def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], dict[str, Rewritten]]:
-    """export → strategy, for each of the run's programs; returns them, and what was done to them."""
-    from passes.graph.rewrite import rewrite
+def _rewrite(record: Record, loaded: Loaded) -> dict[str, Program]:
+    """export → strategy, for each of the run's programs."""
     from pipeline.engine import programs
-    from pipeline.engine.sections import attention_of
 
-    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
+    config, cache = record.config, loaded.wanted.cache
     with record.stage("export"), collector_paused():
-        parts = programs.parts(loaded.model.model, config.model, config.shape, cache)
+        model, small = loaded.model.model, loaded.model.quantised
+        parts = programs.parts(model, config.model, config.shape, cache, small)
         traced = {name: trace() for name, trace in parts.items()}
         for name, each in traced.items():
             record.put_graph(name, "graph_before.txt", each.program.graph)
         record.detail = " + ".join(f"{len(each.program.graph.nodes)} nodes" for each in traced.values())
 
     with record.stage("strategy"):
-        rewritten, summaries = {}, []
+        made = {}
         for name, each in traced.items():
-            how = asked.name, asked.unproven, asked.assume
-            rewritten[name] = rewrite(each.program, *how, without=asked.without, needed=False)
-            attention = attention_of(rewritten[name])
-            record.put_graph(name, "graph_after.txt", rewritten[name].program.graph)
-            record.put_attention(name, attention)
-            summaries.append(str(attention.summary))
-        record.detail = " + ".join(summaries)
-    return {name: programs.Program(rewritten[name].program, each.inputs) for name, each in traced.items()}, rewritten
+            made[name] = programs.rewritten(each, config.strategy)
+            record.put_graph(name, "graph_after.txt", made[name].program.graph)
+            record.put_attention(name, made[name].attention)
+        record.detail = " + ".join(str(each.attention.summary) for each in made.values())
+    return made
 
 
 def _build(
-    record: Record, folder: Path, loaded: Loaded, stack: Stack, place: Place,
-    made_from: dict[str, Program], rewritten: dict[str, Rewritten],
-) -> Engines:  # fmt: skip
+    record: Record, folder: Path, loaded: Loaded, stack: Stack, place: Place, made_from: dict[str, Program]
+) -> Engines:
     """lower → interpret → build, for each program of ``made_from``; returns what the engines in ``folder`` are."""
-    from pipeline.engine import kernel_cache, network, programs, unfused
+    from pipeline.engine import kernel_cache, network, unfused
     from pipeline.engine.build import build_engine
     from pipeline.engine.file import write_engine
-    from pipeline.engine.sections import attention_of, engines_of
+    from pipeline.engine.sections import engines_of
 
-    config, asked, cache = record.config, record.config.strategy, loaded.wanted.cache
-    notes = tuple(dict.fromkeys(note for each in rewritten.values() for note in programs.dropped(each, asked)))
+    config, asked, cache, kind = record.config, record.config.strategy, loaded.wanted.cache, record.config.number_type
+    notes = tuple(dict.fromkeys(note for each in made_from.values() for note in each.notes))
     record.note(*notes)
 
     with record.stage("lower"), collector_paused():
         lowered = {
-            name: network.lower(stack, each.program, each.inputs, config.backend, config.precision)
+            name: network.lower(stack, each.program, each.inputs, config.backend, kind, config.holds_small(name))
             for name, each in made_from.items()
         }
 
@@ -213,7 +198,8 @@ def _build(
             networks[name] = network.interpret(stack, low, conversion)
             record.put_engine(name, networks[name].contents)
         if asked.require_fused:
-            unfused.refuse({name: each.contents for name, each in networks.items()}, rewritten)
+            found = {name: each.contents for name, each in networks.items()}
+            unfused.refuse(found, {name: each.attention for name, each in made_from.items()})
 
     with record.stage("build"):
         built = {}
@@ -221,7 +207,7 @@ def _build(
             made = build_engine(stack, networks.pop(name), record.display.steps, place.timing_cache, f"{name}.trt")
             built[name] = made.engine
             record.put_engine(name, made.engine)
-            conditions, inputs = rewritten[name].assumed, made_from[name].inputs
+            conditions, inputs = made_from[name].attention.summary.assumed, made_from[name].inputs
             here, guarded = asdict(loaded.environment), bool(asked.guard)
             write_engine(folder, made.data, made.engine, inputs, here, conditions, guarded, cache, made.read)
             del made  # hundreds of megabytes, and on disk
@@ -229,7 +215,7 @@ def _build(
     del lowered
     gc.collect()
     trim()
-    return engines_of({name: attention_of(each) for name, each in rewritten.items()}, built, notes)
+    return engines_of({name: each.attention for name, each in made_from.items()}, built, notes)
 
 
 def _export(
@@ -249,8 +235,7 @@ def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
     """verify → measure of eager PyTorch or torch.compile; without a GPU nothing is timed."""
     from pipeline.verify import candidate
 
-    config = record.config
-    name = config.backend.name
+    config, name = record.config, record.config.backend.name
     record.note(f"backend={name} runs the model as it is: strategy has no part in this run")
     if config.benchmark.generate is None and config.cache.name != "none":
         record.note(f"cache={config.cache.name} has no part in this run: nothing is generated")
@@ -259,26 +244,33 @@ def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
         return "not_executed"
     with record.stage("verify"):
         what = candidate.rival(config.backend, loaded.model, loaded.wanted, config.model, config.cache)
-        _verify(record, loaded.model, what)
+        _verify(record, loaded, what)
     _measure(record, loaded.model, what, turn)
     return "ok"
 
 
 def _verify(
-    record: Record, model: LoadedModel, what: Machine, flavour: str | None = None, assumed: Collection[str] = ()
+    record: Record, loaded: Loaded, what: Machine, flavour: str | None = None, assumed: Collection[str] = ()
 ) -> Verification:
     """Record what is found step by step; the first that fails ends the run."""
-    from pipeline.verify import stage
+    from pipeline.verify import quality, stage
 
-    config = record.config
-    record.note(*stage.notes(what.executed, config.precision, flavour))
+    config, model = record.config, loaded.model
+    record.note(*stage.notes(what.executed, config.number_type, flavour))
     for found in stage.verify(
-        what, model, config.model, config.verify, precision=config.precision, seed=config.seed, flavour=flavour,
+        what, model, config.model, config.verify, precision=config.number_type, seed=config.seed, flavour=flavour,
         generate=config.benchmark.generate, assumed=assumed, progress=record.display.steps,
     ):  # fmt: skip
         record.put(verify=found)
         stage.gate(found)
     record.detail = str(found)
+    if config.judges_quality:
+        cost = quality.judge(
+            what, model, config.model, config.strategy, config.verify, loaded.text, config.number_type,
+            record.display.steps,
+        )  # fmt: skip
+        record.put(quality=cost)
+        quality.gate(cost)
     return found
 
 
@@ -286,14 +278,15 @@ def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> N
     """Time what was verified; nothing else ever reaches this."""
     from pipeline.measure import stage
 
-    config = record.config
+    config, cached = record.config, record.config.cache.name != "none"
     if not config.benchmark.shapes and what.generator is None:
         return
     assert what.runner is not None
     with turn() as waiting, record.stage("benchmark"):
         for found in stage.measure(
             what.runner, what.generator, model, config.benchmark, logits=config.model.logits,
-            precision=config.precision, seed=config.seed, cached=config.cache.name != "none", waiting=waiting,
+            precision=config.quantize.products_in(config.precision), seed=config.seed, cached=cached, waiting=waiting,
+            few_bits=(config.holds_small("engine"), config.holds_small("decode")),
         ):  # fmt: skip
             record.put_benchmark(found)
         record.draw(found)

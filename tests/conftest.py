@@ -99,6 +99,17 @@ def prover_and_program_agree(request: pytest.FixtureRequest, monkeypatch: pytest
     assert not found
 
 
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MLflow store with its tables, which take seconds to create, and nothing else: to be copied."""
+    from pipeline.tracking import store
+
+    path = tmp_path_factory.mktemp("migrated") / "mlflow.db"
+    with store.quiet():
+        store.open_client(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture
 def tiny_llama_dir(tmp_path: Path) -> Path:
     """A Hugging Face folder with a random Llama, see :func:`save_tiny_llama`."""

@@ -47,8 +47,36 @@ def for_one(numbers: range, predicate: Callable[[Tensor, Tensor, int], Tensor], 
 
 
 def is_offset(table: Tensor) -> bool:
-    past = table.shape[1] - table.shape[0]
-    return for_one(range(-16, 16), lambda p, k, t: k <= p - past + t, [table])
+    return for_one(range(-16, 16), lambda p, k, t: k <= p - _past(table) + t, [table])
+
+
+def is_offset_window(tables: list[Tensor]) -> bool:
+    """Whether every table is a window of one width behind a place of its own."""
+    return any(
+        all(
+            for_one(range(-16, 16), lambda p, k, t: (k <= p - _past(x) + t) & (p - _past(x) + t - k < width), [x])  # noqa: B023
+            for x in tables
+        )
+        for width in range(1, 16)
+    )
+
+
+def is_ring(tables: list[Tensor]) -> bool:
+    """Whether every table shows the latest of the tokens up to a place of its own, as many in each."""
+
+    def shows(p: Tensor, k: Tensor, t: int, table: Tensor, width: int) -> Tensor:
+        place = p - _past(table) + t
+        age = (place - k) % table.shape[1]
+        return (age <= place) & (age < width)
+
+    return any(
+        all(for_one(range(48), lambda p, k, t: shows(p, k, t, x, width), [x]) for x in tables)  # noqa: B023
+        for width in range(1, 16)
+    )
+
+
+def _past(table: Tensor) -> int:
+    return table.shape[1] - table.shape[0]
 
 
 # The classes of passes/proof/masks.py, recomputed from their definitions there.
@@ -61,6 +89,8 @@ CLASSES: dict[str, Callable[[list[Tensor]], bool]] = {
     "padding": lambda found: all(torch.equal(t, (k <= p) & t[-1]) for t in found for p, k in [places(t)]),
     "packed": lambda found: all(map(is_packed, found)),
     "causal_offset": lambda found: all(map(is_offset, found)),
+    "sliding_window_offset": is_offset_window,
+    "ring": is_ring,
 }
 DROPPED = ("full", "causal", "causal_lower_right")
 

@@ -19,7 +19,7 @@ SIZE, HEADS, KEY_HEADS = 8, 4, 2
 HEAD = SIZE // HEADS
 POOL = 3
 SCALE = 0.25
-"""Of attention: a power of two, so that to fold it rounds nothing."""
+"""Of attention, and not what its head size would give."""
 
 
 class Step(NamedTuple):
@@ -102,13 +102,13 @@ def attention(
 
 
 def shared_projection(p: Program, x: Tensor, y: Tensor, i: int, keep: Tensor) -> Tensor:
-    """Query, key and value by one weight, which must not be scaled for one of them."""
+    """Query, key and value by one weight."""
     q, k = (heads(F.linear(each, p.square[i]), HEADS) for each in (x, y))
     return joined(F.scaled_dot_product_attention(q, k, k, is_causal=True, scale=SCALE))
 
 
 def normed_heads(p: Program, x: Tensor, y: Tensor, i: int, keep: Tensor) -> Tensor:
-    """As Qwen3's: a norm over each head, whose gain is where a scale can go."""
+    """As Qwen3's: a norm over each head."""
     q = rotated(rms(heads(p.tied(x), HEADS)) * p.head_gain[i])
     k = rotated(rms(heads(F.linear(y, p.few[i]), KEY_HEADS)) * p.head_gain[(i + 1) % POOL])
     v = heads(F.linear(y, p.few[(i + 1) % POOL]), KEY_HEADS)

@@ -24,15 +24,18 @@ from passes.proof.mask import (
     LowerRight,
     Mask,
     Offset,
+    OffsetWindow,
     Packed,
     Padding,
+    Ring,
     Window,
 )
 from passes.proof.masks import Proof, Status
 from passes.proof.sizes import symbol_ranges
 
 SOME: tuple[Mask, ...] = (
-    Full(), Causal(), LowerRight(), Offset("position", (0,)), Window(5), Chunked(4), Padding(), Packed("segments"),
+    Full(), Causal(), LowerRight(), Offset("position", (0,)), OffsetWindow("position", (0,), 5),
+    Ring("position", (0,), 5), Window(5), Chunked(4), Padding(), Packed("segments"),
     Bias(), Arbitrary(),
 )  # fmt: skip
 
@@ -85,6 +88,8 @@ def test_a_wrong_class_is_contradicted_in_a_real_graph() -> None:
         "causal",
         "causal_lower_right",
         "causal_offset",
+        "sliding_window_offset",
+        "ring",
         "sliding_window",
         "chunked",
         "packed",
@@ -122,6 +127,8 @@ EXACT = {
     "full": lambda q, k: (q >= 0) & (k >= 0),
     "causal": lambda q, k: k <= q,
     "sliding_window": lambda q, k: (k <= q) & (q - k < 5),
+    "sliding_window_offset": lambda q, k: (k <= q + 2) & (q + 2 - k < 5),
+    "ring": lambda q, k: (q + 30 - k) % k.numel() < 5,
     "chunked": lambda q, k: (k <= q) & (q // 4 == k // 4),
     "padding": lambda q, k: (k <= q) & (k != 3),
 }
@@ -129,6 +136,8 @@ ALMOST = {
     "full": lambda q, k: (q != 11) | (k != 11),
     "causal": lambda q, k: (k <= q) & ((q != 11) | (k != 0)),
     "sliding_window": lambda q, k: (k <= q) & (q - k < torch.where(q == 11, 6, 5)),
+    "sliding_window_offset": lambda q, k: (k <= q + 2) & (q + 2 - k < torch.where(q == 11, 6, 5)),
+    "ring": lambda q, k: ((q + 30 - k) % k.numel() < 5) & ((q != 11) | (k != 5)),
     "chunked": lambda q, k: (k <= q) & (q // 4 == k // 4) & ((q != 11) | (k != 8)),
     "padding": lambda q, k: (k <= q) & ((k != 3) | (q == 7)),
 }

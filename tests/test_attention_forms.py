@@ -15,7 +15,7 @@ from passes.errors import RunError, UserError
 from passes.graph.rewrite import rewrite
 from passes.proof.calls import written_out
 from pipeline.config.schema import GenerateShape, ModelConfig
-from pipeline.engine import programs, unfused
+from pipeline.engine import programs, sections, unfused
 from pipeline.model import load
 from pipeline.model.attention import plain_attention
 from pipeline.model.limits import check_fit
@@ -72,7 +72,7 @@ def test_attention_that_has_no_other_form_stays_written_out_and_is_named(name: s
     (note,) = programs.dropped(done, settings("llama").strategy)
     assert f"written out by the model itself ({layers} of its layers)" in note
     with pytest.raises(RunError, match="require_fused=true: the model writes its attention out itself"):
-        unfused.refuse({}, {"engine": done})
+        unfused.refuse({}, {"engine": sections.attention_of(done)})
     for length in (3, 17, 40):
         ids = tokens(length)
         torch.testing.assert_close(done.program.module()(input_ids=ids), model.model(ids).logits, rtol=1e-4, atol=1e-5)

@@ -66,7 +66,7 @@ def test_an_engine_holds_the_attention_that_the_strategy_promises(
     assert tuple(getattr(section, key) for key in keys) == (native, causal, masked, fused, softmax)
     assert len(layers(made, "ATTENTION_INPUT")) == native and len(layers(made, "SOFTMAX")) == softmax
     assert section.layers == made.interpreter.ctx.net.num_layers and section.torch_fallback_ops == ()
-    assert [layer.heads for layer in made.native_layers] == [(4, 2)] * (native if strategy != "upstream" else 0)
+    assert [layer.form.heads for layer in made.native_layers] == [(4, 2)] * (native if strategy != "upstream" else 0)
     assert_consistent(built)
     assert steps and all(0 < step <= total for _, step, total in steps)
 
@@ -130,6 +130,14 @@ def lowered(traced: Traced, precision: str = "fp16") -> compile.Lowered:
     return compile.lower(load_stack(), traced.program, traced.inputs, BACKEND, precision)
 
 
+def test_no_constant_of_the_length_squared_is_left_of_a_mask_that_was_proved() -> None:
+    traced = tiny.traced("llama", "fp16", lengths=(512, 512))
+    graph = lowered(Traced(rewrite(traced.program, "detect_causal", "mask").program, traced.inputs)).graph
+    natives = [node for node in graph.graph.nodes if node.target is ops.NATIVE]
+    assert [(node.args[3], node.args[4]) for node in natives] == [(None, "upper_left")] * 2
+    assert not [tensor.shape for tensor in (*graph.buffers(), *graph.parameters()) if tensor.shape[-2:] == (512, 512)]
+
+
 def claiming(causal: str) -> compile.Lowered:
     return lowered(small(lambda q, k, v: ops.native(q, k, v, None, causal, 1.0)))
 
@@ -139,7 +147,7 @@ def test_a_layer_is_what_was_asked_for(causal: str) -> None:
     stack = load_stack()
     made = compile.interpret(stack, claiming(causal), compile.ours())
     (layer,) = made.native_layers
-    assert (layer.causal, layer.masked, layer.fused, layer.heads) == (causal, False, True, (2, 2))
+    assert (layer.causal, layer.masked, layer.fused, layer.form.heads) == (causal, False, True, (2, 2))
     assert_consistent(build_engine(stack, made, on))
 
 

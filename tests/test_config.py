@@ -17,8 +17,9 @@ from conftest import CONF
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
-from pipeline.config.overrides import for_hydra
-from pipeline.config.schema import STAGES, schema_keys
+from pipeline.config.keys import schema_keys
+from pipeline.config.overrides import for_hydra, model_by_name
+from pipeline.config.schema import STAGES
 
 ROOT = CONF.parent
 LOCAL = f"model.path={Path(__file__).parent / 'data-that-is-not-there'}"
@@ -82,6 +83,7 @@ def test_the_default_job_is_the_one_that_the_readme_names() -> None:
 def test_every_choice_of_a_group_composes_with_the_defaults_of_the_others(group: str, model_dir: Path) -> None:
     needed = {
         "local": [f"model.path={model_dir}"],
+        "hub": ["model.source=a/b", "+model.architecture.model_type=llama"],
         "dynamic": ["backend=eager"],
         "server": ["tracking.uri=http://127.0.0.1:5000"],
     }
@@ -110,7 +112,7 @@ def test_every_pair_of_groups_that_know_of_each_other_composes(groups: tuple[str
         met = {(each[first], each[second]) for each in combinations}
         assert met == set(itertools.product(choices(groups[first]), choices(groups[second])))
     for combination in combinations:
-        if "local" in combination:
+        if {"local", "hub"} & set(combination):
             continue
         config = compose_config([f"{group}={choice}" for group, choice in zip(groups, combination, strict=True)])
 
@@ -168,15 +170,49 @@ def test_a_report_can_hold_every_config() -> None:
     assert json.loads(json.dumps(compose_config([]).to_dict()))["shape"]["opt"] == 2048
 
 
+def test_a_model_by_its_repository_or_path_is_written_out(tmp_path: Path) -> None:
+    (tmp_path / "it's, here").mkdir()
+    path = f"{tmp_path}/it's, here"
+
+    def written(argument: str, several: bool = False) -> list[str]:
+        return model_by_name(argument, several, {"smollm2_135m", "mine/own"}.__contains__)
+
+    for as_it_is in ("model=smollm2_135m", "model=mine/own", "model=a/b/c", "model.path=a/b", "strategy=a/b"):
+        assert written(as_it_is) == [as_it_is]
+    assert written("model=Qwen/Qwen3-0.6B") == ["model=hub", "model.source=Qwen/Qwen3-0.6B"]
+    assert written("model=a/b,c/d", True) == ["model=hub", "model.source=a/b,c/d"]
+    assert written(f"model={path}") == ["model=local", f"model.path={path}"]
+    with pytest.raises(UserError, match=r"^model=a/b,smollm2_135m: a sweep is over models of conf/, or "):
+        written("model=a/b,smollm2_135m", True)
+
+
 # What is refused: one line that names key, value, and what is allowed or what to do
 
 REFUSED: list[tuple[list[str], list[str]]] = [
     (["strategy=foo"], ["strategy=foo", "decompose, detect_causal, lowering, mask_input, upstream"]),
     (["model=foo"], ["model=foo", "smollm2_135m"]),
+    (["model=a/b/c"], ["model=a/b/c", "smollm2_135m"]),
+    (["model=hub"], ["model.source=???", "model=ORG/NAME"]),
     (["backend=onnx"], ["backend=onnx", "eager, plugin, tensorrt, torch_compile"]),
     (["shape=ragged"], ["shape=ragged", "dynamic, static"]),
     (["cache=paged"], ["cache=paged", "none"]),
-    (["precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["precision=int3"], ["precision=int3", "fp16, bf16, fp32, int8_weights, int4_weights, fp8"]),
+    (["precision=fp8", "quantize.base=fp32"], ["quantize.base=fp32", "fp16, bf16"]),
+    (["precision=fp8", "backend=eager"], ["precision=fp8", "backend=eager", "precision=fp16"]),
+    (["precision=int8_weights", "strategy=upstream"], ["precision=int8_weights", "strategy=upstream"]),
+    (["precision=int4_weights", "quantize.block=100"], ["quantize.block=100", "128, 64, 32"]),
+    (["precision=int4_weights", "quantize.method=gptq"], ["quantize.method=gptq", "round, awq"]),
+    (["precision=int8_weights", "quantize.block=64"], ["quantize.block=64", "scale for each output channel"]),
+    (["precision=int8_weights", "quantize.method=awq"], ["quantize.method=awq", "rounds to the nearest"]),
+    (["precision=int8_weights", "quantize.prompt=fp16"], ["quantize.prompt=fp16", "cache=none has one engine"]),
+    (["precision=int8_weights", "cache=in_engine", "quantize.step=fp8"], ["quantize.step=fp8", "int8_weights, fp16"]),
+    (
+        ["precision=int8_weights", "cache=in_engine", "quantize.prompt=fp16", "quantize.step=fp16"],
+        ["quantize.prompt=fp16 quantize.step=fp16", "no engine has smaller weights"],
+    ),
+    (["precision=fp8", "quantize.calibration.samples=0"], ["quantize.calibration.samples=0", "at least 1"]),
+    (["precision=fp8", "quantize.calibration.text=nowhere.txt"], ["quantize.calibration.text=nowhere.txt", "no such"]),
+    (["quantize.base=bf16"], ["quantize.base=bf16", "precision=fp16 has no weights of fewer bits"]),
     (["until=lunch"], ["until=lunch", ", ".join(STAGES)]),
     (["experiment=foo"], ["experiment=foo"]),
     (["strategy=null"], ["strategy=null"]),
@@ -264,7 +300,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["strategy"], ["strategy", "key=value"]),
     (["strategy=lowering,upstream"], ["strategy=lowering,upstream", "-m"]),
     (["-m", "strategy=lowering,foo"], ["strategy=foo", "allowed are"]),
-    (["-m", "precision=fp16,fp8", "strategy=lowering,upstream"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["-m", "precision=fp16,int3", "strategy=lowering,upstream"], ["precision=int3", "fp16, bf16, fp32"]),
     (["-m", "seed=interval(1,2)"], ["INTERVAL"]),
     (["-m", "precision=fp16,fp16"], ["-m: ", "fp16", "same settings"]),
     (["-m", "seed=1,01"], ["seed=1 and seed=01", "same settings"]),
@@ -280,7 +316,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["sweep.builders=0"], ["sweep.builders=0", "at least 1"]),
     (["-m", "sweep.builders=2", "hydra/launcher=submitit_local"], ["sweep.builders=2", "plugins"]),
     (["tracking.register=true"], ["tracking.register=true", "-m"]),
-    (["--cfg", "job", "precision=fp8"], ["precision=fp8", "fp16, bf16, fp32"]),
+    (["--cfg", "job", "precision=int3"], ["precision=int3", "fp16, bf16, fp32"]),
     (["--cfg", "everything"], ["everything", "--help"]),
     (["--fast"], ["--fast", "--help"]),
     (["--config-dir", "nowhere"], ["--config-dir=nowhere", "no such folder"]),
@@ -338,7 +374,7 @@ def test_the_help_asks_for_no_setting_that_does_not_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["precision=fp8"], 2), (["-m", "strategy=lowering,foo"], 2)]
+    ("arguments", "code"), [(["--help"], 0), (["precision=int3"], 2), (["-m", "strategy=lowering,foo"], 2)]
 )
 def test_help_and_a_mistake_answer_within_three_seconds(arguments: list[str], code: int, tmp_path: Path) -> None:
     seconds: list[float] = []

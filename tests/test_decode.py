@@ -15,8 +15,10 @@ from torch.fx import Graph, GraphModule
 from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, PretrainedConfig
 
 from passes.errors import RunError, UserError
+from passes.graph import cache_ops
 from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
+from passes.tensorrt import one_row
 from passes.tensorrt import rows as row_converters
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, CacheConfig, ShapeConfig
@@ -45,8 +47,8 @@ def programs(
     shape = ShapeConfig("dynamic", batch, 2, 32, 48)
     cache = cache_shape(model, CacheConfig(mode), shape, 60)
     traced = [
-        cached_forms.trace_prefill(cached_forms.PrefillForm(model, len(cache.layers)), cache, shape, CPU),
-        cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU),
+        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache.rings), cache, shape, CPU),
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU),
     ]
     return cache, traced, [rewrite(each.program, strategy, "mask") for each in traced]
 
@@ -79,8 +81,8 @@ def test_a_cache_is_handed_over_without_a_word_of_deprecation(name: str, recwarn
     layers = cache.tensors(CPU)
     caches = layers[: len(cache.layers)], layers[len(cache.layers) :]
     with torch.no_grad():
-        cached_forms.PrefillForm(model, len(cache.layers))(tokens)
-        cached_forms.DecodeForm(model)(tokens[:, :1], torch.tensor([3]), *caches)
+        cached_forms.PrefillForm(model, cache.rings)(tokens)
+        cached_forms.DecodeForm(model, cache.rings)(tokens[:, :1], torch.tensor([3]), *caches)
         for kind in ("none", "static", "dynamic"):
             rival = EagerGenerator(model, kind, None, cudnn=False)
             rival.prepare(tokens, 2)
@@ -156,14 +158,16 @@ WRITTEN_OUT: dict[str, tuple[str, str, dict[str, Any]]] = {
         for mode in ("in_engine", "static")
     ],
 )
-def test_rows_of_different_lengths_are_right_where_the_decode_mask_is_written_out(how: str, mode: str) -> None:
+def test_rows_of_different_lengths_are_right_by_their_places_and_by_a_mask_that_is_written_out(
+    how: str, mode: str
+) -> None:
     """A mask that was made for the first row's place stood for all of them."""
     name, strategy, changes = WRITTEN_OUT[how]
     lengths, decoded = (4, 13, 9), 8
     tokens, padding = tiny.tokens(3, 13), torch.arange(13) < 13 - torch.tensor(lengths).unsqueeze(1)
     engine = generator(name, mode, batch=3, strategy=strategy, **changes)
     (decode,) = {call.action for call in programs(name, mode, 3, strategy, **changes)[2][1].calls}
-    assert decode == "decomposed"
+    assert decode == ("decomposed" if strategy == "decompose" else "cached")
 
     logits = engine.forced_logits(tokens, padding, decoded)
 
@@ -181,11 +185,11 @@ def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refuse
     shape = ShapeConfig("dynamic", 3, 2, 32, 48)
     cache = cache_shape(model, CacheConfig("in_engine"), shape, 60)
     monkeypatch.setattr(
-        cached_forms, "masks_of_rows", lambda position: nullcontext()
+        cached_forms, "masks_of_rows", lambda position, rings: nullcontext()
     )  # as a mask of the model's own making
 
     with pytest.raises(RunError, match=r"shape.batch=3: LlamaForCausalLM computes with one length") as caught:
-        cached_forms.trace_decode(cached_forms.DecodeForm(model), cache, CPU)
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU)
 
     assert caught.value.kind == "ragged_batch"
 
@@ -294,9 +298,12 @@ def test_the_decode_mask_is_proved_and_dropped_with_the_position_that_writes_the
     assert not any("le.Tensor" in str(node.target) for node in decode.program.graph.nodes)  # the mask's graph is gone
 
 
-def test_a_mask_that_is_not_proved_an_offset_is_applied() -> None:
+def test_a_window_of_the_decode_mask_is_proved_and_dropped_too() -> None:
     _, _, (_, decode) = programs("mistral", "in_engine", 1, **WINDOWED)
-    assert {call.action for call in decode.calls} == {"decomposed"}
+    assert {(call.action, call.mask, *call.depends_on) for call in decode.calls} == {
+        ("cached", "sliding_window_offset", "position")
+    }
+    assert not any("le.Tensor" in str(node.target) for node in decode.program.graph.nodes)  # the mask's graph is gone
 
     tokens, model = tiny.tokens(1, 20), tiny.model("mistral", **WINDOWED)
     with torch.no_grad():
@@ -305,12 +312,23 @@ def test_a_mask_that_is_not_proved_an_offset_is_applied() -> None:
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_a_mask_that_is_not_proved_an_offset_is_an_error_where_that_was_asked_for() -> None:
-    cache, _, _ = programs("mistral", "static", 1, **WINDOWED)
-    traced = cached_forms.trace_decode(cached_forms.DecodeForm(tiny.model("mistral", **WINDOWED)), cache, CPU)
+def step_over_cache(query: Tensor, cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+    """A decode step whose mask is no offset and no window: every third key is blocked."""
+    keys, places = cache_ops.cache_update(cache, new, position), torch.arange(cache.shape[2])
+    mask = (places <= position[:, None, None, None]) & (places % 3 != 1)
+    return torch.nn.functional.scaled_dot_product_attention(query, keys, keys, mask) * 1.0
+
+
+def test_a_mask_that_is_not_proved_a_place_is_applied_and_an_error_where_that_was_asked_for() -> None:
+    one, cache = torch.randn(2, 4, 1, 16), torch.randn(2, 4, 12, 16)
+    inputs = one, cache, one.flip(0), torch.tensor([3, 7])
+    program = tiny.program_of(step_over_cache, *inputs)
+    rewritten = rewrite(copy.deepcopy(program), "detect_causal", "mask")
+    assert [call.action for call in rewritten.calls] == ["decomposed"]
+    torch.testing.assert_close(rewritten.program.module()(*inputs), step_over_cache(*inputs), rtol=1e-5, atol=1e-6)
 
     with pytest.raises(RunError, match="not proved causal"):
-        rewrite(traced.program, "detect_causal", "error")
+        rewrite(program, "detect_causal", "error")
 
 
 @pytest.mark.parametrize(("name", "biases"), [pytest.param("llama", 0, marks=pytest.mark.slow), ("qwen2", 1)])
@@ -352,7 +370,7 @@ def test_products_of_parallel_blocks_become_one_in_an_order_that_runs(name: str,
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows() -> None:
+def test_no_product_of_a_row_is_a_matrix_product_that_with_the_vocabulary_neither() -> None:
     _, traced, rewritten = programs("llama", "in_engine", 1, vocab_size=row_converters.VOCABULARY)
     stack = load_stack()
     lowered = compile.lower(stack, rewritten[1].program, traced[1].inputs, BackendConfig("tensorrt"), "fp32")
@@ -360,9 +378,25 @@ def test_a_product_with_a_whole_vocabulary_is_one_of_eight_rows() -> None:
     network = compile.interpret(stack, lowered, compile.ours(in_place=True))
 
     net = network.interpreter.ctx.net
-    products = [layer for layer in map(net.get_layer, range(net.num_layers)) if str(layer.type).endswith("MULTIPLY")]
-    assert [tuple(layer.get_output(0).shape) for layer in products] == [(8, row_converters.VOCABULARY)]
+    layers = [net.get_layer(i) for i in range(net.num_layers)]
+    assert not [layer.name for layer in layers if str(layer.type).endswith("MULTIPLY")]
     assert build_engine(stack, network, lambda *_: True).data is not None
+
+
+@pytest.mark.parametrize(("inner", "shape"), [(2048, (3, 4, 512)), (72, (3, 3, 24)), (20, (3, 20)), (24, (3, 3, 8))])
+def test_the_sum_of_a_row_is_taken_in_pieces_of_one_size_that_eight_divides(inner: int, shape: tuple[int, ...]) -> None:
+    trt = load_stack().trt
+    net = trt.Builder(load_stack().torch_tensorrt.logging.TRT_LOGGER).create_network(0)
+    weight, row = net.add_input("weight", trt.float16, (3, inner)), net.add_input("row", trt.float16, (1, inner))
+
+    got = one_row.times_row(load_stack(), net, weight, row, most=4)
+
+    assert (got.dtype, tuple(got.shape)) == (trt.float16, (3,))
+    layers = [net.get_layer(i) for i in range(net.num_layers)]
+    [terms] = [layer.get_output(0) for layer in layers if layer.type == trt.LayerType.ELEMENTWISE]
+    summed = [layer.get_input(0).dtype for layer in layers if layer.type == trt.LayerType.REDUCE]
+    assert tuple(terms.shape) == shape
+    assert summed == ([trt.float32] * 2 if len(shape) > 2 else [trt.float16])
 
 
 def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:

@@ -14,12 +14,10 @@ import pytest
 import tiny
 import torch
 from conftest import CONF
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from serving import characters
 
 from passes.errors import UserError
-from passes.graph.rewrite import rewrite
-from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.config.schema import CacheConfig, ShapeConfig, StrategyConfig
 from pipeline.deploy.answering import NO_CHAT_FORM, Answerer, Text
 from pipeline.deploy.described import graph_hash
 from pipeline.deploy.log import REQUIRED, requirements
@@ -30,7 +28,6 @@ from pipeline.engine.session import GraphSession
 from pipeline.generate.sampling import Sampling
 from pipeline.verify.candidate import graph_generator
 
-TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}a:"
 GREEDY = Sampling()
 
 
@@ -90,14 +87,6 @@ def test_a_request_that_leaves_out_is_greedy_and_one_that_draws_differs_from_the
     first, second = (read(asked(temperature=1), Settings()).sampling for _ in range(2))
     assert first.temperature == 1.0 and first.seed != second.seed
     assert read(asked(temperature=1, seed=3, top_p=0.5), Settings()).sampling == Sampling(1.0, 0.5, 3)
-
-
-def characters(template: str | None = TEMPLATE) -> PreTrainedTokenizerBase:
-    """A byte a token, so that a character may be several; 127 ends a turn."""
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    whole = Tokenizer(models.BPE(alphabet, []))
-    whole.pre_tokenizer, whole.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=whole, chat_template=template)
 
 
 class Written:
@@ -206,8 +195,7 @@ def writer(mode: str, shape: ShapeConfig, inputs: tuple[str, ...] = ("input_ids"
     cache = programs.cache_of(model, CacheConfig(mode), shape, None)
     made = {}
     for name, trace in programs.parts(model, form, shape, cache).items():
-        traced = trace()
-        made[name] = programs.Program(rewrite(traced.program, "detect_causal").program, traced.inputs)
+        made[name] = programs.rewritten(trace(), StrategyConfig("detect_causal"))
     if cache is not None:
         return CachedWriter(graph_generator(made, cache, 128, "fp32"), shape)
     module = made["engine"].program.module()

@@ -1,4 +1,4 @@
-"""Engines on the GPU against PyTorch: every strategy, both kinds of shape, padding, the scale, CUDA graphs."""
+"""Engines on the GPU against PyTorch: every strategy, both kinds of shape, padding, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -45,19 +45,18 @@ STRATEGIES = [
 def build(
     strategy: str, unproven: str | None, precision: str = "fp16", name: str = "llama", *,
     inputs: tuple[str, ...] = ("input_ids",), batch: int = 1, lengths: tuple[int, int] = (2, LONGEST),
-    cuda_graph: bool = False, assume: tuple[str, ...] = (), exact: tuple[int, ...] = (), without: tuple[str, ...] = (),
-    **changes: Any,
+    cuda_graph: bool = False, assume: tuple[str, ...] = (), exact: tuple[int, ...] = (), **changes: Any,
 ) -> Engine:  # fmt: skip
     traced = tiny.traced(name, precision, inputs, batch, lengths, torch.device("cuda"), exact, **changes)
-    return engine_of(traced, precision, strategy, unproven, cuda_graph, assume, without)
+    return engine_of(traced, precision, strategy, unproven, cuda_graph, assume)
 
 
 def engine_of(
     traced: Traced, precision: str, strategy: str = "detect_causal", unproven: str | None = "mask",
-    cuda_graph: bool = False, assume: tuple[str, ...] = (), without: tuple[str, ...] = (),
+    cuda_graph: bool = False, assume: tuple[str, ...] = (),
 ) -> Engine:  # fmt: skip
     stack = load_stack()
-    rewritten = rewrite(traced.program, strategy, unproven, assume, without=without)
+    rewritten = rewrite(traced.program, strategy, unproven, assume)
     lowered = compile.lower(stack, rewritten.program, traced.inputs, BackendConfig("tensorrt"), precision)
     network = compile.interpret(stack, lowered, compile.UPSTREAM if strategy == "upstream" else compile.ours())
     data, conditions = build_engine(stack, network, lambda *_: True).data, tuple(rewritten.assumed)
@@ -116,9 +115,15 @@ def test_biases_norms_and_fused_projections_equal_pytorch(name: str) -> None:
     verify.gate(judged(engine, "fp16", LENGTHS, name=name, **changes))
 
 
-@pytest.mark.parametrize(("strategy", "unproven"), [("detect_causal", "mask"), ("lowering", "keep")])
-def test_a_scale_that_stays_in_the_graph_is_not_lost(strategy: str, unproven: str | None) -> None:
-    verify.gate(judged(build(strategy, unproven, without=("fold_scale",), **SHARP), "fp16", LENGTHS, **SHARP))
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("width", [6, 150, 600, 1100])  # the last is so wide that its blocks shrink
+def test_a_window_in_blocks_equals_pytorch_below_at_and_above_it(width: int, static: bool) -> None:
+    longest = 1500 if width > 1000 else LONGEST
+    changes = {"sliding_window": width, **SHARP}
+    lengths = (longest, longest) if static else (2, longest)
+    engine = build("detect_causal", "mask", name="mistral", batch=2, lengths=lengths, **changes)
+    at = (longest,) if static else (2, 7, width, width + 1, 2 * width, longest)
+    verify.gate(judged(engine, "fp16", tuple(n for n in at if n <= longest), name="mistral", **changes))
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])

@@ -24,7 +24,7 @@ def composed(experiment: str) -> list[Config]:
     return [compose_config([f"experiment={experiment}", *job]) for job in swept(experiment)]
 
 
-@pytest.mark.parametrize(("experiment", "count"), [("prompt_lengths", 15), ("batches", 6)])
+@pytest.mark.parametrize(("experiment", "count"), [("prompt_lengths", 15), ("batches", 6), ("precision", 4)])
 def test_the_plan_of_an_experiment_has_every_job_and_creates_nothing(
     experiment: str, count: int, cwd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,3 +61,14 @@ def test_a_batch_is_that_of_its_engine_of_its_prompt_and_of_its_generation() -> 
         assert job.benchmark.shapes == [BenchmarkShape(batch=batch, input_length=2048)]
         assert (job.model.name, job.model.weights, job.precision) == ("llama3_1b", "random", "fp16")
     assert {job.shape.batch for job in jobs} == {1, 4, 16}
+
+
+def test_a_precision_is_timed_on_a_prompt_and_on_a_generation_of_real_weights() -> None:
+    jobs = composed("precision")
+
+    assert [job.precision for job in jobs] == ["fp16", "int8_weights", "int4_weights", "fp8"]
+    for job in jobs:
+        assert job.model.weights == "pretrained" and job.cache.name == "in_engine"
+        assert job.benchmark.generate is not None and len(job.benchmark.shapes) == 1
+        assert not job.holds_small("engine") and job.holds_small("decode") == (job.precision != "fp16")
+    assert jobs[0].sweep.baseline == "precision:fp16"

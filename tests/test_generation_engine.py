@@ -17,6 +17,8 @@ from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
 from pipeline.engine.runner import open_engine
 from pipeline.engine.session import Session
+from pipeline.generate import with_cache
+from pipeline.generate.sampling import Sampling
 from pipeline.host.plain_json import from_json, to_json
 from pipeline.record.sections import Report
 from pipeline.run import Outcome
@@ -131,6 +133,28 @@ def test_a_prompt_that_is_still_on_its_way_is_waited_for(
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")
 @pytest.mark.parametrize("mode", ["in_engine", "static"])
+def test_generations_of_other_lengths_and_seeds_replay_the_same_graphs(
+    mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same on a CPU, where a graph is simulated: test_captured_steps.py."""
+    folder = generated(store, tmp_path, tiny_llama_dir, f"cache={mode}").folder
+    asked = [
+        (tiny.tokens(1, length, length), new, sampling)
+        for sampling in (Sampling(), Sampling(1.5, 0.9, 1), Sampling(0.7, 0.8, 2))
+        for length, new in ((12, 20), (5, 9), (12, 20))
+    ]
+    alone = [open_generator(folder).generate(prompt, new, sampling=how) for prompt, new, how in asked]
+    captures: list[Any] = []
+    real = with_cache.captured
+    monkeypatch.setattr(with_cache, "captured", lambda *how: captures.append(how) or real(*how))
+    made = open_generator(folder)
+    assert [made.generate(prompt, new, sampling=how) for prompt, new, how in asked] == alone
+    assert len(captures) == 2 * len(made._decode)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")
+@pytest.mark.parametrize("mode", ["in_engine", "static"])
 def test_an_engine_that_cannot_be_captured_replays_a_graph_of_its_own(
     mode: str, store: str, tmp_path: Path, tiny_llama_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +226,7 @@ def test_rows_that_get_each_others_places_fail_the_verification(
         return honest(position[:1].expand_as(position), **how)
 
     monkeypatch.setattr(cached_forms, "_mask_of_rows", of_the_first_row)
-    monkeypatch.setattr(cached_forms, "_reads_first_row", lambda program: False)
+    monkeypatch.setattr(cached_forms, "reads_first_row", lambda program: False)
     batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose", "shape.exact=[]"]
     report = report_of(store, tmp_path, one_layer, *batch, "benchmark.shapes=[]")
 

@@ -96,7 +96,7 @@ def test_an_engine_is_built_from_heads_that_are_broadcast() -> None:
     given = small(lambda q, k, v: scaled_dot_product_attention(q[:, :1], k, v, is_causal=True))
     program = rewrite(given.program, "lowering").program
     made = network.interpret(load_stack(), lowered(given.__class__(program, given.inputs)), network.ours())
-    assert [layer.heads for layer in made.native_layers] == [(2, 2)]
+    assert [layer.form.heads for layer in made.native_layers] == [(2, 2)]
     assert build_engine(load_stack(), made, lambda *_: True).data is not None
 
 

@@ -46,7 +46,7 @@ TINY_MOE = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
 }
-SHIPPED = ("smollm2_135m", "llama3_1b", "qwen2_5_0_5b", "qwen3_0_6b")
+SHIPPED = ("smollm2_135m", "gemma3_270m", "llama3_1b", "qwen2_5_0_5b", "qwen3_0_6b")
 
 
 def nothing(_: str) -> None: ...
@@ -80,6 +80,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
     ("name", "parameters"),
     [
         ("smollm2_135m", 134_515_008),
+        ("gemma3_270m", 268_098_176),
         ("llama3_1b", 1_235_814_400),
         ("qwen2_5_0_5b", 494_032_768),
         ("qwen3_0_6b", 596_049_920),
@@ -248,7 +249,7 @@ def test_sharded_weights_are_loaded_and_hashed_together(tiny_llama_dir: Path) ->
         ({"model_type": "their_own", "auto_map": {"AutoConfig": "a.B"}}, "trust_remote_code is never on"),
         ({"model_type": "their_own"}, "not known to transformers"),
         ({}, "model_type=None"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised by awq"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}, "quantised by hqq"),
         ({"model_type": "llama", "hidden_size": "wide"}, "refuses this llama config"),
     ],
 )
@@ -312,18 +313,34 @@ def test_broken_tokenizer_is_refused(tiny_llama_dir: Path) -> None:
 # GGUF
 
 
-def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """The tiny Llama as a float32 GGUF file with a byte-level tokenizer, as llama.cpp writes one."""
-    from gguf import GGUFWriter
+def write_gguf(
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    kind: str = "llama",
+    head: int = 16,
+    factors: list[float] | None = None,
+    blocks: bool = False,
+    more: dict[str, Any] | None = None,
+) -> None:
+    """The tiny Llama as a float32 GGUF file with a byte-level tokenizer, as llama.cpp writes one.
 
-    writer = GGUFWriter(path, "llama")
+    ``factors``: of the rotary frequencies; ``blocks``: matrices as Q8_0; ``more``: further metadata of ``kind``.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, quantize
+
+    writer = GGUFWriter(path, kind)
+    for key, value in (more or {}).items():
+        add = {int: writer.add_uint32, str: writer.add_string, float: writer.add_float32}[type(value)]
+        add(f"{kind}.{key}", value)
+    if factors is not None:
+        writer.add_tensor("rope_freqs.weight", torch.tensor(factors).numpy())
     writer.add_block_count(2)
     writer.add_context_length(256)
     writer.add_embedding_length(64)
     writer.add_feed_forward_length(96)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
+    writer.add_rope_dimension_count(head)
     writer.add_layer_norm_rms_eps(1e-6)
     writer.add_vocab_size(128)
     writer.add_tokenizer_model("gpt2")
@@ -352,7 +369,11 @@ def write_gguf(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        if blocks and tensor.ndim == 2:
+            packed = quantize(tensor.contiguous().numpy(), GGMLQuantizationType.Q8_0)
+            writer.add_tensor(name, packed, raw_dtype=GGMLQuantizationType.Q8_0)
+        else:
+            writer.add_tensor(name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -622,6 +643,37 @@ def test_hub_refusals_name_the_setting_and_the_remedy(
     assert message.startswith(says)
     if not changes:
         assert "model.weights=random" in message
+
+
+def test_a_repository_by_its_name_has_the_lengths_and_the_architecture_of_its_config(
+    hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = compose_config(["model=some/model", "model.logits=all"])
+    assert short == compose_config(["model=hub", "model.source=some/model", "model.logits=all"])
+    assert (short.model.name, short.model.source, short.shape.max) == ("model", "some/model", 256)
+    assert "shape.max=256" in short.notes[0]
+    assert not list((hub.parent / "hub").rglob("*.safetensors"))
+    loaded = load(short.model, "fp32", CPU, 0, nothing)
+    assert (loaded.name, loaded.source, loaded.revision) == ("model", "some/model", COMMIT)
+    random = compose_config(["model=some/model", "model.weights=random"])
+    assert load(random.model, "fp32", CPU, 0, nothing).parameters == loaded.parameters
+
+    monkeypatch.chdir(hub.parent)
+    shutil.copytree(hub, hub.parent / "some" / "model")  # what is here comes before the hub
+    here = compose_config(["model=some/model"]).model
+    assert (here.path, here.source) == ("some/model", None)
+
+
+def test_a_repository_that_cannot_be_had_is_one_line(hub: Path) -> None:
+    for name, says in (
+        ("some/gated", "is gated"),
+        ("some/other", "does not exist"),
+        ("some/down", "cannot be reached"),
+    ):
+        with pytest.raises(UserError) as caught:
+            compose_config([f"model={name}"])
+        assert str(caught.value).startswith(f"model.source={name}: {says}") and "\n" not in str(caught.value)
+        assert "model=local model.path=DIR" in str(caught.value)
 
 
 def test_hub_without_safetensors_is_refused(hub: Path) -> None:

@@ -78,8 +78,13 @@ def _spec(name: str, least: Tensor, now: Tensor, most: Tensor, dynamic: bool) ->
 
 
 def layers(made: Network) -> list[Any]:
-    net, kind = made.interpreter.ctx.net, load_stack().trt.LayerType.ATTENTION_INPUT
-    return [layer for layer in (net.get_layer(i) for i in range(net.num_layers)) if layer.type == kind]
+    kind = load_stack().trt.LayerType.ATTENTION_INPUT
+    return [layer for layer in every_layer(made) if layer.type == kind]
+
+
+def every_layer(made: Network) -> list[Any]:
+    net = made.interpreter.ctx.net
+    return [net.get_layer(i) for i in range(net.num_layers)]
 
 
 IN_CI = ("float16, static, same", "float16, dynamic, one")
@@ -104,6 +109,7 @@ def test_every_call_becomes_a_native_layer_with_its_mask_and_the_engine_is_built
 
     masked = [layer.num_inputs > 3 and layer.get_input(3) is not None for layer in layers(made)]
     assert masked == [case.mask not in ("none", "causal") for case in cases(family)]
+    assert sum(layer.name.endswith("[scaled query]") for layer in every_layer(made)) == len(masked)
     assert build_engine(load_stack(), made, lambda *_: True).engine.bytes > 10_000
 
 

@@ -23,7 +23,6 @@ from passes.graph import query_key_joining
 from passes.graph.prepare import prepare
 from passes.graph.rewrite import rewrite
 from passes.graph.row_narrowing import narrow
-from passes.graph.scale import fold_scale
 from passes.proof import counterexample
 from passes.proof.calls import FORMS, find_calls, native_gqa
 from passes.proof.sizes import symbol_ranges
@@ -54,15 +53,6 @@ def run_program(program: ExportedProgram) -> Outputs:
         return program.graph_module(*values)
 
 
-def folded(program: ExportedProgram) -> int:
-    count = 0
-    for call in find_calls(program.graph_module):
-        if fold_scale(program, call.node, call.query, call.scale) is None:
-            call.node.update_kwarg("scale", 1.0)
-            count += 1
-    return count
-
-
 def grouped(program: ExportedProgram) -> int:
     ranges = symbol_ranges(program)
     return sum(native_gqa(call, ranges) for call in find_calls(program.graph_module))
@@ -77,7 +67,6 @@ def strategy(name: str, unproven: str | None = None) -> Pass:
 
 # Pass, and whether it claims that every bit stays.
 PASSES: dict[str, tuple[Pass, bool]] = {
-    "fold_scale": (folded, True),
     "native_gqa": (grouped, True),
     "narrow": (lambda program: narrow(program.graph_module), False),
     "detect_causal": (strategy("detect_causal", "mask"), False),

@@ -19,16 +19,7 @@ from pipeline.config.schema import OPTIONAL_PASSES, StrategyConfig
 from pipeline.engine.network import ours
 from pipeline.engine.programs import dropped
 
-EVERY = [
-    "prepare",
-    "write_out_complex",
-    "prove",
-    "fold_scale",
-    "group_heads",
-    "lower_attention",
-    "narrow_rows",
-    "remove_dead_code",
-]
+EVERY = ["prepare", "write_out_complex", "prove", "group_heads", "lower_attention", "narrow_rows", "remove_dead_code"]
 
 
 def test_every_pass_is_reported_in_its_order_with_what_it_changed(caplog: pytest.LogCaptureFixture) -> None:
@@ -36,9 +27,9 @@ def test_every_pass_is_reported_in_its_order_with_what_it_changed(caplog: pytest
         done = rewrite(last_rows("llama"), "detect_causal", "mask").passes
     changed = {each.name: each.changed for each in done}
     assert list(changed) == EVERY
-    assert (changed["fold_scale"], changed["group_heads"], changed["lower_attention"]) == (2, 2, 2)
+    assert (changed["group_heads"], changed["lower_attention"]) == (2, 2)
     assert changed["narrow_rows"] > 0 and changed["remove_dead_code"] > 10, "the masks' graphs are gone"
-    assert "4 of 8, fold_scale: 2 changed" in caplog.text
+    assert "4 of 7, group_heads: 2 changed" in caplog.text
 
 
 @pytest.mark.parametrize("left_out", driver.optional(PASSES))
@@ -51,7 +42,6 @@ def test_a_pass_that_is_left_out_did_nothing_and_the_answers_stay(left_out: str)
 
     assert [each.name for each in done.passes] == [name for name in EVERY if name != left_out]
     shown = {
-        "fold_scale": {call.scale for call in done.calls} == {"in the graph"},
         "group_heads": not any(call.native_gqa for call in done.calls),
         "narrow_rows": done.narrowed == 0,
     }
@@ -68,7 +58,7 @@ def test_what_the_settings_know_is_what_may_be_left_out() -> None:
 
 def test_a_pass_that_is_none_is_refused_in_one_line() -> None:
     program = tiny.traced("llama").program
-    with pytest.raises(UserError, match="without=prove: allowed: fold_scale, group_heads, narrow_rows"):
+    with pytest.raises(UserError, match="without=prove: allowed: group_heads, narrow_rows"):
         passes.rewrite(program, without=["prove"])
 
 

@@ -11,7 +11,7 @@ import torch
 from conftest import CONF
 from imports import modules
 
-from passes.precision import PRECISIONS, Precision
+from passes.precision import FEW_BITS, PRECISIONS, Precision
 
 EVERY = [pytest.param(each, id=name) for name, each in PRECISIONS.items()]
 
@@ -32,7 +32,7 @@ def test_names_of_precisions_cost_no_import_of_torch() -> None:
 def test_what_people_read_of_the_setting_names_every_precision() -> None:
     for name in ("config.yaml", "hydra/help/pipeline.yaml"):
         (line,) = (line for line in (CONF / name).read_text().splitlines() if line.strip().startswith("precision"))
-        assert " | ".join(PRECISIONS) in line, name
+        assert " | ".join((*PRECISIONS, *FEW_BITS)) in line, name
 
 
 def test_nothing_else_decides_by_the_name_of_a_precision() -> None:
@@ -45,6 +45,6 @@ def test_nothing_else_decides_by_the_name_of_a_precision() -> None:
                 read = [node.left, *node.comparators]
             elif isinstance(node, ast.Dict):
                 read = node.keys
-            if any(isinstance(each, ast.Constant) and each.value in PRECISIONS for each in read):
+            if any(isinstance(each, ast.Constant) and each.value in (*PRECISIONS, *FEW_BITS) for each in read):
                 found.append(f"{name}:{node.lineno}")
     assert found == []

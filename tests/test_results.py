@@ -404,16 +404,6 @@ def test_kernels_that_no_role_knows_are_shown_by_their_names(tmp_path: Path) -> 
     assert named == pytest.approx(profile["kernels_us"], rel=0.001) and "gate and up" not in text
 
 
-def test_products_of_a_prompt_are_a_table_by_how_the_weights_lie(tmp_path: Path) -> None:
-    cases = {("out x in", "static"): 112.0, ("in x out", "static"): 108.0, ("out x in", "range"): 145.0}
-    rows_ = [{"environment": CARD}, *({"layout": a, "lengths": b, "us": us} for (a, b), us in cases.items())]
-    path = tmp_path / "products.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows_))
-    text = profile_tables.products(path, "elsewhere")
-    assert stacks.caption(CARD) in text and "older code" in text and "elsewhere" not in text
-    assert "| `out x in` | 112.0 | 145.0 |" in text and "| `in x out` | 108.0 | – |" in text
-
-
 def test_layers_without_a_fused_kernel_are_remarked() -> None:
     report = of_this_code(real("llama3_1b-detect_causal"))
     report["engine"]["unfused"] = []

@@ -108,12 +108,22 @@ def test_packed_positions_are_respected(strategy: str, unproven: str | None, pro
 
 def test_a_window_within_the_range_is_respected() -> None:
     rewritten = tiny.rewritten("detect_causal", "mask", "mistral", sliding_window=63)
+    assert [call.action for call in rewritten.calls] == ["native_window"]
+    inputs = {"input_ids": tiny.tokens(1, 64)}
+    with torch.no_grad():
+        windowed = tiny.model("mistral", sliding_window=63)(**inputs).logits
+    torch.testing.assert_close(tiny.logits(rewritten.program, **inputs), windowed, rtol=1e-5, atol=1e-6)
+    wider = tiny.model("mistral", sliding_window=64)(**inputs).logits
+    assert (wider - windowed).abs().max() > 1e-4  # one key of one query
+
+
+def test_a_window_is_handed_over_as_a_mask_where_that_was_asked_for() -> None:
+    rewritten = tiny.rewritten("mask_input", None, "mistral", sliding_window=63)
     assert [call.action for call in rewritten.calls] == ["native_mask"]
     inputs = {"input_ids": tiny.tokens(1, 64)}
     with torch.no_grad():
         windowed = tiny.model("mistral", sliding_window=63)(**inputs).logits
     assert torch.equal(tiny.logits(rewritten.program, **inputs), windowed)
-    assert not torch.equal(tiny.model("mistral", sliding_window=64)(**inputs).logits, windowed)
 
 
 # -- what is written into the graph and the records --------------------------------------------------
@@ -124,7 +134,7 @@ def test_records_say_what_was_proved_and_what_was_done() -> None:
     first, second = rewritten.calls
     assert (first.index, second.index) == (0, 1) and first.op == "aten.scaled_dot_product_attention.default"
     assert (first.mask, first.proof, first.unproved, first.native_gqa) == ("causal", "proved", False, True)
-    assert first.reason.startswith("causal proved") and first.scale == "in the weights"
+    assert first.reason.startswith("causal proved")
     section = rewritten.describe()
     assert section["summary"]["by_action"] == {"native_causal": 2} and section["summary"]["by_mask"] == {"causal": 2}
     assert section["summary"]["proof_seconds"] == first.seconds > 0 == second.seconds

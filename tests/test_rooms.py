@@ -8,10 +8,10 @@ from graphlib import TopologicalSorter
 import pytest
 from imports import PICTURE, ROOT, imports, modules, room, with_picture
 
-PASSES = ["errors", "private", "precision", "proof", "graph", "tensorrt", "front_door", "passes"]
+PASSES = ["errors", "private", "precision", "quantised", "proof", "graph", "tensorrt", "front_door", "passes"]
 PIPELINE = [
     "host", "private", "config", "model", "trace", "engine", "generate", "rivals", "measure", "verify", "record",
-    "store", "tracking", "deploy", "frame", "run", "compare", "sweep", "__main__", "start", "chat",
+    "store", "tracking", "kept", "deploy", "frame", "run", "compare", "sweep", "__main__", "start", "chat",
 ]  # fmt: skip
 """From the ground up: a room imports from those before it."""
 

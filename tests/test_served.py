@@ -7,16 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import CONF
 from runs import DONE, GPU, artifacts, mlflow_run, outcome_in
-from serving import Server, served
+from serving import Server, asked, served, several_at_once
 
 from passes.errors import UserError
 from pipeline.deploy import described, of_engine
@@ -91,10 +89,6 @@ def test_the_default_job_makes_a_verified_engine_of_smollm2(
 QUESTIONS = ("What is the capital of France?", "Name a colour.", "What is 2 + 2?", "Say hello.", "Who wrote Hamlet?")
 
 
-def asked(content: str, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}], **more}
-
-
 MALFORMED: list[tuple[Any, str]] = [
     ({"max_tokens": 4}, "Request payload"),
     ({"messages": []}, "messages=[]: must be a list of at least one message"),
@@ -107,24 +101,6 @@ MALFORMED: list[tuple[Any, str]] = [
     ({"messages": "x"}, "messages='x'"),
     ("{", "valid JSON"),
 ]
-
-
-def several_at_once(server: Server, right: int, wrong: int, at_once: int, most: int) -> None:
-    """``right`` requests of at most ``most`` tokens with ``wrong`` among them: each as it is alone."""
-    alone = {q: server.ask(asked(q, max_tokens=most))[1]["choices"] for q in QUESTIONS}
-    assert len({str(answer) for answer in alone.values()}) > 1
-    good = [(asked(QUESTIONS[i % len(QUESTIONS)], max_tokens=most), None) for i in range(right)]
-    bad = [MALFORMED[i % len(MALFORMED)] for i in range(wrong)]
-    every: list[tuple[Any, str | None]] = [*good]
-    for i, each in enumerate(bad):
-        every.insert(i * len(every) // max(wrong, 1), each)
-    with ThreadPoolExecutor(at_once) as pool:
-        replies = list(pool.map(server.ask, [request for request, _ in every]))
-    for (request, said), (status, reply) in zip(every, replies, strict=True):
-        if said is None:
-            assert (status, reply["choices"]) == (200, alone[request["messages"][0]["content"]])
-        else:
-            assert status == 400 and said in reply["message"]
 
 
 @pytest.fixture(scope="module")
@@ -150,17 +126,8 @@ def test_a_run_is_served_by_its_id_and_answers_over_http(server: Server) -> None
 
 
 def test_several_requests_at_once_are_answered_as_each_would_be_alone(server: Server) -> None:
-    several_at_once(server, right=8, wrong=len(MALFORMED), at_once=6, most=3)
-
-
-@pytest.mark.slow
-def test_two_hundred_requests_leave_the_server_as_it_was(server: Server) -> None:
-    several_at_once(server, right=20, wrong=20, at_once=8, most=4)  # what it keeps, it has by now
-    (worker,) = (p for p in psutil.Process(server.process.pid).children(recursive=True) if not p.children())
-    before, threads = worker.memory_info().rss, worker.num_threads()
-    several_at_once(server, right=180, wrong=20, at_once=8, most=4)
-    assert worker.memory_info().rss < 1.05 * before and worker.num_threads() <= threads + 8
-    assert worker.cpu_percent(interval=2) < 20, "something is left running"
+    right = [asked(QUESTIONS[i % len(QUESTIONS)], max_tokens=3) for i in range(8)]
+    several_at_once(server, right, MALFORMED, at_once=6)
 
 
 def test_a_model_names_its_engine_and_holds_no_weights(default_run: tuple[Path, str, str]) -> None:

@@ -217,6 +217,8 @@ def test_brute_force_tells_the_classes_apart() -> None:
         "padding": (k <= p) & (k != 2),
         "packed": (k <= p) & (segments[None] == segments[:, None]),
         "causal_offset": k <= p + 2,
+        "sliding_window_offset": (k <= p + 2) & (p + 2 - k < 3),
+        "ring": (p + 9 - k) % 7 < 4,
     }
     for kind, table in examples.items():
         assert CLASSES[kind]([table.expand(7, 7)])

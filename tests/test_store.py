@@ -76,6 +76,18 @@ def key(overrides: list[str], loaded: LoadedModel, stack: Stack) -> str:
 
 MATTERS = [
     ["precision=bf16"],
+    ["precision=int8_weights"],
+    ["precision=int8_weights", "quantize.base=bf16"],
+    ["precision=int8_weights", "quantize.without=[lm_head]"],
+    ["precision=int4_weights"],
+    ["precision=int4_weights", "quantize.block=32"],
+    ["precision=int4_weights", "quantize.method=awq"],
+    ["precision=int4_weights", "quantize.method=awq", "quantize.calibration.samples=8"],
+    ["precision=int8_weights", "cache=in_engine"],
+    ["precision=int8_weights", "cache=in_engine", "quantize.prompt=fp16"],
+    ["precision=fp8"],
+    ["precision=fp8", "quantize.calibration.seed=7"],
+    ["precision=fp8", f"quantize.calibration.text={__file__}"],
     ["strategy=lowering"],
     ["strategy.unproven=error"],
     ["strategy.assume=[no_padding]", "model.inputs=[input_ids,attention_mask]"],

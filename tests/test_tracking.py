@@ -92,15 +92,6 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with its tables, which take seconds to create, and nothing else."""
-    path = tmp_path_factory.mktemp("migrated") / "mlflow.db"
-    with store.quiet():
-        store.open_client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
 def uri(tmp_path: Path, migrated: Path) -> str:
     shutil.copy(migrated, tmp_path / "mlflow.db")

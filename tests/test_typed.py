@@ -191,7 +191,10 @@ def eager(config: Config, **strategy: Any) -> Config:
 
 
 def test_what_has_no_part_depends_on_the_rest(default: Config) -> None:
-    assert set(idle(default)) == {"benchmark.min_generations"}
+    quality = {"verify.text", "verify.max_perplexity_increase"}
+    assert set(idle(default)) == {"benchmark.min_generations", "quantize", *quality}
+    judged = replace(default, verify=replace(default.verify, quality=True))
+    assert not quality & set(idle(judged)) and not quality & set(idle(replace(default, precision="int8_weights")))
     assert {"strategy", "shape.exact"} <= set(idle(eager(default)))
     assert why_idle(eager(default), "strategy.unproven") and why_idle(eager(default), "shape.max") is None
     assert why_idle(replace(default, model=replace(default.model, weights="random")), "model.revision")

@@ -68,7 +68,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def architecture(name: str) -> dict[str, Any]:
     """The ``transformers`` config of tiny model ``name``: one layer (``llama`` two, which share their mask), and heads
-    of 16, so that the scale 1/4 folds without rounding."""
+    of 16, so that to scale by 1/4 rounds nothing."""
     if name == "gpt2":
         return dict(OTHERS[name])
     shipped = model_config(SHIPPED[name]).architecture if name in SHIPPED else OTHERS[name]

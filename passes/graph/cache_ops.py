@@ -3,7 +3,9 @@
 ``proved_attention::cache_update`` puts new keys or values in their place in the cache.
 ``proved_attention::cached`` is the attention of one new token over the cache: which keys it may see hangs on the
 token's position alone, so the mask is not in the graph.  A strategy writes it where the mask that Hugging Face makes
-was proved to say the same (class ``causal_offset``).
+was proved to say the same (:class:`passes.proof.mask.Placed`).
+
+A cache may be a *ring*: token n lies at place n % capacity, so that the cache holds the latest tokens.
 """
 
 from __future__ import annotations
@@ -16,33 +18,49 @@ from passes.proof.op_kinds import VIEW_LIKE
 
 
 @torch.library.custom_op("proved_attention::cache_update", mutates_args=())
-def cache_update(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+def cache_update(cache: Tensor, new: Tensor, position: Tensor, ring: bool = False) -> Tensor:
     """``cache`` [B, H, capacity, D] with ``new`` [B, H, L, D] in the places ``position[b]`` .. ``position[b] + L - 1``
-    of row b; ``position`` [B] int64."""
-    return update_in_aten(cache, new, position)
+    of row b, modulo the capacity where it is a ``ring``, and L is 1 there; ``position`` [B] int64."""
+    return update_in_aten(cache, new, position, ring)
 
 
-def update_in_aten(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+def update_in_aten(cache: Tensor, new: Tensor, position: Tensor, ring: bool = False) -> Tensor:
     """What :func:`cache_update` computes, in torch's own words."""
     places = position.view(-1, 1) + torch.arange(new.shape[2], device=new.device)
+    if ring:
+        places = torch.remainder(places, cache.shape[2])
     return cache.scatter(2, places[:, None, :, None].expand_as(new), new)
 
 
 @cache_update.register_fake
-def _(cache: Tensor, new: Tensor, position: Tensor) -> Tensor:
+def _(cache: Tensor, new: Tensor, position: Tensor, ring: bool = False) -> Tensor:
     return torch.empty_like(cache)
 
 
 @torch.library.custom_op("proved_attention::cached", mutates_args=())
-def cached(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
-    """Attention of query [B, Hq, 1, D] over key [B, Hkv, capacity, D] and value [B, Hkv, capacity, Dv], where row b
-    sees the keys 0 .. ``position[b]``; ``position`` [B] int64, Hq % Hkv == 0."""
-    return cached_in_aten(query, key, value, position, scale)
+def cached(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float, width: int | None = None
+) -> Tensor:
+    """Attention of query [B, Hq, 1, D] over key [B, Hkv, capacity, D] and value [B, Hkv, capacity, Dv]; ``position``
+    [B] int64, Hq % Hkv == 0.
+
+    Row b sees the keys 0 .. ``position[b]``; of a window of ``width`` keys the last ``width`` tokens up to that place,
+    where token n is key n % capacity: itself, as long as the cache is not written round.
+    """
+    return cached_in_aten(query, key, value, position, scale, width)
 
 
-def cached_in_aten(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
+def cached_in_aten(
+    query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float, width: int | None = None
+) -> Tensor:
     """What :func:`cached` computes, in torch's own words."""
-    seen = torch.arange(key.shape[2], device=key.device) <= position.view(-1, 1)
+    places, place = torch.arange(key.shape[2], device=key.device), position.view(-1, 1)
+    age = place - places
+    if width is None:
+        seen = age >= 0
+    else:
+        age = torch.remainder(age, key.shape[2])
+        seen = (age <= place) & (age < width)
     out = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, seen[:, None, None], scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
@@ -50,7 +68,7 @@ def cached_in_aten(query: Tensor, key: Tensor, value: Tensor, position: Tensor, 
 
 
 @cached.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float, width: int | None = None) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 

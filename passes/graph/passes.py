@@ -4,8 +4,8 @@ A pass takes the :class:`Work` and returns how many calls or operations it chang
 dropped only where it was proved equal to the predicate that replaces it for every index, every length of the profile
 and every content of the inputs (:mod:`passes.proof.masks`), or every content that keeps a condition which the user
 asserted; ``repeat_kv`` only where it was proved to be the repetition that grouped-query attention means
-(:func:`passes.proof.calls.unrepeated`); for the scale see :mod:`passes.graph.scale`, for rows that nothing reads
-:mod:`passes.graph.row_narrowing`.
+(:func:`passes.proof.calls.unrepeated`); for rows that nothing reads see :mod:`passes.graph.row_narrowing`.  The softmax
+scale stays a part of the call, and what a call becomes applies it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from passes.graph.driver import Pass
 from passes.graph.lowerings.lowering import Action, BackEnd
 from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
-from passes.graph.scale import fold_scale
 from passes.graph.strategies import Decision, Strategy
 from passes.proof.calls import AttentionCall, find_calls, native_gqa, written_out
 from passes.proof.masks import Proof, Prover, Status, prover_of
@@ -36,8 +35,6 @@ class Attention:
     call: AttentionCall
     proof: Proof
     decision: Decision
-    scale: str = "in the graph"
-    """Where the softmax scale went."""
     native_gqa: bool = False
     """Whether keys and values are no longer repeated for each query head."""
 
@@ -85,23 +82,10 @@ def complex_written_out(work: Work) -> int:
     return write_out(work.program.graph_module)
 
 
-def scale_folded(work: Work) -> int:
-    """The softmax scale into the weights behind the query."""
-    for each in _in_own_words(work):
-        if each.call.scale == 1.0:
-            each.scale = "none"
-            continue
-        obstacle = fold_scale(work.program, each.call.node, each.call.query, each.call.scale)
-        each.scale = "in the weights" if obstacle is None else f"in the graph: {obstacle}"
-        if obstacle is None:
-            each.call = replace(each.call, scale=1.0)
-    return sum(each.scale == "in the weights" for each in work.attention)
-
-
 def heads_grouped(work: Work) -> int:
     """Keys and values without ``repeat_kv``."""
-    for each in _in_own_words(work):
-        each.native_gqa = native_gqa(each.call, work.prover.ranges)
+    for each in work.attention:
+        each.native_gqa = each.decision.lowering.own_words and native_gqa(each.call, work.prover.ranges)
     return sum(each.native_gqa for each in work.attention)
 
 
@@ -111,7 +95,7 @@ def lowered(work: Work) -> int:
         call = each.call
         if each.is_assumed:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
-        call = replace(call, sees_keys=every_row_sees_a_key(call, each.proof))
+        call = replace(call, sees_keys=every_row_sees_a_key(call, each.proof), proved=each.proof.mask)
         each.decision.lowering.write(work.program.graph_module.graph, call)
     return sum(each.decision.lowering.action is not Action.UNTOUCHED for each in work.attention)
 
@@ -130,10 +114,6 @@ def dead_code_removed(work: Work) -> int:
     return before - len(graph.nodes)
 
 
-def _in_own_words(work: Work) -> list[Attention]:
-    return [each for each in work.attention if each.decision.lowering.own_words]
-
-
 def _keeps_alive(node: Node) -> bool:
     """Whether ``node`` stays although nothing reads it: not an assertion about a tensor that nothing else reads."""
     metadata = torch.ops.aten._assert_tensor_metadata.default
@@ -146,7 +126,6 @@ PASSES: tuple[Pass[Work], ...] = (
     Pass("prepare", prepared),
     Pass("write_out_complex", complex_written_out),
     Pass("prove", proved),
-    Pass("fold_scale", scale_folded, optional=True),
     Pass("group_heads", heads_grouped, optional=True),
     Pass("lower_attention", lowered),
     Pass("narrow_rows", rows_narrowed, optional=True),

@@ -31,8 +31,6 @@ class CallRecord:
     disagreement: str
     """Where it was not what was proved; the mask is then kept."""
     native_gqa: bool
-    scale: str
-    """Where the softmax scale went."""
     profile: dict[str, tuple[int, int]]
     """Least and most of each size, for which the proof holds."""
     seconds: float

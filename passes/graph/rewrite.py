@@ -7,7 +7,8 @@ from collections.abc import Collection
 import torch
 from torch.export import ExportedProgram
 
-from passes.graph import cache_ops, driver, ops
+from passes import quantised
+from passes.graph import cache_ops, driver, local_attention, ops
 from passes.graph.lowerings.lowering import OURS, BackEnd
 from passes.graph.passes import PASSES, Work
 from passes.graph.rewritten import Rewritten, record
@@ -20,6 +21,10 @@ IN_ATEN = {
     ops.NATIVE: ops.native_in_aten,
     cache_ops.UPDATE: cache_ops.update_in_aten,
     cache_ops.CACHED: cache_ops.cached_in_aten,
+    local_attention.WINDOWED: local_attention.windowed_in_aten,
+    local_attention.CHUNKED: local_attention.chunked_in_aten,
+    quantised.DEQUANTISED: quantised.in_aten,
+    quantised.ROWS_IN_E4M3: quantised.rows_in_aten,
 }
 """Every operation of ours, in torch's own words."""
 
@@ -52,9 +57,18 @@ def rewrite(
 def in_aten(program: ExportedProgram) -> ExportedProgram:
     """A rewritten ``program`` as one that needs torch alone: it computes the same and has no operation of ours.  The
     weights are shared."""
-    plain: ExportedProgram = program.run_decompositions(dict(IN_ATEN))
-    for node in plain.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
-        plain.graph.erase_node(node)  # of what the graph itself makes; one would hold its mask's graph back
-    plain.graph.eliminate_dead_code()  # masks that stood beside a call as the evidence
-    plain.graph_module.recompile()
-    return plain
+    return without_evidence(program.run_decompositions(dict(IN_ATEN)))
+
+
+def without_evidence(program: ExportedProgram) -> ExportedProgram:
+    """``program`` without the masks that stand beside calls whose claim says the same, in place: where lengths are
+    known such a mask is a constant of the length squared, 1 GiB at 32768 tokens."""
+    graph = program.graph
+    for node in graph.find_nodes(op="call_function", target=ops.NATIVE):
+        if node.args[4] != "none":
+            node.args = (*node.args[:3], None, *node.args[4:])
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        graph.erase_node(node)  # of what the graph itself makes; one would hold its mask's graph back
+    graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return program

@@ -72,7 +72,6 @@ def record(attention: Attention, back_end: BackEnd) -> CallRecord:
         looks=proof.looks,
         disagreement=proof.disagreement,
         native_gqa=attention.native_gqa,
-        scale=attention.scale,
         profile=dict(proof.profile),
         seconds=proof.seconds,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -60,6 +61,15 @@ def stays_in_place(tensor: torch.Tensor) -> None:
 def set_to_zero(tensors: list[torch.Tensor]) -> None:
     """All of them by one kernel."""
     part("torch:_foreach_zero_")(tensors)
+
+
+def scaled_product(a: torch.Tensor, b: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What multiplies ``a`` [n, k] by the transpose of ``b`` [m, k] in E4M3 with one scale each, as of its first call
+    without rounding them anew; the result has their type."""
+    one = torch.ones((), device=a.device)
+    small, turned = (x.to(torch.float8_e4m3fn) for x in (a, b))
+    multiply = part("torch:_scaled_mm")
+    return lambda: multiply(small, turned.t(), scale_a=one, scale_b=one, out_dtype=a.dtype)
 
 
 def compile_error() -> type[Exception]:

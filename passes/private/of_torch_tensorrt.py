@@ -33,6 +33,18 @@ def builder_config(interpreter: Any) -> Any:
 
 
 @contextmanager
+def left_unfolded(operation: Any) -> Iterator[None]:
+    """Calls of ``operation`` on constants stay calls while the block lowers a graph."""
+    rules = "torch_tensorrt.dynamo.lowering.constant_fold_exclusions:{}_constant_fold_exclusion_rule"
+    name = f"leave {operation}"
+    part(rules.format("register"))(name)(lambda node: [node] if node.target is operation else [])
+    try:
+        yield
+    finally:
+        part(rules.format("unregister"))(name)
+
+
+@contextmanager
 def errors_go_to(take: Callable[[str], None]) -> Iterator[None]:
     """``take`` is called with each error that TensorRT logs while the block runs, in the place of its logger, whether
     or not log records are held back."""

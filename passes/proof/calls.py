@@ -15,6 +15,7 @@ import z3
 from torch.fx import GraphModule, Node
 
 from passes.errors import RunError
+from passes.proof.mask import Mask
 from passes.proof.op_kinds import VIEW_LIKE
 from passes.proof.symbolic import Evaluator
 from passes.proof.terms import in_range
@@ -44,6 +45,8 @@ class AttentionCall:
     enable_gqa: bool
     sees_keys: bool = False
     """Whether every row is known to see a key (:func:`passes.graph.blank_rows.every_row_sees_a_key`)."""
+    proved: Mask | None = None
+    """What its mask was proved to be, once that is known."""
 
     @property
     def name(self) -> str:

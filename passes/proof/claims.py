@@ -19,8 +19,10 @@ from passes.proof.mask import (
     LowerRight,
     Mask,
     Offset,
+    OffsetWindow,
     Packed,
     Padding,
+    Ring,
     Window,
 )  # fmt: skip
 from passes.proof.symbolic import SOLVER_STEPS, Evaluator
@@ -134,10 +136,10 @@ class Claims:
         past = self.k <= self.place
         reads = self.evaluator.reads(self.attends)
         if not reads:
-            width = self._first_blocked(self.place - self.k)
+            width = self._first_blocked(self.place - self.k, past)
             if width and self.holds(z3.And(past, self.place - self.k < width)):
                 return Found(Window(width), f"sees the last {width} keys, itself included")
-            size = self._first_blocked(self.place)
+            size = self._first_blocked(self.place, past)
             if size and self.holds(z3.And(past, self.k / size == self.place / size)):
                 return Found(Chunked(size), f"sees the keys of its own chunk of {size}")
             return Found(Arbitrary(), "is not causal")
@@ -147,16 +149,36 @@ class Claims:
         return Found(Arbitrary(), f"hangs on {named}{self._unmodelled()}")
 
     def of_bounded_inputs(self) -> Found | None:
-        """:class:`Offset` or :class:`Packed`: classes that hold only as long as no sum of inputs overflows."""
+        """:class:`Offset`, :class:`OffsetWindow`, :class:`Ring` or :class:`Packed`: classes that hold only as long as
+        no sum of inputs overflows."""
         for offset in self._applications():
-            if self._is_free(offset) and self.holds(self.k <= self.q + offset):
-                mask = Offset(_name(offset), _element(offset, self.b))
-                return Found(mask, f"sees keys up to its own place behind {mask.source}")
+            if self._is_free(offset) and (found := self._placed(offset)) is not None:
+                return found
         lemmas = self._segment_lemmas()
         for mine, theirs in self._pairs():
             if self.holds(z3.And(self.k <= self.place, mine == theirs), *lemmas):
                 segment = _name(mine)
                 return Found(Packed(segment), f"causal among places of equal {segment}")
+        return None
+
+    def _placed(self, offset: Term) -> Found | None:
+        """What the mask is behind ``offset``, a number from an input."""
+        source, element = _name(offset), _element(offset, self.b)
+        place = self.q + offset
+        past = self.k <= place
+        if self.holds(past):
+            return Found(Offset(source, element), f"sees keys up to its own place behind {source}")
+        width = self._first_blocked(place - self.k, past)
+        if width and self.holds(z3.And(past, place - self.k < width)):
+            reason = f"sees the last {width} keys up to its own place behind {source}"
+            return Found(OffsetWindow(source, element, width), reason)
+        if not isinstance(self.broadcast[3], int):
+            return None
+        age = (place - self.k) % self.broadcast[3]
+        width = self._first_blocked(age, age <= place) or self.broadcast[3]
+        if self.holds(z3.And(age <= place, age < width)):
+            reason = f"sees the last {width} tokens up to its own place behind {source}, kept in a ring"
+            return Found(Ring(source, element, width), reason)
         return None
 
     def _segment_lemmas(self) -> list[z3.BoolRef]:
@@ -203,12 +225,12 @@ class Claims:
         missing = sorted({str(calls[name]) for name in self.evaluator.reads(self.attends) if name in calls})
         return f"; no exact model of {', '.join(missing)} here" if missing else ""
 
-    def _first_blocked(self, distance: z3.ArithRef) -> int | None:
-        """The smallest ``distance`` at which a key in the past is blocked; None where that is not above 0."""
+    def _first_blocked(self, distance: z3.ArithRef, past: z3.BoolRef) -> int | None:
+        """The smallest ``distance`` at which a key in the ``past`` is blocked; None where that is not above 0."""
         optimizer = z3.Optimize()
         optimizer.set("rlimit", SOLVER_STEPS)
         optimizer.set("ctrl_c", False)  # see Evaluator.solver
-        optimizer.add(*self.evaluator.premises, *self.inside, self.k <= self.place, z3.Not(self.attends))
+        optimizer.add(*self.evaluator.premises, *self.inside, past, z3.Not(self.attends))
         optimizer.minimize(distance)
         if optimizer.check() != z3.sat:
             return None

@@ -69,20 +69,58 @@ class LowerRight(Mask):
 
 
 @dataclass(frozen=True)
-class Offset(Mask):
-    """Causal behind a place that comes with the input (a static cache), where q plus that place does not overflow.
+class Placed(Mask):
+    """A mask of queries behind a place that comes with the input (a static cache), where q plus that place does not
+    overflow.
 
     The place is ``element`` of the input ``source``; None where it is not one element, or one for each row.
     """
 
     source: str
     element: Element | None
+
+    @property
+    def place(self) -> str:
+        """Of query q among the tokens."""
+        places = "..." if self.element is None else ", ".join(map(str, self.element))
+        return f"q + {self.source}[{places}]" if places else f"q + {self.source}"
+
+
+@dataclass(frozen=True)
+class Offset(Placed):
+    """Causal behind a place that comes with the input."""
+
     name = "causal_offset"
 
     @property
     def predicate(self) -> str:
-        places = "..." if self.element is None else ", ".join(map(str, self.element))
-        return f"k <= q + {self.source}[{places}]" if places else f"k <= q + {self.source}"
+        return f"k <= {self.place}"
+
+
+@dataclass(frozen=True)
+class OffsetWindow(Placed):
+    """The last ``width`` keys behind a place that comes with the input; blocks some key of the past."""
+
+    width: int
+    name = "sliding_window_offset"
+
+    @property
+    def predicate(self) -> str:
+        return f"k <= {self.place} and {self.place} - k < {self.width}"
+
+
+@dataclass(frozen=True)
+class Ring(Placed):
+    """The last ``width`` tokens up to a place that comes with the input, where token n is key n % S: what a cache that
+    is written round and round holds of a window."""
+
+    width: int
+    name = "ring"
+
+    @property
+    def predicate(self) -> str:
+        age = f"({self.place} - k) % S"
+        return f"{age} <= {self.place} and {age} < {self.width}"
 
 
 @dataclass(frozen=True)
@@ -148,7 +186,7 @@ class Arbitrary(Mask):
 
 
 MASKS: tuple[type[Mask], ...] = (
-    Absent, Full, Causal, LowerRight, Offset, Window, Chunked, Padding, Packed, Bias, Arbitrary,
+    Absent, Full, Causal, LowerRight, Offset, OffsetWindow, Ring, Window, Chunked, Padding, Packed, Bias, Arbitrary,
 )  # fmt: skip
 DROPPABLE = (Absent, Full, Causal, LowerRight)
 """Those that need no tensor: what they block is told by the sizes alone."""

@@ -24,7 +24,7 @@ from passes.proof.calls import AttentionCall
 from passes.proof.claims import Claims, ancestors
 from passes.proof.conditions import CONDITIONS, GIVEN, KEEPING, about
 from passes.proof.counterexample import Counterexample
-from passes.proof.mask import DROPPABLE, Absent, Arbitrary, Bias, Causal, Full, Mask, Offset, Padding
+from passes.proof.mask import DROPPABLE, Absent, Arbitrary, Bias, Causal, Full, Mask, Padding, Placed
 from passes.proof.second_look import claimed_of, look
 from passes.proof.sizes import asserted, symbol_ranges
 from passes.proof.symbolic import Evaluator
@@ -175,7 +175,7 @@ class Prover:
         assumed = proof.conditions if proof.status is Status.ASSUMED else ()
         reads = about(call, proof.depends_on)
         given = {name: KEEPING[condition] for condition in assumed for name in reads[condition]}
-        seen = look(call, self.constants, self.ranges, claimed, given, bounded=isinstance(proof.mask, Offset))
+        seen = look(call, self.constants, self.ranges, claimed, given, bounded=isinstance(proof.mask, Placed))
         if not seen.disagreement:
             return replace(proof, looks=seen.runs)
         reason = f"the prover says {proof.mask}, the program says otherwise (please report it): {seen.disagreement}"

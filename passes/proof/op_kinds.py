@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from passes.quantised import ROWS_IN_E4M3
+
 aten = torch.ops.aten
 
 RESHAPES = (aten.view.default, aten.reshape.default, aten._reshape_copy.default)
@@ -22,7 +24,7 @@ POINTWISE = frozenset(
     {
         *ARITHMETIC, aten.reciprocal.default, aten.exp.default, aten.sigmoid.default, aten.tanh.default,
         aten.relu.default, aten.silu.default, aten.gelu.default, aten.alias.default, aten.clone.default,
-        aten.detach.default,
+        aten.detach.default, ROWS_IN_E4M3,
     }
 )  # fmt: skip
 """Each element from those at its own place; arguments are broadcast from the right."""

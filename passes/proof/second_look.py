@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from passes.proof.calls import AttentionCall
-from passes.proof.mask import Causal, Element, Full, LowerRight, Mask, Offset
+from passes.proof.mask import Causal, Chunked, Element, Full, LowerRight, Mask, Offset, OffsetWindow, Ring, Window
 from passes.proof.mask_program import MaskProgram, NotRunnable
 
 SMALL_RUNS = 24
@@ -37,6 +37,12 @@ def _causal(queries: int, keys: int, offset: int | Tensor) -> Tensor:
     return torch.arange(keys) <= torch.arange(queries)[:, None] + offset
 
 
+def _past(queries: int, keys: int, which: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Of the past of each query, at place p among the keys k, those ``which`` says."""
+    p = torch.arange(queries)[:, None] + keys - queries
+    return _causal(queries, keys, keys - queries) & which(p, torch.arange(keys))
+
+
 def claimed_of(mask: Mask) -> Claimed | None:
     """The table that ``mask`` is, where no more is needed for it than the sizes and an offset; None for any other."""
     match mask:
@@ -46,17 +52,27 @@ def claimed_of(mask: Mask) -> Claimed | None:
             return lambda queries, keys, inputs: _causal(queries, keys, 0)
         case LowerRight():
             return lambda queries, keys, inputs: _causal(queries, keys, keys - queries)
+        case Window(width):
+            return lambda queries, keys, inputs: _past(queries, keys, lambda p, k: p - k < width)
+        case Chunked(size):
+            return lambda queries, keys, inputs: _past(queries, keys, lambda p, k: k // size == p // size)
         case Offset(source, element) if element is not None:
-            return _behind(source, element)
+            return _placed(source, element, lambda age, place, keys: age >= 0)
+        case OffsetWindow(source, element, width) if element is not None:
+            return _placed(source, element, lambda age, place, keys: (age >= 0) & (age < width))
+        case Ring(source, element, width) if element is not None:
+            return _placed(source, element, lambda age, place, keys: (age % keys <= place) & (age % keys < width))
     return None
 
 
-def _behind(source: str, element: Element) -> Claimed:
-    place: Any = tuple(slice(None) if each == "b" else each for each in element)
+def _placed(source: str, element: Element, which: Callable[[Tensor, Tensor, int], Tensor]) -> Claimed:
+    """The keys that ``which`` says: of how far each lies behind the query's place, of that place, of their number."""
+    at: Any = tuple(slice(None) if each == "b" else each for each in element)
 
     def table(queries: int, keys: int, inputs: Mapping[str, Tensor]) -> Tensor:
-        offset = inputs[source][place]
-        return _causal(queries, keys, offset[:, None, None, None] if "b" in element else offset)
+        offset = inputs[source][at]
+        place = torch.arange(queries)[:, None] + (offset[:, None, None, None] if "b" in element else offset)
+        return which(place - torch.arange(keys), place, keys)
 
     return table
 

@@ -36,8 +36,10 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], in_place:
     """
     if node.target is CACHED:
         return _attention(stack, ctx, node, args)
-    cache, new, position = args
+    cache, new, position, *ring = args
     position = as_tensor(ctx, position, f"{node.name} [position]")
+    if any(ring):
+        position = _round(stack, ctx, node, position, cache.shape[2])
     if in_place:
         places = ctx.net.add_cast(position, stack.trt.int32).get_output(0)
         return ctx.net.add_kv_cache_update(cache, new, places, stack.trt.KVCacheMode.LINEAR).get_output(0)
@@ -54,9 +56,39 @@ def _compared(ctx: Any, node: Node, position: Any, batch: int, capacity: int, op
     return ctx.net.add_elementwise(places, reshaped(ctx.net, position, (batch, 1)), operation).get_output(0)
 
 
+def _round(stack: Stack, ctx: Any, node: Node, position: Any, capacity: int) -> Any:
+    """``position % capacity`` of numbers from 0 on."""
+    kinds = stack.trt.ElementWiseOperation
+    whole = as_tensor(ctx, torch.full((1,) * len(position.shape), capacity), f"{node.name} [capacity]")
+    times = ctx.net.add_elementwise(position, whole, kinds.FLOOR_DIV).get_output(0)
+    turns = ctx.net.add_elementwise(times, whole, kinds.PROD).get_output(0)
+    return ctx.net.add_elementwise(position, turns, kinds.SUB).get_output(0)
+
+
+def _unseen(stack: Stack, ctx: Any, node: Node, position: Any, batch: int, capacity: int, width: int | None) -> Any:
+    """Which places of the cache row b does not see: bool [batch, capacity]."""
+    kinds = stack.trt.ElementWiseOperation
+    if width is None:
+        return _compared(ctx, node, position, batch, capacity, kinds.GREATER)
+    place = reshaped(ctx.net, position, (batch, 1))
+
+    def number(value: int) -> Any:
+        return as_tensor(ctx, torch.full((1, 1), value), f"{node.name} [{value}]")
+
+    def binary(a: Any, b: Any, kind: Any) -> Any:
+        return ctx.net.add_elementwise(a, b, kind).get_output(0)
+
+    places = as_tensor(ctx, torch.arange(capacity, dtype=torch.int64).unsqueeze(0), f"{node.name} [places]")
+    behind = binary(_round(stack, ctx, node, place, capacity), places, kinds.SUB)
+    later = binary(behind, number(0), kinds.LESS)  # of the turn before
+    age = ctx.net.add_select(later, binary(behind, number(capacity), kinds.SUM), behind).get_output(0)
+    too_old = binary(age, number(width - 1), kinds.GREATER)
+    return binary(too_old, binary(age, place, kinds.GREATER), kinds.OR)
+
+
 def _attention(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
     """Scores, their softmax and the weighted values, the products element by element and in fp32 from there on."""
-    query, key, value, position, scale = args
+    query, key, value, position, scale, *width = args
     net, trt = ctx.net, stack.trt
     batch, heads, capacity, size = key.shape
     group, channels = query.shape[1] // heads, value.shape[-1]
@@ -79,7 +111,7 @@ def _attention(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any
     def summed(a: Any, b: Any) -> Any:
         return reduced(cast(binary(a, b, "PROD"), trt.float32), "SUM", at + 1, keep=False)
 
-    unseen = _compared(ctx, node, position, batch, capacity, trt.ElementWiseOperation.GREATER)
+    unseen = _unseen(stack, ctx, node, position, batch, capacity, *(width or [None]))
     unseen = reshaped(net, unseen, (*((batch, 1) if batch > 1 else (1,)), 1, capacity))
     blocked, zero = (
         as_tensor(ctx, torch.full((1,) * (at + 1), number), f"{node.name} [{number}]") for number in (BLOCKED, 0.0)
@@ -88,9 +120,10 @@ def _attention(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any
     key = reshaped(net, key, (*rows, 1, capacity, size))
     scores = binary(summed(key, reshaped(net, query, (*rows, group, 1, size))), bias, "SUM")
     exponent = binary(scores, reduced(scores, "MAX", at), "SUB")
-    weights = net.add_unary(exponent, trt.UnaryOperation.EXP).get_output(0)
-    total = reduced(weights, "SUM", at)
-    weights = reshaped(net, cast(weights, query.dtype), (*rows, group, 1, capacity))
+    # Rounded before they are added up, so that all that is written of them is half as large.
+    weights = cast(net.add_unary(exponent, trt.UnaryOperation.EXP).get_output(0), query.dtype)
+    total = reduced(cast(weights, trt.float32), "SUM", at)
+    weights = reshaped(net, weights, (*rows, group, 1, capacity))
     out = summed(reshaped(net, turned.get_output(0), (*rows, 1, channels, capacity)), weights)
     out = cast(binary(out, total, "DIV"), query.dtype)
     return reshaped(net, out, (batch, heads * group, 1, channels))

@@ -51,13 +51,13 @@ class Asked:
     @classmethod
     def of(cls, stack: Stack, query: Any, key: Any, causal: str, mask: Any, traced: tuple[Any, Any]) -> Asked:
         """Of a network's tensors: query [B, Hq, L, D], key [B, Hkv, S, D], and mask [B or 1, Hq or 1, L, S] or None.
-        ``traced``: the shapes of query and key in the graph, whose symbols have bounds."""
+        ``traced``: the shapes of query and key in the graph, whose symbols have bounds, or those bounds."""
         return cls(
             dtype=_type_name(stack.trt, query.dtype),
-            batch=_extent(query.shape[0], traced[0][0]),
+            batch=extent(query.shape[0], traced[0][0]),
             heads=(query.shape[1], key.shape[1]),
-            queries=_extent(query.shape[2], traced[0][2]),
-            keys=_extent(key.shape[2], traced[1][2]),
+            queries=extent(query.shape[2], traced[0][2]),
+            keys=extent(key.shape[2], traced[1][2]),
             size=query.shape[3],
             causal=causal,
             mask=mask if mask is None else (_type_name(stack.trt, mask.dtype), mask.shape[0] != 1, mask.shape[1] != 1),
@@ -92,10 +92,12 @@ class Asked:
         return f"{self.dtype}, {kind}, {heads} of {self.size}, batch {batch}, {queries} x {keys} tokens"
 
 
-def _extent(size: int, traced: Any) -> Extent:
-    """Of the network's ``size``, -1 where it is not known, which is ``traced`` in the graph."""
+def extent(size: int, traced: Any) -> Extent:
+    """Of the network's ``size``, -1 where it is not known, which is ``traced`` in the graph, or within those bounds."""
     if size >= 0:
         return size, size
+    if isinstance(traced, tuple):
+        return traced
     if isinstance(traced, torch.SymInt) and traced.node.shape_env is not None:
         bounds = traced.node.shape_env.bound_sympy(traced.node.expr)
         if bounds.lower.is_Integer and bounds.upper.is_Integer and bounds.upper < 2**31:  # TensorRT has no longer ones

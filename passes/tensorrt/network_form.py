@@ -96,7 +96,7 @@ def _as_first_of_topk(node: Node) -> None:
     kept = bool(keep and keep[0])
     with graph.inserting_before(node):
         first = graph.call_function(aten.topk.default, (source, 1, axis))
-        first.meta["val"] = tuple(each if kept else each.unsqueeze(axis) for each in values)  # type: ignore[arg-type]
+        first.meta["val"] = tuple(each if kept else each.unsqueeze(axis) for each in values)
         for user in list(node.users):  # each takes one of the two
             made = graph.call_function(getitem, (first, user.args[1]))
             made.meta["val"] = first.meta["val"][user.args[1]]
@@ -108,19 +108,22 @@ def _as_first_of_topk(node: Node) -> None:
     graph.erase_node(node)
 
 
+def _bounds(size: Any) -> Any:
+    if not isinstance(size, torch.SymInt) or size.node.shape_env is None:
+        return ValueRanges.wrap(size)
+    return size.node.shape_env.bound_sympy(size.node.expr)
+
+
 def _choose_greater(node: Node) -> None:
     values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
-    first, second = (
-        each.node.shape_env.bound_sympy(each.node.expr) if isinstance(each, torch.SymInt) else ValueRanges.wrap(each)
-        for each in values
-    )
+    first, second = (_bounds(each) for each in values)
     greater = 0 if first.lower >= second.upper else 1 if second.lower >= first.upper else None
     if greater is None:
         return
     chosen = node.args[greater]
     for user in list(node.users):
-        user.args = map_aggregate(user.args, lambda each: chosen if each is node else each)  # type: ignore[assignment]
-        user.kwargs = map_aggregate(user.kwargs, lambda each: chosen if each is node else each)  # type: ignore[assignment]
+        user.args = map_aggregate(user.args, lambda each: chosen if each is node else each)
+        user.kwargs = map_aggregate(user.kwargs, lambda each: chosen if each is node else each)
     node.graph.erase_node(node)
 
 

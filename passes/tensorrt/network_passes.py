@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from passes.graph.driver import Pass
-from passes.tensorrt import network_form, products, rows
+from passes.tensorrt import few_bits, network_form, rows
 
 PASSES: tuple[Pass[GraphModule], ...] = (
     Pass("write_known_sizes", network_form.prepare),
-    Pass("transpose_weights", products.transpose_weights, optional=True),
+    Pass("share_weights", few_bits.share),
     Pass("write_squares", rows.write_squares, optional=True),
     Pass("fuse_rows", rows.fuse, optional=True),
     Pass("join_queries_and_keys", rows.join, optional=True),

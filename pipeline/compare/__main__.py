@@ -6,15 +6,15 @@ what, and nothing was written.
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from passes.errors import UserError
+from pipeline.host.arguments import Parser
 from pipeline.host.files import write_text
 
 if TYPE_CHECKING:
@@ -26,14 +26,9 @@ if TYPE_CHECKING:
 DEFAULT_URI = "sqlite:///mlflow.db"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:  # argparse's way prints its usage over the message
-        raise UserError(f"{message}; --help shows what is taken")
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     about = "Reports of runs in, one HTML page and one Markdown file out: which row won, by how much over what."
-    parser = _Parser("python -m pipeline.compare", description=about)
+    parser = Parser("python -m pipeline.compare", description=about)
     parser.add_argument("sources", nargs="*", metavar="SOURCE", help="a report.json, a folder of them, or an MLflow "
                         "experiment; default: the folder outputs")  # fmt: skip
     parser.add_argument("--uri", default=DEFAULT_URI, help="the MLflow store that has the experiments "

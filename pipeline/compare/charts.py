@@ -65,6 +65,12 @@ def ticks(maximum: float) -> list[float]:
     return [i * step for i in range(math.floor(maximum / step * (1 + 1e-9)) + 1)]
 
 
+def decades(low: float, high: float) -> list[float]:
+    """1, 2 and 5 times each power of ten from ``low`` to ``high``, both above 0."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [mark for e in exponents for factor in (1, 2, 5) if low <= (mark := factor * 10.0**e) <= high]
+
+
 def _axis(maximum: float, suffix: str = "") -> list[tuple[float, str]]:
     return [(100 * tick / maximum, f"{tick:g}{suffix}") for tick in ticks(maximum)]
 

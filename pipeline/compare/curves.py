@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.compare.charts import MARGIN, ticks
+from pipeline.compare.charts import MARGIN, decades, ticks
 from pipeline.compare.labels import shared
 from pipeline.compare.numbers import number
 from pipeline.compare.questions import Line, Sweep, over
@@ -109,7 +109,7 @@ def _drawn(
             if known
         ]
         curves.append(Curve(line.label, f"line-{colour + 1}", points, [(shown, more) for shown, more, _ in cells]))
-    marks = _decades(low / MARGIN, high) if logarithmic else ticks(high)
+    marks = decades(low / MARGIN, high) if logarithmic else ticks(high)
     rows = [row for line in sweep.lines for each in line.points.values() for row in each]
     return CurveChart(
         title,
@@ -146,8 +146,3 @@ def _value(sweep: Sweep, line: Line, size: int) -> float:
 def _x(sizes: Sequence[int], size: int) -> float:
     """Logarithmic: lengths and batches are doubled, not counted up."""
     return LEFT + (RIGHT - LEFT) * math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0])
-
-
-def _decades(low: float, high: float) -> list[float]:
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [mark for e in exponents for factor in (1, 2, 5) if low <= (mark := factor * 10.0**e) <= high]

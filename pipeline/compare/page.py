@@ -13,6 +13,7 @@ from jinja2 import DictLoader, Environment, StrictUndefined, select_autoescape
 from pipeline.compare import charts
 from pipeline.compare.baseline import Against, against_reference
 from pipeline.compare.curves import CurveChart, curve_chart, memory_chart
+from pipeline.compare.fronts import Front, fronts
 from pipeline.compare.labels import Section, cache, names, versions
 from pipeline.compare.numbers import number
 from pipeline.compare.questions import Sweep, single, sweeps
@@ -46,6 +47,8 @@ class Shown:
     cautions: list[str]
     other_charts: list[charts.Chart]
     memory: list[CurveChart]
+    fronts: list[Front]
+    """What is worth having of what precisions cost."""
     table: Table
     """Ratios included, which the page has in its charts."""
     figures: Table
@@ -93,6 +96,7 @@ def show(section: Section, compared: list[Against], wanted: Axes | None, anchor:
         cautions(section),
         [chart for chart in rest_of_them if chart],
         [chart for sweep in _of_different_rows(found) if (chart := memory_chart(sweep, ways))],
+        list(fronts(section)),
         table(section, by_measure, None, remarks),
         table(section, {}, None, remarks),
     )

@@ -10,7 +10,7 @@ from passes.errors import UserError
 from pipeline.compare.sources import Found
 from pipeline.config.axes import Axes, axes, settings
 from pipeline.config.schema import STRATEGIES
-from pipeline.record.report import GRAPH, error_share, times_count, verified_by, worst_case
+from pipeline.record.report import GRAPH, engine_bytes, error_share, times_count, verified_by, worst_case
 
 RIVALS = {"torch_compile": "torch.compile", "eager": "PyTorch eager", "plugin": "attention plugin"}
 """What people call them, where it is not the backend's name."""
@@ -89,6 +89,23 @@ class Accuracy:
     passed: bool
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What the precision cost on real text, beside the unquantised model."""
+
+    perplexity: float
+    reference: float
+    """Of the unquantised model."""
+    increase: float
+    """As a share, with its 95 % interval."""
+    low: float
+    high: float
+    tokens: int
+    text: str
+    """Its sha256: only what was measured on one text is compared."""
+    passed: bool
+
+
 @dataclass
 class Row:
     """One report."""
@@ -102,11 +119,15 @@ class Row:
     """Why nothing was timed; None where something was."""
     timings: dict[Measure, Timing]
     accuracy: Accuracy | None
+    cost: Cost | None
+    """None where it was not measured, or is no number."""
     stages_s: dict[str, float]
     environment: dict[str, Any]
     attention: str | None
     """The engine's native attention layers, by kind."""
     engine_bytes: int | None
+    bytes: int | None
+    """Of all its engines: with a KV cache there are two."""
     peak_bytes: int | None
     notes: list[str]
     link: str | None
@@ -162,10 +183,12 @@ def row(found: Found) -> Row:
             reason=None if timings else _reason(report),
             timings=timings,
             accuracy=_accuracy(report.get("verify")),
+            cost=_cost(report.get("quality") or {}),
             stages_s={str(name): float(seconds) for name, seconds in (report.get("stages_s") or {}).items()},
             environment=dict(report.get("environment") or {}),
             attention=_attention(engine),
             engine_bytes=int(engine["bytes"]) if engine.get("bytes") else None,
+            bytes=engine_bytes(report),
             peak_bytes=None if memory.get("peak_bytes") is None else int(memory["peak_bytes"]),
             notes=[str(note) for note in report.get("notes") or []],
             link=found.link,
@@ -241,6 +264,20 @@ def _accuracy(verify: Mapping[str, Any] | None) -> Accuracy | None:
         pytorch_share=None if own is None else error_share({**worst, "relative_error": own}),
         passed=bool(verify["passed"]),
     )
+
+
+def _cost(quality: Mapping[str, Any]) -> Cost | None:
+    cost = quality.get("cost")
+    if not cost:
+        return None
+    rise = cost["increase"]
+    numbers = [cost["perplexity"]["value"], cost["reference_perplexity"]["value"], *(rise[k] for k in rise)]
+    if None in numbers:
+        return None
+    perplexity, reference = map(float, numbers[:2])
+    increase, low, high = (float(rise[name]) for name in ("value", "low", "high"))
+    passed = bool(quality["passed"])
+    return Cost(perplexity, reference, increase, low, high, int(cost["tokens"]), str(cost["text_sha256"]), passed)
 
 
 def _reason(report: Mapping[str, Any]) -> str:

@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import redirect_stderr
 from dataclasses import dataclass, field
-from io import StringIO
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from passes.errors import UserError
 from pipeline.record.report import READABLE, is_sealed, upgraded
 from pipeline.record.unfinished import STATE
-from pipeline.tracking.store import as_user_error, check_store, is_server, open_client, quiet, redacted, search_runs
+from pipeline.tracking.store import (
+    artifact,
+    as_user_error,
+    check_store,
+    is_server,
+    open_client,
+    quiet,
+    redacted,
+    search_runs,
+)
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
     from mlflow.entities import Run
 
 REPORT, SAMPLES = "report.json", "samples.json"
@@ -179,28 +184,16 @@ def read_experiment(name: str, uri: str, ui: str = UI) -> Iterator[Found | UserE
             where = f"run {run.info.run_id}"
             link = run_page(redacted(uri) if is_server(uri) else ui, run.info.experiment_id, run.info.run_id)
             folder = Path(copies) / run.info.run_id
-            report = _artifact(client, run, REPORT, folder)
+            report = artifact(client, run, REPORT, folder)
             if report is None:
                 yield Found(_without_report(run), where, link=link)
                 continue
-            samples = _artifact(client, run, SAMPLES, folder)
+            samples = artifact(client, run, SAMPLES, folder)
             try:
                 times = _object(samples, f"{where}, {SAMPLES}") if samples else {}
                 yield Found(parse(report, where), where, times, link)
             except UserError as error:
                 yield error
-
-
-def _artifact(client: MlflowClient, run: Run, name: str, folder: Path) -> Path | None:
-    """The run's file ``name``, in place or copied into ``folder``; None where it has none."""
-    if run.info.artifact_uri.startswith("file:"):
-        path = Path(url2pathname(urlsplit(run.info.artifact_uri).path)) / name
-        return path if path.is_file() else None
-    if name not in {item.path for item in client.list_artifacts(run.info.run_id)}:
-        return None
-    folder.mkdir(exist_ok=True)
-    with redirect_stderr(StringIO()):  # a progress bar that counts files: 0 of 1, 1 of 1
-        return Path(client.download_artifacts(run.info.run_id, name, str(folder)))
 
 
 def _without_report(run: Run) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from pipeline.compare.baseline import Against, baselines, told
+from pipeline.compare.fronts import percent
 from pipeline.compare.labels import Section
 from pipeline.compare.numbers import number
 from pipeline.compare.remarks import Remarks
-from pipeline.compare.rows import Measure, Row
+from pipeline.compare.rows import Cost, Measure, Row
 
 Compared = Mapping[Measure, Mapping[int, Against]]
 """Measure -> ``id`` of a row -> what it is compared with."""
@@ -47,7 +48,16 @@ def table(section: Section, compared: Compared, baseline: str | None, remarks: R
         header += [TIMES[kind], *([_faster(over[kind])] if kind in over else [])]
     both = " / ".join({"prefill": "prompt", "generate": "generation"}[kind] for kind, _ in wholes)
     header += [f"{name}{f', {both}' if len(wholes) > 1 else ''}" for name in ("host ms", "roofline")] if wholes else []
-    header += ["error / allowed", "native attention", "engine MB", "memory GB", "build s", "remarks"]
+    costs = any(row.cost for row in section.rows)
+    header += [
+        "error / allowed",
+        *(["perplexity"] if costs else []),
+        "native attention",
+        "engine MB",
+        "memory GB",
+        "build s",
+        "remarks",
+    ]
     lines = []
     for row in section.rows:
         if not row.timings and row.accuracy is None and row.attention is None:
@@ -64,7 +74,7 @@ def table(section: Section, compared: Compared, baseline: str | None, remarks: R
                 cells.append(_together(_or_dash(each.host_ms if each else None, number) for each in timings))
                 shares = [each.roofline_fraction if each else None for each in timings]
                 cells.append(_together(_or_dash(share, "{:.0%}".format) for share in shares))
-            cells += _of_the_engine(row)
+            cells += _of_the_engine(row, costs)
             taints = [taint for measure in here.values() for taint in row.timings[measure].tainted]
             whys = [against.why for m in here.values() if (against := compared.get(m, {}).get(id(row))) and against.why]
             cells.append(remarks.words(dict.fromkeys(taints), [*dict.fromkeys(whys), *(row.notes if i == 0 else [])]))
@@ -116,7 +126,8 @@ def _ratio(row: Row, measure: Measure | None, compared: Compared, baseline: str 
     return against.time.inverse.short + (f" {told(row, against, {})}" if len(names) > 1 else "")
 
 
-def _of_the_engine(row: Row) -> list[str]:
+def _of_the_engine(row: Row, costs: bool) -> list[str]:
+    """``costs``: whether some row has what its precision cost."""
     accuracy = row.accuracy
     error = "–"
     if accuracy:
@@ -125,11 +136,16 @@ def _of_the_engine(row: Row) -> list[str]:
         error += "" if accuracy.passed else " FAILED"
     return [
         error,
+        *([_perplexity(row.cost)] if costs else []),
         row.attention or "–",
         _or_dash(row.engine_bytes, lambda size: f"{size / 1e6:.0f}"),
         _or_dash(row.peak_bytes, lambda size: f"{size / 1e9:.1f}"),
         _or_dash(row.stages_s.get("build"), "{:.1f}".format),
     ]
+
+
+def _perplexity(cost: Cost | None) -> str:
+    return "–" if cost is None else f"{number(cost.perplexity)}, {percent(cost)}{'' if cost.passed else ' FAILED'}"
 
 
 def _together(texts: Iterable[str]) -> str:

@@ -12,20 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import UserError
+from passes.precision import FEW_BITS
 from pipeline.config.overrides import split
 
-GROUPS = ("model", "precision", "strategy", "backend", "shape", "cache")
+GROUPS = ("model", "precision", "quantize", "strategy", "backend", "shape", "cache")
 """What a report's ``config`` calls them."""
 NO_AXES = ("model.source", "model.revision", "model.architecture", "model.path")  # the model's name stands for them
 SHORT = {"model": "model.name", "strategy": "strategy.name", "backend": "backend.name", "cache": "cache.name",
          "shape": "shape.kind"}  # fmt: skip
 Axes = dict[str, str]
+USUAL = {"quantize.calibration.samples": "16", "quantize.calibration.length": "512"}
+"""What a run has that asks for nothing else, written as an axis: no row is told from another by it."""
 
 
 def axes(config: Mapping[str, Any]) -> Axes:
     """The settings of a config that tell rows apart, dotted, as the command line writes them.
 
-    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption.
+    Unset ones are left out, and so is what has no part in the run: a rival's strategy, a guard without an assumption,
+    how weights are made smaller that are not.
     """
     found = {key: _written(value) for key, value in settings(config) if value not in (None, [], {})}
     model = config.get("model") or {}
@@ -33,6 +37,8 @@ def axes(config: Mapping[str, Any]) -> Axes:
         found["model.name"] = Path(model["path"]).name
     if found.get("backend.name", "tensorrt") != "tensorrt":
         found = {key: value for key, value in found.items() if not key.startswith("strategy.")}
+    few_bits = found.get("precision") in FEW_BITS
+    found = {k: v for k, v in found.items() if not k.startswith("quantize.") or (few_bits and v != USUAL.get(k))}
     if "strategy.assume" not in found:
         found.pop("strategy.guard", None)
     return found
@@ -45,9 +51,14 @@ def settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         if not isinstance(value, Mapping):
             yield group, value
             continue
-        for key, setting in value.items():
-            if f"{group}.{key}" not in NO_AXES:
-                yield f"{group}.{key}", setting
+        yield from ((key, each) for key, each in _dotted(value, group) if key not in NO_AXES)
+
+
+def _dotted(group: Mapping[str, Any], name: str) -> Iterator[tuple[str, Any]]:
+    """What stands in a group, and in groups within it."""
+    for key, setting in group.items():
+        full = f"{name}.{key}"
+        yield from _dotted(setting, full) if isinstance(setting, Mapping) and full not in NO_AXES else [(full, setting)]
 
 
 def _written(value: Any) -> str:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from passes.errors import UserError
-from passes.precision import PRECISIONS
+from passes.precision import FEW_BITS, PRECISIONS
 from pipeline.config.lengths import positions
+from pipeline.config.quantize import check_quantize
 from pipeline.config.schema import (
     ASSUMPTIONS,
     BACKEND_OPTIONS,
@@ -26,6 +27,8 @@ from pipeline.config.schema import (
     ShapeConfig,
     StrategyConfig,
 )
+from pipeline.config.verification import check_verification
+from pipeline.host import gguf_header
 
 
 def one_of(key: str, value: object, allowed: Iterable[object]) -> None:
@@ -41,18 +44,19 @@ def at_least(key: str, value: float, least: float) -> None:
 
 def check(config: Config) -> None:
     """Refuse settings that contradict each other; raises :class:`UserError` naming key, value and remedy."""
-    one_of("precision", config.precision, PRECISIONS)
+    one_of("precision", config.precision, (*PRECISIONS, *FEW_BITS))
     if config.until is not None:
         one_of("until", config.until, STAGES)
     _check_model(config.model)
     _check_strategy(config.strategy)
     _check_assumptions(config.strategy, config.model)
     _check_backend(config)
+    check_quantize(config.precision, config.quantize, config.backend.name, config.strategy.name)
     _check_profile(config)
     _check_cache(config)
     _check_lengths(config)
     at_least("seed", config.seed, 0)
-    at_least("verify.samples", config.verify.samples, 1)
+    check_verification(config.verify)
     if not config.output:
         raise UserError("output=: name a folder for the runs, for example output=outputs")
     if config.store.folder == "":
@@ -85,10 +89,20 @@ def _check_model(model: ModelConfig) -> None:
         raise UserError("model.weights=random: needs model.architecture with its model_type, as conf/model/*.yaml has")
     if model.weights == "pretrained" and not model.path and not model.source:
         raise UserError("model.path=null: name the folder of the model, model.path=DIR")
-    if model.path is not None and not Path(model.path).is_dir():
-        raise UserError(f"model.path={model.path}: no such folder; name a Hugging Face model folder (with config.json)")
-    if model.path is not None and not (Path(model.path) / "config.json").is_file():
-        raise UserError(f"model.path={model.path}: holds no config.json; name a Hugging Face causal LM folder")
+    if model.path is not None:
+        _check_path(Path(model.path), f"model.path={model.path}")
+
+
+def _check_path(path: Path, setting: str) -> None:
+    if gguf_header.alone(path) is not None:
+        return
+    if not path.is_dir():
+        what = "is no folder and no .gguf file" if path.is_file() else "no such folder"
+        raise UserError(f"{setting}: {what}; name a Hugging Face model folder (with config.json) or a GGUF file")
+    if not (path / "config.json").is_file():
+        several = len(list(path.glob("*.gguf")))
+        what = f"holds no config.json and {several} GGUF files; name one of them" if several else "holds no config.json"
+        raise UserError(f"{setting}: {what}" + ("" if several else "; name a Hugging Face causal LM folder"))
 
 
 def _check_strategy(strategy: StrategyConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -16,12 +17,20 @@ from pipeline.config import lengths
 from pipeline.config.checks import check
 from pipeline.config.schema import BenchmarkShape, Config
 
+Describe = Callable[[str, str | None], dict[str, Any]]
 
-def from_hydra(composed: DictConfig) -> Config:
-    """The composed Hydra config as a validated :class:`Config`; raises :class:`UserError`."""
+
+def from_hydra(composed: DictConfig, describe: Describe | None = None) -> Config:
+    """The composed Hydra config as a validated :class:`Config`; raises :class:`UserError`.
+
+    ``describe`` gives the config.json of a repository of the hub at a revision: the architecture of a model of which
+    the settings name nothing else.
+    """
     plain = OmegaConf.create(
         {k: v for k, v in OmegaConf.to_container(composed, resolve=False).items() if k != "hydra"}  # type: ignore[union-attr]
     )
+    if describe is not None:
+        _describe(plain, describe)
     notes = lengths.settle(plain)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), plain)
@@ -34,14 +43,32 @@ def from_hydra(composed: DictConfig) -> Config:
     return config
 
 
+def _describe(plain: DictConfig, describe: Describe) -> None:
+    """Give a repository's model its architecture, and its name where it has none of its own."""
+    model = plain.get("model")
+    if not isinstance(model, DictConfig) or model.get("path") is not None or model.get("architecture") != {}:
+        return
+    if OmegaConf.is_missing(model, "source"):
+        raise UserError("model.source=???: name a repository of the hub, model=ORG/NAME")
+    source = str(model.get("source") or "pypi:")
+    if not source.startswith("pypi:"):
+        model.architecture = describe(source, model.get("revision"))
+        if model.get("name") == "hub":
+            model.name = source.rpartition("/")[2]
+
+
 def _at_home(config: Config) -> Config:
     """``config`` with ``~`` in its paths as the shell expands it, where that stood in front of a ``/`` or a name."""
+    calibration = config.quantize.calibration
+    text = _expanded("quantize.calibration.text", calibration.text)
     return replace(
         config,
         model=replace(config.model, path=_expanded("model.path", config.model.path)),
         backend=replace(
             config.backend, plugin_library=_expanded("backend.plugin_library", config.backend.plugin_library)
         ),
+        verify=replace(config.verify, text=_expanded("verify.text", config.verify.text)),
+        quantize=replace(config.quantize, calibration=replace(calibration, text=text)),
         tracking=replace(config.tracking, uri=_expanded("tracking.uri", config.tracking.uri) or ""),
         store=replace(config.store, folder=_expanded("store.folder", config.store.folder)),
         output=_expanded("output", config.output) or "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from passes.errors import UserError
+from pipeline.config.quantize import idle_of_quantize
 from pipeline.config.schema import Config
 
 
@@ -19,8 +20,12 @@ def idle(config: Config) -> dict[str, str]:
             found["cache"] = f"backend={backend} generates nothing here (benchmark=generate does)"
     elif not config.reaches("write"):
         found["export"] = f"until={config.until} stops before anything is exported"
+    found |= idle_of_quantize(config.precision, config.quantize, config.cache.name != "none")
     if config.benchmark.generate is None:
         found["benchmark.min_generations"] = "nothing is generated (benchmark=generate does)"
+    if not config.judges_quality:
+        why = "no quality is judged here (verify.quality=true does)"
+        found |= dict.fromkeys(("verify.text", "verify.max_perplexity_increase"), why)
     if model.path is not None:
         found |= dict.fromkeys(("model.source", "model.revision"), "the model is that of model.path")
     elif model.weights == "random":

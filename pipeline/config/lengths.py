@@ -15,6 +15,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.host import gguf_header
+
 POSITIONS = ("max_position_embeddings", "n_positions")
 """What a config.json calls the longest sequence in tokens; the second is GPT-2's, and transformers maps it."""
 
@@ -26,11 +28,14 @@ SHARE = 16
 
 
 def positions(path: str | None, architecture: Mapping[str, Any]) -> int | None:
-    """The model's longest sequence in tokens; None where neither its folder nor its architecture says."""
+    """The model's longest sequence in tokens; None where neither its folder or file nor its architecture says."""
     described: Any = dict(architecture)
     if path is not None:
         try:
-            described = json.loads((Path(path).expanduser() / "config.json").read_text(encoding="utf-8"))
+            where = Path(path).expanduser()
+            if (file := gguf_header.alone(where)) is not None:
+                return gguf_header.read(file).own().get("context_length")
+            described = json.loads((where / "config.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RuntimeError):  # the load stage says what is wrong with it
             return None
     parts = [described, described.get("text_config")] if isinstance(described, dict) else []

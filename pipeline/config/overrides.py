@@ -8,7 +8,7 @@ over, blanks, brackets, ``=``, quotes and all; with ``-m`` its commas separate v
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
@@ -17,11 +17,11 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import OverrideParseException
 
 from passes.errors import UserError
-from pipeline.config.schema import schema_keys
+from pipeline.config.keys import schema_keys
 
 FREE_TEXT = (
     "model.name", "model.path", "model.revision", "model.source", "output", "store.folder", "backend.plugin_library",
-    "sweep.baseline", "tracking.experiment", "tracking.uri",
+    "quantize.calibration.text", "sweep.baseline", "tracking.experiment", "tracking.uri", "verify.text",
 )  # fmt: skip
 """Settings whose values Hydra's grammar would cut up, convert or refuse."""
 
@@ -30,6 +30,37 @@ ONE_VALUE = ("sweep.baseline",)
 
 SWEEPS = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 """Hydra's ways to write several values."""
+
+
+REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+"""What the Hugging Face hub calls a model: ORG/NAME."""
+
+
+def model_by_name(argument: str, several: bool, known: Callable[[str], bool]) -> list[str]:
+    """``model=ORG/NAME``, a repository of the hub, and ``model=PATH``, a folder or GGUF file that is there, written out
+    as the settings that they stand for; anything else as it is.
+
+    ``known``: whether conf/ has a model of that name, which comes first; then comes what is here, then the hub.
+    """
+    key, _, value = argument.partition("=")
+    if key != "model" or not ("/" in value or value.endswith(".gguf")):
+        return [argument]
+    values = [unquoted(each) for each in (split(value) if several else [value])]
+
+    def kind(each: str) -> str | None:
+        if not known(each) and ("/" in each or each.endswith(".gguf")) and Path(each).expanduser().exists():
+            return "local"
+        return "hub" if not known(each) and REPOSITORY.fullmatch(each) else None
+
+    kinds = {kind(each) for each in values}
+    if kinds == {None}:
+        return [argument]
+    if len(kinds) > 1:
+        raise UserError(
+            f"{argument}: a sweep is over models of conf/, or repositories of the hub, or folders; make one of each"
+        )
+    setting = {"local": "model.path", "hub": "model.source"}[str(*kinds)]
+    return [f"model={str(*kinds)}", f"{setting}={value}"]
 
 
 def for_hydra(argument: str, several: bool) -> str:

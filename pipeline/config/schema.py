@@ -6,8 +6,12 @@ must answer at once.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from passes.precision import number_type
+from pipeline.config.quantize import QuantizeConfig
+from pipeline.config.verification import VerifyConfig
 
 STAGES = ("load", "export", "strategy", "lower", "interpret", "build", "verify", "write", "benchmark")
 STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` may be, the default first
@@ -18,10 +22,7 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
-OPTIONAL_PASSES = (
-    "fold_scale", "group_heads", "narrow_rows",
-    "transpose_weights", "write_squares", "fuse_rows", "join_queries_and_keys",
-)  # fmt: skip
+OPTIONAL_PASSES = ("group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys")
 """What `strategy.without` takes: those of `passes.graph.passes` and `passes.tensorrt.network_passes` that may be left
 out, in the order in which they run."""
 ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDITIONS`) -> the input that each is about
@@ -166,16 +167,6 @@ class BenchmarkConfig:
 
 
 @dataclass
-class VerifyConfig:
-    """What the engine is compared on."""
-
-    lengths: list[int] | None = None
-    """Sequence lengths in tokens; null: chosen over the whole profile."""
-    samples: int = 1
-    """Inputs for each length."""
-
-
-@dataclass
 class TrackingConfig:
     """Where MLflow keeps the run."""
 
@@ -242,6 +233,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     sweep: SweepConfig = field(default_factory=SweepConfig)
     precision: str = "fp16"
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
     until: str | None = None
     """Stop after this stage, with the report of what was done so far."""
     seed: int = 0
@@ -253,6 +245,14 @@ class Config:
     """Print what would be done, with an estimate of time and device memory, and do nothing."""
     notes: tuple[str, ...] = field(default=(), metadata={"omegaconf_ignore": True})
     """No setting: what the report must say of how the settings came about."""
+
+    @property
+    def number_type(self) -> str:
+        """What all is computed in: ``precision``, or what stands under its weights of fewer bits."""
+        return number_type(self.precision, self.quantize.base)
+
+    def holds_small(self, program: str) -> bool:
+        return self.quantize.holds_few_bits(program, self.precision, self.cache.name != "none")
 
     @property
     def last_stage(self) -> str:
@@ -279,6 +279,11 @@ class Config:
         return bool(self.export.format) and self.backend.name == "tensorrt" and self.reaches("write")
 
     @property
+    def judges_quality(self) -> bool:
+        """Whether this run measures what its precision costs."""
+        return self.reaches("verify") and self.verify.judges_quality(self.precision)
+
+    @property
     def looks_into_store(self) -> bool:
         """Whether this run looks into the engine store: it does where it goes as far as an engine."""
         return self.store.enabled and self.backend.name == "tensorrt" and self.reaches("build")
@@ -286,12 +291,3 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """Every setting."""
         return {key: value for key, value in asdict(self).items() if key != "notes"}
-
-
-def schema_keys(prefix: str = "") -> list[str]:
-    """The settings of one level of the schema: ``schema_keys("backend")``; empty for what is no group of settings."""
-    schema: Any = Config
-    for part in filter(None, prefix.split(".")):
-        hint = get_type_hints(schema).get(part) if is_dataclass(schema) else None
-        schema = next(filter(is_dataclass, (hint, *get_args(hint))), None) if get_origin(hint) is not list else None
-    return sorted(f.name for f in fields(schema) if not f.metadata) if is_dataclass(schema) else []

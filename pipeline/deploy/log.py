@@ -19,6 +19,7 @@ from pipeline.deploy.described import Described, EngineFile, graph_hash
 from pipeline.deploy.request import Settings
 from pipeline.deploy.writers import why_none
 from pipeline.private import of_mlflow
+from pipeline.tracking.runs import MODEL
 from pipeline.tracking.store import quiet
 
 if TYPE_CHECKING:
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from pipeline.record.environment import Environment
     from pipeline.verify.sections import Verification
 
-FOLDER = "model"
-"""Of the run's folder, and of its artifacts: ``runs:/RUN_ID/model``."""
 DATA = "chat"
 REQUIRED = (
     "accelerate", "filelock", "gguf", "jinja2", "mlflow", "nvidia-ml-py", "safetensors", "sqlalchemy", "torch",
@@ -98,7 +97,7 @@ def log(
         assert loaded.tokenizer is not None
         loaded.tokenizer.save_pretrained(data / descriptions.TOKENIZER)
         pyfunc.save_model(
-            folder / FOLDER,
+            folder / MODEL,
             loader_module="pipeline.deploy.chat_model",
             data_path=str(data),
             code_paths=[str(files(package)) for package in ("passes", "pipeline")],

@@ -67,4 +67,5 @@ def writer(described: Described, folder: Path) -> Writer:
         session.dtype(output),
         torch.device("cuda"),
         output,
+        config.backend.cuda_graph is not False,
     )

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from passes.errors import UserError
-from passes.graph.rewrite import rewrite
 from passes.precision import PRECISIONS
 from pipeline.deploy.described import Described, graph_hash
 from pipeline.deploy.writers import CachedWriter, PrefixWriter, Writer
 from pipeline.engine import programs
 from pipeline.engine.session import GraphSession
-from pipeline.model import load
+from pipeline.model import quantise
 from pipeline.verify.arithmetic import on_cpu
 from pipeline.verify.candidate import graph_generator, vocabulary_of
 
@@ -33,7 +32,7 @@ def writer(described: Described, progress: Callable[[str], None]) -> Writer:
     config = described.run_config
     if described.model.sha256 is None:
         raise UserError("on_cpu=torch: the run's weights are random, and another machine draws others")
-    loaded = load.load(config.model, config.precision, CPU, config.seed, progress)
+    loaded = quantise.load(config.model, config.precision, config.quantize, CPU, config.seed, progress)
     if loaded.sha256 != described.model.sha256:
         raise UserError(
             f"on_cpu=torch: {loaded.source} has weights of sha256 {loaded.sha256}, and the run's were of "
@@ -41,17 +40,15 @@ def writer(described: Described, progress: Callable[[str], None]) -> Writer:
         )
     cache = programs.cache_of(loaded.model, config.cache, config.shape, config.benchmark.generate)
     made: dict[str, programs.Program] = {}
-    asked = config.strategy
-    for name, trace in programs.parts(loaded.model, config.model, config.shape, cache).items():
+    parts = programs.parts(loaded.model, config.model, config.shape, cache, loaded.quantised)
+    for name, trace in parts.items():
         progress(f"tracing {name}")
-        traced = trace()
-        again = rewrite(traced.program, asked.name, asked.unproven, asked.assume, without=asked.without)
-        if graph_hash(str(again.program.graph)) != described.graphs.get(name):
+        made[name] = programs.rewritten(trace(), config.strategy)
+        if graph_hash(str(made[name].program.graph)) != described.graphs.get(name):
             here = ", ".join(f"{key} {value}" for key, value in _versions(described).items())
             raise UserError(f"on_cpu=torch: {name} becomes another graph here than in the run, which had {here}")
-        made[name] = programs.Program(again.program, traced.inputs)
     if cache is not None:
-        generator = graph_generator(made, cache, vocabulary_of(loaded), config.precision)
+        generator = graph_generator(made, cache, vocabulary_of(loaded), config.number_type)
         return CachedWriter(generator, config.shape)
     return _without_cache(made["engine"], loaded, described)
 
@@ -63,9 +60,9 @@ def _without_cache(program: programs.Program, loaded: LoadedModel, described: De
     def results(**inputs: torch.Tensor) -> tuple[torch.Tensor]:
         return (module(**inputs),)
 
-    session = GraphSession(results, tuple(names), on_cpu(config.precision))
+    session = GraphSession(results, tuple(names), on_cpu(config.number_type))
     every = config.model.logits == "all" and "last" not in names
-    dtype = PRECISIONS[config.precision].dtype
+    dtype = PRECISIONS[config.number_type].dtype
     return PrefixWriter(session, names, config.shape, every, vocabulary_of(loaded), dtype, CPU)
 
 

@@ -6,18 +6,16 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from io import StringIO
 from pathlib import Path
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from passes.errors import UserError
 from pipeline.deploy import described as descriptions
 from pipeline.deploy.answering import Answerer
 from pipeline.deploy.described import Described
+from pipeline.tracking.fetch import brought
 from pipeline.tracking.runs import RUN_OF_MODEL
 from pipeline.tracking.store import as_user_error, check_store, open_client, quiet
 
@@ -72,23 +70,11 @@ def _engines(found: Described, data: Path, uri: str) -> Iterator[Path]:
         run_id = str(json.loads((data / RUN_OF_MODEL).read_text(encoding="utf-8"))["run_id"])
     except (OSError, ValueError, KeyError):
         raise UserError(f"{data}: its engine does not lie beside it, and it names no run that has one") from None
-    source, names = f"run_id={run_id}", [engine.file for engine in found.engines]
     copies = Path(tempfile.mkdtemp(prefix="engine-"))
     try:
-        with as_user_error(source), quiet():
+        with as_user_error(f"run_id={run_id}"), quiet():
             client = open_client(check_store(uri, must_exist=True))
-            artifacts = client.get_run(run_id).info.artifact_uri
-            folder = copies
-            if artifacts.startswith("file:"):
-                folder = Path(url2pathname(urlsplit(artifacts).path))
-            else:
-                held = {item.path for item in client.list_artifacts(run_id)}
-                if missing := [name for name in names if name not in held]:
-                    raise UserError(f"{source}: holds no {missing[0]}; take a run with tracking.log_engine=true")
-                with redirect_stderr(StringIO()):  # a progress bar that counts files: 0 of 1, 1 of 1
-                    for name in names:
-                        client.download_artifacts(run_id, Path(name).with_suffix(".json").name, str(copies))
-                        client.download_artifacts(run_id, name, str(copies))
+            folder = brought(client, client.get_run(run_id), [engine.file for engine in found.engines], copies)
         yield folder
     finally:
         shutil.rmtree(copies, ignore_errors=True)

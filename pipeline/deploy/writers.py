@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import ShapeConfig
-from pipeline.engine.session import Runs
+from pipeline.engine.session import Runs, captured
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.sampling import Sampling
 from pipeline.generate.with_cache import CachedGenerator
@@ -74,8 +74,10 @@ class PrefixWriter:
         dtype: torch.dtype,
         device: torch.device,
         output: str = "output0",
+        cuda_graph: bool = False,
     ) -> None:
-        """``every_position``: the program's logits are those of every position, not of the last alone."""
+        """``every_position``: the program's logits are those of every position, not of the last alone.  ``cuda_graph``:
+        a pass of a program of one length is captured once."""
         self.shortest = 1 if shape.kind == "static" else shape.min
         self.longest_prompt, self.longest = shape.max, shape.max + 1  # the last one is chosen and not read
         self._session, self._shape, self._output = session, shape, output
@@ -89,6 +91,9 @@ class PrefixWriter:
         }
         self._tokens, self._held = whole, {name: held[name] for name in inputs if name in held}
         self._last = whole.new_zeros(1) if "last" in inputs else None
+        self._bound = 0  # tokens
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._use_graph = cuda_graph and device.type == "cuda" and shape.kind == "static"
         positions = shape.max if every_position else 1
         self._logits = torch.empty(positions * vocabulary, dtype=dtype, device=device)
 
@@ -108,9 +113,17 @@ class PrefixWriter:
         taken = self._shape.max if self._shape.kind == "static" else length
         positions = taken if self._every_position else 1
         logits = self._logits[: positions * self._vocabulary].view(1, positions, self._vocabulary)
-        bound: dict[str, Any] = {name: tensor[:, :taken] for name, tensor in self._held.items()}
         if self._last is not None:
-            bound["last"] = self._last.fill_(length - 1)
-        self._session.bind(bound | {self._output: logits})
-        self._session.run(self._stream)
+            self._last.fill_(length - 1)
+        if taken != self._bound:
+            self._bound = 0
+            bound: dict[str, Any] = {name: tensor[:, :taken] for name, tensor in self._held.items()}
+            self._session.bind(bound | ({} if self._last is None else {"last": self._last}) | {self._output: logits})
+            self._bound = taken
+        if self._graph is None:
+            self._session.run(self._stream)  # the first pass compiles kernels
+            if self._use_graph:
+                self._graph = captured(self._stream, lambda: self._session.run(self._stream))
+        else:
+            self._graph.replay()
         return logits[:, -1]

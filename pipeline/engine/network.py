@@ -8,8 +8,10 @@ builds and deserialises, is not used but what it inherits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from math import prod
 from operator import getitem
 from typing import Any
 
@@ -20,12 +22,13 @@ from torch.fx import GraphModule, Interpreter, Node
 from passes.errors import AS_IT_IS, RunError, first_line, message_line
 from passes.graph import driver
 from passes.graph.driver import Pass
-from passes.graph.rewrite import DECOMPOSITIONS
+from passes.graph.rewrite import DECOMPOSITIONS, without_evidence
 from passes.precision import PRECISIONS
-from passes.private.of_torch_tensorrt import builder_config
+from passes.private.of_torch_tensorrt import builder_config, left_unfolded
 from passes.proof.calls import FORMS
+from passes.quantised import DEQUANTISED, WITHOUT_FEW_BITS
 from passes.tensorrt import attention as converters
-from passes.tensorrt import cache, rows
+from passes.tensorrt import cache, few_bits, local_attention, rows
 from passes.tensorrt import missing as missing_converters
 from passes.tensorrt.fused_kernels import FusedKernels, of_this_process
 from passes.tensorrt.network_passes import PASSES
@@ -56,10 +59,19 @@ class Network:
 
 
 def lower(
-    stack: Stack, program: ExportedProgram, inputs: tuple[InputSpec, ...], backend: BackendConfig, precision: str
+    stack: Stack,
+    program: ExportedProgram,
+    inputs: tuple[InputSpec, ...],
+    backend: BackendConfig,
+    precision: str,
+    few_bits: bool = True,
 ) -> Lowered:
     """Torch-TensorRT's own lowering, with attention kept whole for the converter; raises :class:`RunError` of kind
-    ``lowering`` where it cannot."""
+    ``lowering`` where it cannot.
+
+    ``precision``: of the numbers.  ``few_bits``: quantised weights stay so; else the engine holds the same weights in
+    ``precision``.
+    """
     dynamo = stack.torch_tensorrt.dynamo
     from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
 
@@ -70,11 +82,11 @@ def lower(
         workspace_size=int((backend.workspace_gib or 0) * 2**30),
         immutable_weights=True,
     )
-    with quiet(), torch.no_grad():
-        table = {**get_decompositions(), **DECOMPOSITIONS}
+    with quiet(), torch.no_grad(), left_unfolded(DEQUANTISED):
+        table = {**get_decompositions(), **DECOMPOSITIONS, **({} if few_bits else WITHOUT_FEW_BITS)}
         try:
             program = pre_export_lowering(program, settings)
-            graph = post_lowering(program.run_decompositions(table).module(), settings)
+            graph = post_lowering(without_evidence(program.run_decompositions(table)).module(), settings)
         except (RunError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -183,13 +195,22 @@ def _converters(
         made.append(layer)
         return output
 
+    masks: local_attention.Masks = {}
+
+    def local(ctx: Any, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output, layers = local_attention.convert(stack, ctx, node, args, kernels, masks)
+        made.extend(layers)
+        return output
+
     ours = [
         Converter(converters.CONVERTED, attention),
+        Converter(local_attention.CONVERTED, local),
         Converter(cache.CONVERTED, lambda ctx, node, args, _: cache.convert(stack, ctx, node, args, in_place)),
         Converter(
             missing_converters.CONVERTED, lambda ctx, node, args, _: missing_converters.convert(stack, ctx, node, args)
         ),
     ]
+    ours += few_bits.converters(stack)
     if fused_rows:
         ours.append(
             Converter((rows.LINEAR,), lambda ctx, node, args, _: rows.convert(stack, ctx, node, args), rows.applies)
@@ -214,7 +235,16 @@ def _contents(stack: Stack, network: Any, made: list[converters.NativeLayer], ca
         iattention_masked=masked,
         iattention_fused=sum(layer.fused for layer in made) if made else None,
         softmax=sum(layer.type == kinds.SOFTMAX for layer in layers),
+        weights=_weights(layer.get_output(0) for layer in layers if layer.type == kinds.CONSTANT),
     )
+
+
+def _weights(constants: Iterable[Any]) -> dict[str, int]:
+    """Bytes of the network's ``constants``, by the name of TensorRT's type."""
+    found: Counter[str] = Counter()
+    for constant in constants:
+        found[constant.dtype.name.lower()] += int(prod(constant.shape) * constant.dtype.itemsize)
+    return dict(sorted(found.items()))
 
 
 def _asked_causal(node: Node) -> Any:

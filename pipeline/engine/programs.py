@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
+from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
+from passes.quantised import QuantisedWeight
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
+from pipeline.engine.sections import Attention, attention_of
+from pipeline.model import few_bits
 from pipeline.trace import cached_forms, call_form
 from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
+from pipeline.trace.rings import with_rings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,10 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Program:
-    """A program that an engine was built from, after its strategy; ``inputs`` in the order of its arguments."""
+    """A program that an engine is built from, after its strategy; ``inputs`` in the order of its arguments."""
 
     program: ExportedProgram
     inputs: tuple[InputSpec, ...]
+    attention: Attention
+    notes: tuple[str, ...]
+    """What must be said of the masks that it lost."""
 
 
 def cache_of(
@@ -35,23 +45,40 @@ def cache_of(
     if cache.name == "none":
         return None
     longest = generate.input_length + generate.output_length if generate else shape.max + GRANULE
-    return cache_shape(model, cache, shape, max(longest, shape.max + 1))
+    return with_rings(model, cache_shape(model, cache, shape, max(longest, shape.max + 1)))
 
 
 def parts(
-    model: PreTrainedModel, form: ModelConfig, shape: ShapeConfig, cache: CacheShape | None
+    model: PreTrainedModel,
+    form: ModelConfig,
+    shape: ShapeConfig,
+    cache: CacheShape | None,
+    quantised: Mapping[str, QuantisedWeight] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Traced]]:
     """What is built, by the name of its engine file: one program, or with a cache the prompts' (``engine``) and the
-    next token's (``decode``); each with the function that traces it."""
+    next token's (``decode``); each with the function that traces it.  The layers that ``quantised`` names have their
+    small weights in it."""
     device = model.device
+
+    def traced(trace: Callable[..., Traced], *arguments: Any) -> Traced:
+        with few_bits.small(model, quantised):
+            return trace(*arguments, device)
+
     if cache is None:
         whole = call_form.CallForm(model, form.logits)
-        return {"engine": lambda: call_form.trace(whole, form, shape, device)}
-    prefill, decode = cached_forms.PrefillForm(model, len(cache.layers)), cached_forms.DecodeForm(model)
+        return {"engine": partial(traced, call_form.trace, whole, form, shape)}
+    prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
     return {
-        "engine": lambda: cached_forms.trace_prefill(prefill, cache, shape, device),
-        "decode": lambda: cached_forms.trace_decode(decode, cache, device),
+        "engine": partial(traced, cached_forms.trace_prefill, prefill, cache, shape),
+        "decode": partial(traced, cached_forms.trace_decode, decode, cache),
     }
+
+
+def rewritten(traced: Traced, asked: StrategyConfig) -> Program:
+    """``traced`` after the strategy ``asked``; raises what :func:`passes.graph.rewrite.rewrite` does."""
+    how = asked.name, asked.unproven, asked.assume
+    done = rewrite(traced.program, *how, without=asked.without, needed=False)
+    return Program(done.program, traced.inputs, attention_of(done), tuple(dropped(done, asked)))
 
 
 def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from passes.graph.records import CallRecord, PassRecord
@@ -70,6 +70,9 @@ class Engine:
     """Those that have a fused kernel; null: Torch-TensorRT's own converter made them, which does not say."""
     softmax: int
     """Softmax layers, as attention has that is written out."""
+    weights: dict[str, int] = field(default_factory=dict)
+    """Bytes of the network's constants, by type: ``int8``, ``int4``, ``fp8``, ``half`` and so on.  What TensorRT folds
+    or needs twice makes the file another size."""
     unfused: tuple[Unfused, ...] = ()
     """The other native layers, by form."""
     passes: tuple[PassRecord, ...] = ()

@@ -1,8 +1,10 @@
 """Generates with a KV cache of fixed capacity: one program runs the prompts, another each token after them.
 
-Everything stays on the device: the caches and every other tensor are allocated once and bound once, the next token is
-chosen there and fed back, and a decode step is one CUDA graph, choice of the token included; where the engine cannot be
-captured, TensorRT-RTX replays a graph of its own and the choice is launched behind it.
+Everything stays on the device: the next token is chosen there and fed back, and a decode step is one CUDA graph, choice
+of the token included; where the engine cannot be captured, TensorRT-RTX replays a graph of its own and the choice is
+launched behind it.  All that a step reads and writes has its place for good, as large as the cache allows: where a row
+stands, how tokens are drawn and how many are wanted are numbers on the device, so that a step is captured once and
+serves every generation.  Prompts alone are bound anew, when they are of another length.
 
 Rows of a batch begin at place 0 of the cache.  Padding on the left is moved to the right before the prompts run: a
 causal mask hides it there, and the row's first new token takes the place of its first padding.
@@ -18,12 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.errors import UserError
 from pipeline.engine.session import Runs, captured
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.rows import aligned
-from pipeline.generate.sampling import Sampling
-from pipeline.model.rotary import check_crossing
+from pipeline.generate.sampling import Choice, Sampling
 from pipeline.trace.cache_shape import CacheShape
 
 OnTokens = Callable[[list[int]], object]
@@ -51,13 +51,26 @@ class CachedGenerator:
         self._device, self._vocabulary = device, vocabulary
         self._use_graph = cuda_graph and device.type == "cuda"
         self._caches = [cache.tensors(device) for _ in decode]
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._names = [spec.name for spec in cache.specs()]
+        self._graphs: dict[bool, list[torch.cuda.CUDAGraph]] = {}  # of a greedy step, and of one that draws
         self._replays_itself = False
+        self._prompts: Tensor | None = None
         self._prepared: tuple[Any, ...] | None = None
+        batch, zeros = cache.batch, partial(torch.zeros, dtype=torch.int64, device=device)
+        self._lengths, self._last, self._position = (zeros(batch) for _ in range(3))
+        self._token = zeros(batch, 1)
+        self._count = zeros(1)
+        self._tokens = zeros(batch, cache.longest)
+        self._logits = torch.empty(batch, 1, vocabulary, dtype=cache.dtype, device=device)
+        self._choice = Choice(cache.longest, batch, device)
+        for turn, session in enumerate(decode):
+            after = self._caches[(turn + 1) % len(decode)]
+            held = {"input_ids": self._token, "position": self._position, "output0": self._logits}
+            session.bind(held | dict(zip(self._names, self._caches[turn], strict=True)) | _outputs(after))
 
     @property
     def cuda_graph(self) -> bool:
-        return bool(self._graphs) or self._replays_itself
+        return any(self._graphs.values()) or self._replays_itself
 
     def prepare(
         self, tokens: Tensor, new_tokens: int, padding: Tensor | None = None, sampling: Sampling | None = None
@@ -73,75 +86,56 @@ class CachedGenerator:
         self._wait()
 
     def _ready(self, tokens: Tensor, new_tokens: int, padding: Tensor | None, sampling: Sampling | None) -> bool:
-        """Have everything of a generation in place, kernels compiled and steps captured; whether it was so before."""
+        """Have everything of a generation in place, steps captured; whether it was so before."""
         sampling = sampling or Sampling()
         prompts, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
-        self._check(prompts, new_tokens)
-        shape = (*prompts.shape, new_tokens, sampling)
-        was_ready = shape == self._prepared
+        self.cache.check(prompts.shape, new_tokens)
+        asked = (*prompts.shape, new_tokens, sampling)
+        was_ready = asked == self._prepared
         if not was_ready:
-            self._bind(prompts.shape, new_tokens)
-            self._sampling = sampling
-            self._draws = sampling.draws(new_tokens, len(prompts), self._device)
+            self._bind(prompts.shape)
+            self._choice.prepare(sampling, new_tokens)
+        assert self._prompts is not None
         self._prompts.copy_(prompts)
         self._lengths.copy_(lengths)
         self._last.copy_(lengths - 1)
-        if not was_ready and self.stream is not None:
-            with behind_caller(self.stream):
-                self._compile(self.stream, min(len(self._decode), new_tokens - 1))
-            self._wait()
-        self._prepared = shape
+        if self.stream is not None and new_tokens > 1 and self._choice.greedy not in self._graphs:
+            self._compile(self.stream)
+        self._prepared = asked
         return was_ready
 
-    def _compile(self, stream: torch.cuda.Stream, turns: int) -> None:
-        """The first pass compiles kernels; behind it the steps are captured, where they can be."""
-        self.prefill()
-        for turn in range(turns):
-            self._step(turn)
-        if self._use_graph:
-            if all(session.capturable(stream) for session in self._decode):
-                self._graphs = [captured(stream, partial(self._step, turn)) for turn in range(len(self._decode))]
-            else:
-                self._replays_itself = all(session.replay_itself() for session in self._decode)
-
-    def _check(self, tokens: Tensor, new_tokens: int) -> None:
-        cache, (batch, length) = self.cache, tokens.shape
-        if batch != cache.batch:
-            raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={cache.batch}")
-        check_crossing(cache.turn, length, length + new_tokens, f"{new_tokens} new tokens")
-        if length + new_tokens > cache.longest:
-            limit = f"cache.capacity={cache.capacity}; set it higher"
-            if cache.longest < cache.capacity:
-                limit = f"max_position_embeddings={cache.longest} of the model"
-            raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
-
-    def _bind(self, shape: Sequence[int], new_tokens: int) -> None:
-        """Allocate everything for prompts of ``shape`` and bind it."""
-        batch, length = shape
+    def _compile(self, stream: torch.cuda.Stream) -> None:
+        """The first pass compiles a step's kernels; behind it the steps are captured, where they can be."""
         self.generation += 1
-        self._graphs, self._prepared = [], None
-        zeros = partial(torch.zeros, dtype=torch.int64, device=self._device)
-        self._prompts = zeros(batch, length)
-        self._lengths, self._last, self._position = (zeros(batch) for _ in range(3))
-        self._token = zeros(batch, 1)
-        self._count = zeros(1)
-        self._tokens = zeros(batch, max(new_tokens, 1))
-        logits = torch.full((batch, 1, self._vocabulary), float("nan"), dtype=self.cache.dtype, device=self._device)
-        self._logits = logits
-        names = [spec.name for spec in self.cache.specs()]
-        first = dict(zip(names, self._caches[0], strict=True))
-        in_place = len(self._decode) == 1
-        self._fresh = self._caches[0] if in_place else [cache[:, :, :length].clone() for cache in self._caches[0]]
-        self._prefill.bind(
-            {"input_ids": self._prompts, "last": self._last, "output0": logits} | first | _outputs(self._fresh)
-        )
-        for turn, session in enumerate(self._decode):
-            before, after = self._caches[turn], self._caches[(turn + 1) % len(self._decode)]
-            session.bind(
-                {"input_ids": self._token, "position": self._position, "output0": logits}
-                | dict(zip(names, before, strict=True))
-                | _outputs(after)
-            )
+        self._graphs[self._choice.greedy] = []
+        self._position.zero_()
+        self._count.zero_()
+        with behind_caller(stream):
+            for turn in range(len(self._decode)):
+                self._step(turn)
+            if self._use_graph and not self._replays_itself:
+                if all(session.capturable(stream) for session in self._decode):
+                    graphs = [captured(stream, partial(self._step, turn)) for turn in range(len(self._decode))]
+                    self._graphs[self._choice.greedy] = graphs
+                else:
+                    self._replays_itself = all(session.replay_itself() for session in self._decode)
+        self._wait()
+
+    def _bind(self, shape: Sequence[int]) -> None:
+        """Have prompts of ``shape`` [batch, length] bound."""
+        self._prepared = None
+        if self._prompts is not None and self._prompts.shape == tuple(shape):
+            return
+        self.generation += 1
+        self._prompts = None
+        prompts = torch.zeros(shape[0], shape[1], dtype=torch.int64, device=self._device)
+        self._logits.fill_(float("nan"))
+        in_place, first = len(self._decode) == 1, self._caches[0]
+        filled = zip(first, self.cache.rows_of_prompt(shape[1]), strict=True)
+        self._fresh = first if in_place else [cache[:, :, :rows].clone() for cache, rows in filled]
+        held = {"input_ids": prompts, "last": self._last, "output0": self._logits}
+        self._prefill.bind(held | dict(zip(self._names, first, strict=True)) | _outputs(self._fresh))
+        self._prompts = prompts
         self._turn = 0
         self._wait()
 
@@ -153,8 +147,9 @@ class CachedGenerator:
     def bind_prompts(self, tokens: Tensor) -> None:
         """Allocate and bind everything for prompts ``tokens`` [batch, length] int64, and run them once: kernels are
         compiled."""
-        self._check(tokens, 0)
-        self._bind(tokens.shape, 1)
+        self.cache.check(tokens.shape, 0)
+        self._bind(tokens.shape)
+        assert self._prompts is not None
         self._prompts.copy_(tokens)
         self._lengths.fill_(tokens.shape[1])
         self._last.fill_(tokens.shape[1] - 1)
@@ -172,8 +167,8 @@ class CachedGenerator:
         self._turn = 0
 
     def decode(self) -> None:
-        if self._graphs:
-            self._graphs[self._turn].replay()
+        if graphs := self._graphs.get(self._choice.greedy):
+            graphs[self._turn].replay()
         else:
             self._step(self._turn)
         self._turn = (self._turn + 1) % len(self._decode)
@@ -184,8 +179,7 @@ class CachedGenerator:
         self._choose()
 
     def _choose(self) -> None:
-        draw = self._draws.index_select(0, self._count).squeeze(0)
-        self._token.copy_(self._sampling.choose(self._logits[:, 0], draw))
+        self._token.copy_(self._choice.of(self._logits[:, 0], self._count))
         self._tokens.index_copy_(1, self._count, self._token)
         self._count.add_(1)
 
@@ -265,8 +259,9 @@ class CachedGenerator:
         rows, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
         rows, lengths = rows.to(self._device), lengths.to(self._device)
         length = rows.shape[1] - decoded
-        self._check(rows[:, :length], decoded)
-        self._bind((len(rows), length), 1)
+        self.cache.check((len(rows), length), decoded)
+        self._bind((len(rows), length))
+        assert self._prompts is not None
         self._prompts.copy_(rows[:, :length])
         self._lengths.copy_((lengths - decoded).clamp(min=1))
         self._last.copy_(self._lengths - 1)

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from passes.precision import PRECISIONS
+from passes.precision import BASES, PRECISIONS
+from passes.private.of_torch import scaled_product
 from pipeline.host.gpu import out_of_memory
 from pipeline.measure.sections import Ceilings
 
@@ -18,7 +19,8 @@ MATMUL_SIZE = 8192
 
 
 def measure(precision: str) -> Ceilings:
-    """Copy bandwidth and matrix rate at ``precision`` (fp16, bf16, fp32) on the current device, in under a second.
+    """Copy bandwidth and matrix rate at ``precision`` (fp16, bf16, fp32; fp8: rows and weights in E4M3) on the current
+    device, in under a second.
 
     fp32 runs as ``torch.backends.cuda.matmul`` says: without TF32 unless the caller allowed it.  Data are
     random because products of zeros draw less power and clock higher.  Raises :class:`RunError`.
@@ -47,10 +49,12 @@ def _copy_gb_per_s(free_bytes: int) -> float:
 def _matmul_tflops(precision: str) -> float:
     import torch
 
-    dtype = PRECISIONS[precision].dtype
+    dtype = PRECISIONS[precision if precision in PRECISIONS else BASES[0]].dtype
     random = torch.Generator("cuda").manual_seed(0)
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device="cuda", generator=random) for _ in range(2))
     product = torch.empty_like(a)
+    if precision not in PRECISIONS:
+        return 2 * MATMUL_SIZE**3 / _median_ms(scaled_product(a, b)) / 1e9
     return 2 * MATMUL_SIZE**3 / _median_ms(lambda: torch.mm(a, b, out=product)) / 1e9
 
 

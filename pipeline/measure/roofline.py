@@ -6,11 +6,14 @@ Roofline model: Williams, Waterman and Patterson, Communications of the ACM 52(4
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from passes.quantised import QuantisedWeight
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,12 @@ class DecoderCost:
     all_logits: bool
     """Logits of every position, or of the last alone."""
     bytes_per_parameter: int
+    """Of keys and values too."""
     key_value_heads: int
+    prompt_weights: int | None = None
+    """Bytes of the weights of all products, as the engine of a prompt holds them; None: all of one type."""
+    step_weights: int | None = None
+    """The same of the engine of the tokens after it."""
 
 
 def decoder_cost(model: PreTrainedModel, logits: str) -> DecoderCost | None:
@@ -64,6 +72,23 @@ def decoder_cost(model: PreTrainedModel, logits: str) -> DecoderCost | None:
     )
 
 
+def with_few_bits(
+    cost: DecoderCost | None, model: PreTrainedModel, quantised: Mapping[str, QuantisedWeight], prompt: bool, step: bool
+) -> DecoderCost | None:
+    """``cost`` of engines that hold the ``quantised`` weights of ``model`` as such: that of a ``prompt``, and of a
+    ``step`` after it."""
+    if cost is None or not quantised:
+        return cost
+    from torch import nn
+
+    whole = (cost.layer_parameters + cost.lm_head_parameters) * cost.bytes_per_parameter
+    products = [each for name, each in quantised.items() if not isinstance(model.get_submodule(name), nn.Embedding)]
+    saved = sum(each.values.numel() * cost.bytes_per_parameter - each.bytes for each in products)
+    scales = sum(each.scales.numel() * cost.bytes_per_parameter for each in products)
+    small = whole - saved + scales
+    return replace(cost, prompt_weights=small if prompt else None, step_weights=small if step else None)
+
+
 def _windows(config: Any) -> tuple[int | None, ...]:
     """Attention window of each layer, as transformers' configs give it."""
     window = getattr(config, "sliding_window", None)  # not every architecture has the notion
@@ -95,7 +120,8 @@ def _pairs(length: int, window: int | None) -> int:
 
 def prefill_bytes(cost: DecoderCost) -> int:
     """Bytes of one prefill that no cache can save: every weight of a product, read once."""
-    return (cost.layer_parameters + cost.lm_head_parameters) * cost.bytes_per_parameter
+    whole = (cost.layer_parameters + cost.lm_head_parameters) * cost.bytes_per_parameter
+    return whole if cost.prompt_weights is None else cost.prompt_weights
 
 
 def prefill_floor_s(cost: DecoderCost, batch: int, length: int, copy_gb_per_s: float, matmul_tflops: float) -> float:
@@ -113,7 +139,8 @@ def decode_floor_s(
     seen = sum(cache_length if window is None else min(window, cache_length) for window in cost.windows)
     weights = cost.layer_parameters + cost.lm_head_parameters
     cache = 2 * cost.key_value_heads * cost.head_size * seen * batch
-    reading = (weights + cache) * cost.bytes_per_parameter / (copy_gb_per_s * 1e9)
+    held = weights * cost.bytes_per_parameter if cost.step_weights is None else cost.step_weights
+    reading = (held + cache * cost.bytes_per_parameter) / (copy_gb_per_s * 1e9)
     operations = batch * (2 * weights + 4 * cost.head_size * cost.heads * seen)
     return max(reading, operations / (matmul_tflops * 1e12))
 

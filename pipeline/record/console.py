@@ -12,6 +12,7 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
+from passes.precision import FEW_BITS
 from pipeline.record import markdown
 from pipeline.record.report import GRAPH, worst_case
 
@@ -112,6 +113,8 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             f"({engine['iattention_causal']} causal, {engine['iattention_masked']} masked), "
             f"{engine['softmax']} softmax{size}",
         )
+        if few := _few_bits(report):
+            yield "weights", few
         if len(profiles := engine["profiles"] or ()) > 1:
             yield (
                 "profiles",
@@ -150,6 +153,8 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             )
         if answer := verify["answer"]:
             yield "answer", f"“{answer['candidate']}”{' (the graph, in PyTorch)' if alone else ''}"
+    if quality := report.get("quality"):  # none in a report of before
+        yield from _quality_rows(quality)
     benchmark = report["benchmark"] or {"prefill": None, "prefill_shapes": [], "generate": None}
     for entry in filter(None, (benchmark["prefill"], *benchmark["prefill_shapes"])):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
@@ -169,6 +174,47 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
             _tainted(generate),
         )
     yield "stages", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in report["stages_s"].items())
+
+
+def _quality_rows(quality: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ...]]]:
+    cost, limit = quality["cost"], quality["max_increase"]
+    if cost is None:
+        yield "quality", f"not judged: {quality['not_judged']}"
+        return
+    allowed = "" if limit is None else f", allowed {limit:+.2%}"
+    verdict = "passed" if quality["passed"] else "FAILED"
+    yield (
+        "quality",
+        f"{verdict}: perplexity {_estimated(cost['perplexity'], '.4g')}, {cost['reference']} "
+        f"{_estimated(cost['reference_perplexity'], '.4g')}: {_estimated(cost['increase'], '+.2%')}{allowed}",
+    )
+    greedy, kl, top1 = cost["greedy"], _said(cost["kl"], ".2g"), _said(cost["top1_agreement"], ".1%")
+    parted = f"{greedy['parted']} of {greedy['texts']} greedy texts part within {greedy['tokens']} tokens" + (
+        f", first at token {greedy['first_token']}" if greedy["parted"] else ""
+    )
+    yield "", f"KL {kl}, top-1 {top1}, over {cost['tokens']} tokens of {cost['text']}; {parted}"
+
+
+def _said(number: float | None, form: str) -> str:
+    """What is no number is null in a report."""
+    return "no number" if number is None else f"{number:{form}}"
+
+
+def _estimated(estimate: dict[str, Any], form: str) -> str:
+    """A number with its interval, where that says more."""
+    value, low, high = (_said(estimate[name], form) for name in ("value", "low", "high"))
+    return value if low == high else f"{value} ({low} to {high})"
+
+
+def _few_bits(report: dict[str, Any]) -> str:
+    """What the engines hold by type, where one has weights of few bits."""
+    engines = {"engine": report["engine"], "decode": (report["decode"] or {}).get("engine")}
+    held = {name: (each or {}).get("weights") or {} for name, each in engines.items()}
+    if not any(name in each for few in FEW_BITS.values() for name in (few.kind, few.name) for each in held.values()):
+        return ""
+    said = {name: ", ".join(f"{kind} {size / 1e6:.1f} MB" for kind, size in each.items() if size >= 50_000)
+            for name, each in held.items() if each}  # fmt: skip
+    return "; ".join(said.values()) if len(said) == 1 else "; ".join(f"{name}: {text}" for name, text in said.items())
 
 
 def _tainted(entry: dict[str, Any]) -> Part:

@@ -147,7 +147,7 @@ def strict_json(content: Any) -> str:
 
 def calls_table(calls: Iterable[CallRecord]) -> str:
     """The attention calls as a Markdown table, one row a call."""
-    columns = ("index", "name", "mask", "proof", "depends_on", "action", "native_gqa", "scale", "reason")
+    columns = ("index", "name", "mask", "proof", "depends_on", "action", "native_gqa", "reason")
     lines = ([getattr(call, column) for column in columns] for call in calls)
     shown = ([", ".join(each) if isinstance(each, tuple) else each for each in line] for line in lines)
     return markdown.table(columns, shown)

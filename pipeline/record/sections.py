@@ -11,7 +11,7 @@ from pipeline.measure.sections import Benchmark
 from pipeline.model.sections import Model
 from pipeline.record.environment import Environment
 from pipeline.record.report import SCHEMA
-from pipeline.verify.sections import Verification
+from pipeline.verify.sections import Quality, Verification
 
 Status = Literal["ok", "failed", "not_executed", "unavailable"]
 
@@ -74,6 +74,7 @@ class Report:
     decode: DecodeProgram | None
     """With a KV cache ``attention`` and ``engine`` are the prompts'; here are those of the tokens after them."""
     verify: Verification | None
+    quality: Quality | None
     export: Export | None
     benchmark: Benchmark | None
     store: StoreLookup | None
@@ -100,6 +101,7 @@ def new_report(config: Config) -> Report:
         engine=None,
         decode=None,
         verify=None,
+        quality=None,
         export=None,
         benchmark=None,
         store=None,

@@ -22,8 +22,8 @@ from pipeline.host.files import bytes_in, locked, sha256_of, share
 from pipeline.model.gguf import cache_folder, locked_entry
 from pipeline.record.report import sha256_of_json
 
-_CONTENT = "stored.json"
-_PARTIAL = ".partial"
+CONTENT = "stored.json"
+PARTIAL = ".partial"
 
 
 class Damaged(Exception):
@@ -62,13 +62,13 @@ class Store:
         if not folder.is_dir():
             return None
         try:
-            stored = json.loads((folder / _CONTENT).read_text(encoding="utf-8"))
+            stored = json.loads((folder / CONTENT).read_text(encoding="utf-8"))
             content: dict[str, Any] = stored["content"]
             whole = stored["sha256"] == sha256_of_json(content)
         except (OSError, ValueError, KeyError, TypeError):
-            raise Damaged(f"{_CONTENT} cannot be read") from None
+            raise Damaged(f"{CONTENT} cannot be read") from None
         if not whole:
-            raise Damaged(f"{_CONTENT} was changed")
+            raise Damaged(f"{CONTENT} was changed")
         return content
 
     def restore(self, key: str, sums: dict[str, str], into: Path) -> None:
@@ -91,7 +91,7 @@ class Store:
             for copy in copies.values():
                 copy.unlink(missing_ok=True)
             raise
-        os.utime(self.entry(key) / _CONTENT)  # when it was last used
+        os.utime(self.entry(key) / CONTENT)  # when it was last used
 
     def commit(self, key: str, files: Iterable[Path], content: dict[str, Any]) -> None:
         """Make ``files`` and ``content`` the entry of ``key``, which must be locked; then keep to the size limit.
@@ -101,7 +101,7 @@ class Store:
         files = list(files)
         if (size := sum(file.stat().st_size for file in files)) > self.limit_bytes:
             raise OSError(f"{size / 2**30:.2g} GiB is above store.limit_gib={self.limit_bytes / 2**30:g}")
-        partial = self.root / f"{key}{_PARTIAL}"
+        partial = self.root / f"{key}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         try:
             partial.mkdir()
@@ -109,7 +109,7 @@ class Store:
                 share(file, partial / file.name)
             content = {**content, "files": {file.name: sha256_of(partial / file.name) for file in files}}
             text = json.dumps({"sha256": sha256_of_json(content), "content": content}, indent=1)
-            (partial / _CONTENT).write_text(text, encoding="utf-8")
+            (partial / CONTENT).write_text(text, encoding="utf-8")
             self.remove(key)
             partial.replace(self.entry(key))
         finally:
@@ -126,7 +126,7 @@ class Store:
         sizes = {folder: bytes_in(folder) for folder in folders}
         excess = sum(sizes.values()) - self.limit_bytes
         for folder in folders:
-            if folder.name == kept or (excess <= 0 and folder.suffix != _PARTIAL):
+            if folder.name == kept or (excess <= 0 and folder.suffix != PARTIAL):
                 continue
             with suppress(TimeoutError), locked(folder.with_suffix(".lock"), timeout_s=0):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -136,5 +136,5 @@ class Store:
 def _last_used(folder: Path) -> float:
     """0 for what is no whole entry: left by a process that was killed, it goes first."""
     with suppress(FileNotFoundError):
-        return (folder / _CONTENT).stat().st_mtime if folder.suffix != _PARTIAL else 0.0
+        return (folder / CONTENT).stat().st_mtime if folder.suffix != PARTIAL else 0.0
     return 0.0

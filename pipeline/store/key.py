@@ -14,9 +14,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from passes.precision import FEW_BITS
+from pipeline.config.quantize import idle_of_quantize
 from pipeline.config.schema import Config
+from pipeline.host.files import sha256_of
 from pipeline.record.own_code import code_hash
 from pipeline.record.report import sha256_of_json
 
@@ -47,6 +53,7 @@ def ingredients(config: Config, loaded: LoadedModel, stack: Stack, device: torch
         "inputs": config.model.inputs,
         "logits": config.model.logits,
         "precision": config.precision,
+        "quantize": _quantize(config),
         "strategy": asdict(config.strategy),
         "shape": asdict(config.shape),
         "cache": _cache(config),
@@ -55,6 +62,25 @@ def ingredients(config: Config, loaded: LoadedModel, stack: Stack, device: torch
         "target": target(device),
         "code": code_hash(),
     }
+
+
+def _quantize(config: Config) -> dict[str, Any] | None:
+    """What decides the weights of few bits: no setting without a part, and of a text its contents."""
+    few, asked = FEW_BITS.get(config.precision), config.quantize
+    if few is None:
+        return None
+    found = asdict(asked) | {"base": config.number_type, "method": asked.method or few.methods[0]}
+    found |= {"prompt": config.holds_small("engine"), "step": config.holds_small("decode")}
+    calibration = found.pop("calibration")
+    for key in idle_of_quantize(config.precision, asked, config.cache.name != "none"):
+        found.pop(key.removeprefix("quantize."), None)
+    if few.calibrated(asked.method):
+        text, seed = asked.calibration.text, asked.calibration.seed
+        calibration |= {"text": text and sha256_of(Path(text)), "seed": config.seed if seed is None else seed}
+        found["calibration"] = calibration
+    if found.get("method") == "awq":
+        found["modelopt"] = version("nvidia-modelopt") if find_spec("modelopt") else None
+    return found
 
 
 def target(device: torch.device) -> str:

@@ -5,28 +5,35 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from passes.errors import RunError
-from pipeline.config.schema import STAGES, VerifyConfig
+from pipeline.config.schema import STAGES
+from pipeline.config.verification import VerifyConfig
 from pipeline.engine.sections import Engines
 from pipeline.host.plain_json import from_json, to_json
+from pipeline.model.real_text import RealText
 from pipeline.record.sections import StoreLookup
 from pipeline.store.entries import Damaged, Store
 from pipeline.store.key import engine_key
-from pipeline.verify.sections import Verification
+from pipeline.verify.sections import Quality, Verification
 
 BUILD_STAGES = STAGES[STAGES.index("export") : STAGES.index("build") + 1]
 
 Say = Callable[[str], None]
 
 
-def judged_as(asked: VerifyConfig, seed: int) -> dict[str, Any]:
-    """What decides the inputs that a verification is made on, beside its code, which is in the key."""
-    return {"verify": asdict(asked), "seed": seed}
+def judged_as(asked: VerifyConfig, seed: int, text: RealText | str | None = None) -> dict[str, Any]:
+    """What decides the inputs that a verification is made on, beside its code, which is in the key.  ``text``: on which
+    quality is measured, see :func:`pipeline.verify.quality.text_for`; its limit counts too."""
+    found: dict[str, Any] = {"lengths": asked.lengths, "samples": asked.samples, "seed": seed, "quality": None}
+    if text is not None:
+        what = text if isinstance(text, str) else text.sha256
+        found["quality"] = {"text": what, "max_perplexity_increase": asked.max_perplexity_increase}
+    return found
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Kept:
     """On which inputs, see :func:`judged_as`."""
     stages_s: dict[str, float]
     """Seconds of each stage of that run."""
+    quality: Quality | None = None
     built: str = ""
     """When."""
 
@@ -97,7 +105,7 @@ class Place:
         started = time.perf_counter()
         try:
             content = self._store.content(self.key)
-            if content is None or (wanted is not None and content["judged_as"] != wanted):
+            if content is None or (wanted is not None and not _covers(content["judged_as"], wanted)):
                 return
             self._store.restore(self.key, content["files"], self._folder)
         except Damaged as damage:
@@ -148,6 +156,11 @@ def engine_of(
                 store.remove(place.key)
                 note(f"store: the engine {place.key[:12]} failed and was removed; the next run builds it anew")
             raise
+
+
+def _covers(judged_as: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether that verification is the one that is ``wanted``; it may have measured quality beside it."""
+    return wanted in (judged_as, {**judged_as, "quality": None})
 
 
 def _files(folder: Path) -> set[Path]:

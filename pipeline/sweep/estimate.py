@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from passes.errors import UserError
-from passes.precision import PRECISIONS
+from passes.precision import FEW_BITS, PRECISIONS
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.record.report import read_report
 from pipeline.sweep.jobs import Job, at
@@ -64,11 +64,14 @@ def device_bytes(config: Config, known: dict[str, tuple[int, int] | None]) -> fl
     if (found := known[which]) is None:
         return None
     parameters, vocabulary = found
-    precision = PRECISIONS[config.precision]
+    precision, few = PRECISIONS[config.number_type], FEW_BITS.get(config.precision)
     positions = config.shape.max if config.model.logits == "all" else 1
     copies = 2 if config.backend.name == "tensorrt" else 1
-    each = copies * precision.bytes + precision.reference_dtype.itemsize
-    return float(each * (parameters + config.shape.batch * positions * vocabulary))
+    each = float(copies * precision.bytes + precision.reference_dtype.itemsize)
+    logits = each * config.shape.batch * positions * vocabulary
+    if few is not None:  # as PyTorch has them beside the model, a byte each, and as the engine has
+        each += 1 + few.bits / 8 - precision.bytes
+    return each * parameters + logits
 
 
 def _parameters_and_vocabulary(model: ModelConfig) -> tuple[int, int] | None:

@@ -54,8 +54,9 @@ def content_key(config: Config, surroundings: str, commits: Commits) -> str:
     :func:`surroundings`.  A folder's weights go by name, size and time: hashing them takes as long as loading them."""
     files: list[tuple[str, int, int]] = []
     if config.model.path is not None:
-        folder = Path(config.model.path).resolve()
-        found = ((path, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+        where = Path(config.model.path).resolve()
+        inside = sorted(where.iterdir()) if where.is_dir() else [where]
+        found = ((path, path.stat()) for path in inside if path.is_file())
         files = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
     return sha256_of_json([settings_key(pinned(config, commits)), files, surroundings])
 

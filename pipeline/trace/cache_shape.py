@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.errors import UserError, whole_message
 from pipeline.config.schema import CacheConfig, ShapeConfig
-from pipeline.model.rotary import turn_of
+from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.call_form import InputSpec
 
 GRANULE = 128
@@ -25,7 +26,8 @@ class CacheShape:
     [batch, heads * head size, capacity, 1].
 
     A channel's values lie side by side, since a token's attention sums over them (:mod:`passes.tensorrt.cache`);
-    to whatever updates the cache they look like heads of size 1.
+    to whatever updates the cache they look like heads of size 1.  A layer with fewer places than the capacity is a
+    ring: token n lies at place n modulo its places, and it holds the latest tokens (:mod:`pipeline.trace.rings`).
     """
 
     mode: str
@@ -44,18 +46,54 @@ class CacheShape:
         layers = tuple((tuple(keys), tuple(values)) for keys, values in described["layers"])
         return CacheShape(**{**described, "layers": layers, "dtype": getattr(torch, described["dtype"])})
 
+    @property
+    def rings(self) -> tuple[int | None, ...]:
+        """Of each layer the places of its ring; None where it keeps every token."""
+        places = [keys[2] for keys, _ in self.layers]
+        return tuple(count if count < self.capacity else None for count in places)
+
+    def with_rings(self, rings: Sequence[int | None]) -> CacheShape:
+        """This cache with rings of so many places in the layers that have a number."""
+        layers = tuple(
+            tuple(shape if places is None else (*shape[:2], places, shape[3]) for shape in layer)
+            for places, layer in zip(rings, self.layers, strict=True)
+        )
+        return replace(self, layers=layers)  # type: ignore[arg-type]
+
+    def rows_of_prompt(self, length: int) -> list[int]:
+        """How many places a prompt of ``length`` tokens fills, in the order of :meth:`specs`: all of a ring's."""
+        return [length if places is None else places for places in self.rings] * 2
+
     def specs(self) -> tuple[InputSpec, ...]:
         """Of every key cache, then every value cache: the inputs of a program."""
-        size, dtype = self.capacity, str(self.dtype).removeprefix("torch.")
-        return tuple(
-            InputSpec(f"{kind}_{i}", self.batch, size, size, size, sizes=layer[which], dtype=dtype)
-            for which, kind in enumerate(("keys", "values"))
-            for i, layer in enumerate(self.layers)
-        )
+        dtype = str(self.dtype).removeprefix("torch.")
+        found = []
+        for which, kind in enumerate(("keys", "values")):
+            for i, layer in enumerate(self.layers):
+                size = layer[0][2]
+                found.append(InputSpec(f"{kind}_{i}", self.batch, size, size, size, sizes=layer[which], dtype=dtype))
+        return tuple(found)
+
+    def check(self, prompts: Sequence[int], new_tokens: int) -> None:
+        """Raises :class:`UserError` for ``prompts`` [batch, length] and ``new_tokens`` more that it cannot hold."""
+        batch, length = prompts
+        if batch != self.batch:
+            raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={self.batch}")
+        check_crossing(self.turn, length, length + new_tokens, f"{new_tokens} new tokens")
+        if length + new_tokens > self.longest:
+            limit = f"cache.capacity={self.capacity}; set it higher"
+            if self.longest < self.capacity:
+                limit = f"max_position_embeddings={self.longest} of the model"
+            raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
         return [torch.zeros(spec.shape(0), dtype=self.dtype, device=device) for spec in self.specs()]
+
+
+def in_granules(places: int) -> int:
+    """At least ``places``, a multiple of :data:`GRANULE`."""
+    return -(-places // GRANULE) * GRANULE
 
 
 def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, longest: int) -> CacheShape:
@@ -64,7 +102,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     Raises :class:`UserError` for a model whose layers do not all keep keys and values of every token.
     """
     capacity = cache.capacity or longest
-    capacity = -(-capacity // GRANULE) * GRANULE
+    capacity = in_granules(capacity)
     layers = []
     for layer in _filled(model, cache.name).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:

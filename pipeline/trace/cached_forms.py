@@ -8,14 +8,14 @@ its own place in it (:func:`masks_of_rows`): the strategies prove them like any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -23,24 +23,34 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from passes.errors import AS_IT_IS, RunError
 from passes.graph.cache_ops import cache_update
 from passes.proof.calls import written_out
-from passes.proof.claims import ancestors
 from pipeline.config.schema import ShapeConfig
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
+from pipeline.trace.step_checks import is_the_model, reads_first_row
 
 WITHOUT = f"try cache=none; {AS_IT_IS}"
 
 
 class _Layer(CacheLayerMixin):
-    """A layer of a cache that is handed in: where it is written, and what attention is given to read."""
+    """A layer of a cache that is handed in: where it is written, and what attention is given to read.
 
-    is_sliding = False
+    ``position`` [batch]: where a decode step writes (``whole``), or the place of a prompt's last token; ``ring``: the
+    places of a layer that keeps the latest tokens alone.
+    """
 
     def __init__(
-        self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool, full: bool = False
+        self,
+        keys: Tensor | None,
+        values: Tensor | None,
+        position: Tensor,
+        whole: bool,
+        ring: int | None,
+        full: bool = False,
     ) -> None:
         super().__init__()
-        self.keys, self.values, self.position, self.whole, self.full = keys, values, position, whole, full
+        self.keys, self.values, self.position, self.whole, self.ring = keys, values, position, whole, ring
+        self.full = full
+        self.is_sliding = ring is not None  # transformers asks the first such layer how many keys its mask is of
         self.is_initialized = True
 
     def lazy_initialization(self, *_: Any) -> None:
@@ -49,14 +59,18 @@ class _Layer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         batch, heads, length, size = value_states.shape
         channels = value_states.transpose(2, 3).reshape(batch, heads * size, length, 1)
-        if self.keys is None or self.values is None:
-            self.keys, self.values = key_states, channels
-            return key_states, value_states
-        self.keys = cache_update(self.keys, key_states, self.position)
-        self.values = cache_update(self.values, channels, self.position)
-        if not self.whole:
-            return key_states, value_states
-        return self.keys, self.values.view(batch, heads, size, -1).transpose(2, 3)
+        if self.whole:
+            assert self.keys is not None and self.values is not None
+            ring = self.ring is not None
+            self.keys = cache_update(self.keys, key_states, self.position, ring)
+            self.values = cache_update(self.values, channels, self.position, ring)
+            return self.keys, self.values.view(batch, heads, size, -1).transpose(2, 3)
+        kept = [x if self.ring is None else latest(x, self.position, self.ring) for x in (key_states, channels)]
+        if self.keys is not None and self.values is not None:
+            start = torch.zeros_like(self.position)
+            kept = [cache_update(self.keys, kept[0], start), cache_update(self.values, kept[1], start)]
+        self.keys, self.values = kept
+        return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         assert not self.whole or self.keys is not None
@@ -71,6 +85,17 @@ class _Layer(CacheLayerMixin):
         return self.keys.shape[2] if self.whole else -1  # type: ignore[union-attr]
 
 
+def latest(x: Tensor, last: Tensor, places: int) -> Tensor:
+    """[B, H, places, D] of ``x`` [B, H, L, D]: at place i of row b the latest token up to ``last[b]`` whose number is i
+    modulo ``places``, and anything where there is none."""
+    place = last.unsqueeze(1)
+    tokens = place - torch.remainder(place - torch.arange(places, device=x.device), places)
+    tokens = tokens.clamp(min=0)
+    if len(x) == 1:
+        return x.index_select(2, tokens[0])
+    return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
     return (logits, *keys, *values)
@@ -78,6 +103,7 @@ def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
 
 def _mask_of_rows(
     position: Tensor,
+    rings: Collection[int],
     *,
     batch_size: int,
     q_length: int,
@@ -89,36 +115,46 @@ def _mask_of_rows(
     **more: Any,
 ) -> Tensor | None:
     """[batch, 1, q_length, kv_length] bool, as transformers' ``sdpa_mask``, but with the queries of row b at the places
-    ``position[b]`` and up.
+    ``position[b]`` and up; a ring of ``kv_length`` places, if that is one of ``rings``, holds the tokens up to there.
 
     A function that is not made of whole tensors (``use_vmap``) is left to ``sdpa_mask``, with its one place for all.
     """
     if use_vmap:
+        if kv_length in rings:
+            raise RunError("export", f"a mask over a ring of {kv_length} places that is not made of whole tensors")
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length, "kv_offset": kv_offset}
         return sdpa_mask(**sizes, mask_function=mask_function, device=device, use_vmap=True, **more)
     rows, heads = torch.arange(batch_size, device=device), torch.arange(1, device=device)
     queries = torch.arange(q_length, device=device) + position.unsqueeze(1)
-    keys = torch.arange(kv_length, device=device) + kv_offset
-    mask = mask_function(
-        rows[:, None, None, None], heads[None, :, None, None], queries[:, None, :, None], keys[None, None, None, :]
-    )
+    keys = (torch.arange(kv_length, device=device) + kv_offset).unsqueeze(0)
+    if kv_length in rings:
+        place = position.unsqueeze(1)
+        keys = place - torch.remainder(place - keys, kv_length)
+    keys = keys[:, None, None, :]
+    mask = mask_function(rows[:, None, None, None], heads[None, :, None, None], queries[:, None, :, None], keys)
+    if kv_length in rings:
+        mask = mask & (keys >= 0)  # where no token was
     return mask.expand(batch_size, -1, q_length, kv_length)
 
 
-def _added_mask_of_rows(position: Tensor, *, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:
+def _added_mask_of_rows(
+    position: Tensor, rings: Collection[int], *, dtype: torch.dtype = torch.float32, **given: Any
+) -> Tensor:
     """The same as transformers' ``eager_mask`` has it: 0, or the least number of ``dtype``, added to the scores."""
-    mask = _mask_of_rows(position, **given)
+    mask = _mask_of_rows(position, rings, **given)
     assert mask is not None
     zero, least = (torch.full((), each, dtype=dtype, device=mask.device) for each in (0.0, torch.finfo(dtype).min))
     return torch.where(mask, zero, least)
 
 
 @contextmanager
-def masks_of_rows(position: Tensor) -> Iterator[None]:
+def masks_of_rows(position: Tensor, rings: Collection[int] = ()) -> Iterator[None]:
     """While the block runs, a model that lets transformers make its masks gets each row's for its own place,
-    ``position`` [batch]: a cache tells transformers one length, for all rows."""
+    ``position`` [batch]: a cache tells transformers one length, for all rows; and masks over as many keys as one of
+    ``rings`` has places for the tokens that it holds."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS
-    masks["sdpa"], masks["eager"] = partial(_mask_of_rows, position), partial(_added_mask_of_rows, position)
+    masks["sdpa"] = partial(_mask_of_rows, position, rings)
+    masks["eager"] = partial(_added_mask_of_rows, position, rings)
     try:
         yield
     finally:
@@ -128,10 +164,11 @@ def masks_of_rows(position: Tensor) -> Iterator[None]:
 class PrefillForm(nn.Module):
     """Prompts in, the logits behind each prompt's last token and the filled cache out."""
 
-    def __init__(self, model: PreTrainedModel, layers: int) -> None:
+    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
+        """``rings``: see :class:`CacheShape`."""
         super().__init__()
         self.model = model
-        self.count = layers
+        self.rings = tuple(rings)
 
     def forward(
         self,
@@ -144,13 +181,13 @@ class PrefillForm(nn.Module):
         more than one row; caches as in :class:`CacheShape` that are updated in place, or none.
 
         Returns logits [batch, 1, vocabulary], then every layer's keys and every layer's values: the caches, or
-        where none were handed in those of the prompts, of capacity ``length``.
+        where none were handed in those of the prompts, of capacity ``length`` but for rings.
         """
-        start = torch.zeros(input_ids.shape[0], dtype=torch.int64, device=input_ids.device)
-        none = [None] * self.count
-        pairs = zip(keys or none, values or none, strict=True)
-        cache = Cache(layers=[_Layer(k, v, start, whole=False) for k, v in pairs])
+        none = [None] * len(self.rings)
+        layers = zip(keys or none, values or none, self.rings, strict=True)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+        ends = positions[:, -1] if last is None else last
+        cache = Cache(layers=[_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers])
         output = self.model(
             input_ids=input_ids,
             position_ids=positions,
@@ -165,9 +202,11 @@ class PrefillForm(nn.Module):
 class DecodeForm(nn.Module):
     """One token a row in, the logits behind it and the updated cache out."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
+        """``rings``: see :class:`CacheShape`."""
         super().__init__()
         self.model = model
+        self.rings = tuple(rings)
         self.says_full = False
         """Have the cache say that it is full, for a model that makes a mask or a bias as long as its cache says that it
         is, which is a number out of a tensor (Falcon's and MPT's alibi, OPT).  What a row sees, and where its token is,
@@ -180,9 +219,11 @@ class DecodeForm(nn.Module):
 
         Returns logits [batch, 1, vocabulary] and the caches.
         """
-        pairs = zip(keys, values, strict=True)
-        cache = Cache(layers=[_Layer(k, v, position, whole=True, full=self.says_full) for k, v in pairs])
-        with masks_of_rows(position):
+        layers = zip(keys, values, self.rings, strict=True)
+        cache = Cache(
+            layers=[_Layer(k, v, position, whole=True, ring=ring, full=self.says_full) for k, v, ring in layers]
+        )
+        with masks_of_rows(position, frozenset(ring for ring in self.rings if ring is not None)):
             output = self.model(
                 input_ids=input_ids,
                 position_ids=position.unsqueeze(1),
@@ -229,42 +270,19 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
     except NumberFromData:
         form.says_full = True
         program = exported(form, inputs, None, WITHOUT)
-    if written_out(program.graph_module) and not _is_the_model(program, form, cache, device):
+    if written_out(program.graph_module) and not is_the_model(program, form.model, _caches(cache, device)):
         raise RunError(
             "export",
             f"{type(form.model).__name__} makes masks of its own for a cache that grows, and this one has a fixed "
             f"capacity; {WITHOUT}",
         )
-    if cache.batch > 1 and _reads_first_row(program):
+    if cache.batch > 1 and reads_first_row(program):
         raise RunError(
             "ragged_batch",
             f"shape.batch={cache.batch}: {type(form.model).__name__} computes with one length of the cache for all "
             "rows, and rows of a batch differ; set shape.batch=1",
         )
     return Traced(program, specs)
-
-
-def _is_the_model(program: ExportedProgram, form: DecodeForm, cache: CacheShape, device: torch.device) -> bool:
-    """Whether three tokens through the step's ``program`` come to what the model makes of them.
-
-    For attention that is written out, of which no mask is proved; what is built is verified later all the same.  A key
-    too many is told from rounding: what is allowed is a twentieth."""
-    step, given, count = program.module(), _caches(cache, device), len(cache.layers)
-    tokens = torch.arange(1, 4, device=device).expand(cache.batch, -1)
-    with torch.no_grad():
-        for place in range(tokens.shape[1]):
-            position = torch.full((cache.batch,), place, device=device)
-            logits, *made = step(input_ids=tokens[:, place : place + 1], position=position, **given)
-            given = {"keys": made[:count], "values": made[count:]}
-        expected = form.model(input_ids=tokens, use_cache=False).logits[:, -1:].float()
-    return bool((logits.float() - expected).norm() <= expected.norm() / 20)
-
-
-def _reads_first_row(program: ExportedProgram) -> bool:
-    """Whether a result is computed from ``position[0]`` alone."""
-    (position,) = (node for node in program.graph.find_nodes(op="placeholder") if node.name == "position")
-    read = ancestors(list(program.graph.find_nodes(op="output")))
-    return any(user.target is torch.ops.aten.select.int and user.name in read for user in position.users)
 
 
 def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:

@@ -86,14 +86,18 @@ def parameters(config: Config) -> dict[str, str]:
 def plain_metrics(report: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that people ask for first, under plain names: ``ms_per_token`` and ``ms_prompt`` (medians on the
     device, the latter of the first token where no prompt was timed by itself), ``relative_error`` (of the worst case
-    of the verification) and ``engine_mb``; ``speed_up`` is a sweep's, see :func:`pipeline.sweep.table.speed_ups`."""
+    of the verification), ``perplexity`` and ``perplexity_increase`` (a share) where the precision's cost was measured,
+    and ``engine_mb``; ``speed_up`` is a sweep's, see :func:`pipeline.sweep.table.speed_ups`."""
     benchmark = (report.get("benchmark") or {}) if times_count(report) else {}
     generate, prefill = benchmark.get("generate") or {}, benchmark.get("prefill") or {}
+    cost = (report.get("quality") or {}).get("cost") or {}
     prompt, size = prefill.get("device_ms") or generate.get("ttft_ms") or {}, engine_bytes(report)
     found = {
         "ms_per_token": (generate.get("tpot_ms") or {}).get("median"),
         "ms_prompt": prompt.get("median"),
         "relative_error": relative_error(report),
+        "perplexity": (cost.get("perplexity") or {}).get("value"),
+        "perplexity_increase": (cost.get("increase") or {}).get("value"),
         "engine_mb": None if size is None else size / 1e6,
     }
     return {name: float(value) for name, value in found.items() if value is not None}

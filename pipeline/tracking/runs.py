@@ -18,8 +18,6 @@ from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from passes.errors import message_line
 from pipeline.host.files import LINKED_BYTES, share, write_text
@@ -32,6 +30,7 @@ from pipeline.tracking.store import (
     as_user_error,
     check_store,
     experiment_id,
+    folder_of,
     is_server,
     open_client,
     quiet,
@@ -51,6 +50,8 @@ SAMPLES_FILE = "samples.json"
 LONGEST_TAG = 8000  # characters that MLflow takes
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in one batch (REST API, runs/log-batch)."""
+MODEL = "model"
+"""Folder of a run's model that answers (:mod:`pipeline.deploy.log`): ``runs:/RUN_ID/model``."""
 RUN_OF_MODEL = "run.json"
 """Beside the description of a run's model: which run has its engine, since a model is not always in a run's folder."""
 FOLDER, HOST, PARENT = "run_folder", "host", "mlflow.parentRunId"
@@ -228,10 +229,9 @@ class TrackedRun:
     def _log_files(self, folder: Path) -> None:
         """Artifacts that lie on this machine share the engine with the run's folder, see
         :func:`pipeline.host.files.share`."""
-        for description in folder.glob("model/data/*/model.json"):
+        for description in folder.glob(f"{MODEL}/data/*/model.json"):
             write_text(description.with_name(RUN_OF_MODEL), json.dumps({"run_id": self.run_id}) + "\n")
-        address = self._client.get_run(self.run_id).info.artifact_uri
-        here = Path(url2pathname(urlsplit(address).path)) if address.startswith("file:") else None
+        here = folder_of(self._client.get_run(self.run_id))
         for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in unfinished.FILES):
             if path.suffix not in ENGINE_SUFFIXES or self._log_engine:
                 place = path.relative_to(folder)

@@ -7,9 +7,12 @@ import re
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from passes.errors import UserError, message_line
 from pipeline.host.files import locked
@@ -174,6 +177,28 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
+
+
+def folder_of(run: Run) -> Path | None:
+    """Where the artifacts of ``run`` lie on this machine; None where a server or another store has them."""
+    return folder_at(run.info.artifact_uri)
+
+
+def folder_at(address: str) -> Path | None:
+    """The folder that an address of artifacts means; None where it is none on this machine."""
+    return Path(url2pathname(urlsplit(address).path)) if address.startswith("file:") else None
+
+
+def artifact(client: MlflowClient, run: Run, name: str, copies: Path) -> Path | None:
+    """The file ``name`` of the artifacts of ``run``: where it lies, or copied into the folder ``copies``; None where
+    there is none."""
+    if (here := folder_of(run)) is not None:
+        return here / name if (here / name).exists() else None
+    if name not in {item.path for item in client.list_artifacts(run.info.run_id)}:
+        return None
+    copies.mkdir(parents=True, exist_ok=True)
+    with redirect_stderr(StringIO()):  # a progress bar that counts files: 0 of 1, 1 of 1
+        return Path(client.download_artifacts(run.info.run_id, name, str(copies)))
 
 
 def search_runs(client: MlflowClient, experiment: str, asked: str = "") -> list[Run]:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from passes.graph import cache_ops, ops
+from passes.graph import cache_ops, local_attention, ops
 from passes.precision import PRECISIONS, Products
 from passes.private.of_torch import DispatchMode
 
@@ -38,6 +38,7 @@ PRODUCTS = frozenset(
         aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.linear.default,
         aten.scaled_dot_product_attention.default, aten._scaled_dot_product_flash_attention_for_cpu.default,
         aten._scaled_dot_product_attention_math.default, ops.NATIVE, cache_ops.CACHED,
+        local_attention.WINDOWED, local_attention.CHUNKED,
     }
 )  # fmt: skip
 """What multiplies and adds up; attention is one kernel, so nothing inside of it is rounded."""

@@ -51,6 +51,8 @@ class Machine:
     """Lengths that an engine runs by an optimization profile of their own."""
     finished: Callable[[], None] = lambda: None
     """To be called when it has been measured."""
+    forced: Callable[[Tensor, Tensor | None, int], Tensor] | None = None
+    """With a cache: :meth:`pipeline.generate.with_cache.CachedGenerator.forced_logits`."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def _cached(
 
     runner = PromptRunner(generator) if executed == "engine" else None
     timed = generator if generates else None
-    return Machine(executed, forward, shape, runner, timed, generator.cache.longest, exact, finished)
+    longest, forced = generator.cache.longest, generator.forced_logits
+    return Machine(executed, forward, shape, runner, timed, longest, exact, finished, forced)
 
 
 def vocabulary_of(loaded: LoadedModel) -> int:

@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import ShapeConfig, VerifyConfig
+from pipeline.config.schema import ShapeConfig
+from pipeline.config.verification import VerifyConfig
 from pipeline.engine import guard
 from pipeline.trace.call_form import make_inputs
 from pipeline.verify.sections import Case

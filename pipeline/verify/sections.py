@@ -163,3 +163,71 @@ class Verification:
         generated = sum(case.tokens for case in self.generation.cases) if self.generation else 0
         also = f", {generated} generated tokens" if generated else ""
         return f"{len(self.cases)} cases on the {self.executed}{also}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval, over what other text would have given."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class GreedyTexts:
+    """Greedy continuations of pieces of the text, beside those of the unquantised model."""
+
+    texts: int
+    tokens: int
+    """New ones in each."""
+    parted: int
+    """How many texts are not the same to their end."""
+    first_token: int | None
+    """The earliest new token, from 0, at which one of them parts; null where none does."""
+    agreed_tokens: float
+    """Mean number of new tokens before a text parts."""
+
+
+@dataclass(frozen=True)
+class PrecisionCost:
+    """The model as it was executed beside the unquantised one, on the same tokens of the same text."""
+
+    executed: str
+    """What ran: ``engine``, ``graph`` where no GPU could run one, or the rival's name, which ran eagerly."""
+    reference: str
+    """What it is compared with, in words."""
+    text: str
+    """The file, or which text every machine has."""
+    text_sha256: str
+    tokens: int
+    """How many were predicted."""
+    context: int
+    """The most tokens that one of them was predicted from."""
+    perplexity: Estimate
+    """exp of the mean of -log p of each token, in the text's order; p is what was executed gives."""
+    reference_perplexity: Estimate
+    increase: Estimate
+    """Of perplexity, as a share of the reference's: token by token beside it, so its interval is the narrower one."""
+    kl: float
+    """Mean over tokens of KL(reference || executed), in nats."""
+    top1_agreement: float
+    greedy: GreedyTexts
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the precision costs on real text; whether the engine is right is another question, see ``verify``."""
+
+    not_judged: str | None
+    """Why there is nothing to judge it by."""
+    cost: PrecisionCost | None
+    max_increase: float | None
+    """Of perplexity, as a share: what is allowed; null: any."""
+    passed: bool | None
+    """null where it was not judged."""
+
+    def __str__(self) -> str:
+        if self.cost is None:
+            return f"quality not judged: {self.not_judged}"
+        return f"perplexity {self.cost.perplexity.value:.4g}, {self.cost.increase.value:+.2%}"

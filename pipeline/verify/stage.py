@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from passes.precision import PRECISIONS
-from pipeline.config.schema import GenerateShape, ModelConfig, VerifyConfig
+from pipeline.config.schema import GenerateShape, ModelConfig
+from pipeline.config.verification import VerifyConfig
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.host import gpu
 from pipeline.host.memory import trim
+from pipeline.model import few_bits
 from pipeline.model.load import LoadedModel, load_reference
 from pipeline.model.text import tokens_for
 from pipeline.trace.call_form import CallForm
@@ -61,6 +63,7 @@ def verify(
     own_form = CallForm(loaded.model, form.logits)
     same = replace(form, revision=loaded.revision)  # a branch may have moved since
     wide = load_reference(same, precision, device, seed)
+    few_bits.put(wide, loaded.quantised)  # of these the engine is made; what they cost is another question
     reference = CallForm(wide, form.logits)
     computing = (what.executed, precision, flavour)
     arithmetics = arithmetic.yardsticks(*computing)

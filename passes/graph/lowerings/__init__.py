@@ -5,12 +5,14 @@ A mask form with a fast lowering of its own is one module beside these and one r
 
 from __future__ import annotations
 
-from passes.graph.lowerings import aten, cached, native, written_out
+from passes.graph.lowerings import aten, cached, local, native, written_out
 from passes.graph.lowerings.lowering import Ability, BackEnd, Lowering
 from passes.proof.calls import AttentionCall
 from passes.proof.masks import Proof, Status
 
-TABLE: tuple[Lowering, ...] = (native.CAUSAL, native.FULL, aten.CAUSAL, aten.FULL, cached.CACHED)
+TABLE: tuple[Lowering, ...] = (
+    native.CAUSAL, native.FULL, aten.CAUSAL, aten.FULL, cached.CACHED, local.WINDOWED, local.CHUNKED,
+)  # fmt: skip
 """Without the mask.  Where both can be had, the native layer comes before aten's words for it."""
 
 

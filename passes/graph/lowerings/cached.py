@@ -1,7 +1,7 @@
 """Attention of one token over a KV cache of fixed capacity, in which its position says what it sees.
 
-Legal because ``proved_attention::cached`` lets row b see the keys 0 .. ``position[b]``, and the mask was proved to be
-``k <= q + position[b]``, with q = 0 and the very position at which row b of the cache is written.
+Legal because ``proved_attention::cached`` lets row b see the keys 0 .. ``position[b]``, or the last tokens up to that
+place, and the mask was proved to be just that, with q = 0 and the very position at which row b of the cache is written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from passes.graph import cache_ops
 from passes.graph.lowerings.lowering import Ability, Action, Lowering
 from passes.graph.writing import is_one, put
 from passes.proof.calls import AttentionCall
-from passes.proof.mask import Offset
+from passes.proof.mask import Offset, OffsetWindow, Placed, Ring
 from passes.proof.masks import Proof, Status
 
 
@@ -27,13 +27,15 @@ def _is_where_it_is_written(call: AttentionCall, proof: Proof) -> bool:
     if update is None or proof.status is not Status.PROVED or not is_one(call.query.meta["val"].shape[2]):
         return False
     row = "b" if update.args[0].meta["val"].shape[0] > 1 else 0  # type: ignore[union-attr]
-    return proof.mask == Offset(str(update.args[2]), (row,))
+    mask = proof.mask
+    return isinstance(mask, Placed) and (mask.source, mask.element) == (str(update.args[2]), (row,))
 
 
 def _cached(graph: Graph, call: AttentionCall) -> None:
     update = cache_ops.update_behind(call.key)
     assert update is not None
-    put(graph, call, cache_ops.CACHED, (update.args[2], call.scale))
+    width = [call.proved.width] if isinstance(call.proved, OffsetWindow | Ring) else []
+    put(graph, call, cache_ops.CACHED, (update.args[2], call.scale, *width))
 
 
-CACHED = Lowering(Action.CACHED, _cached, (Offset,), Ability.CACHE, _is_where_it_is_written)
+CACHED = Lowering(Action.CACHED, _cached, (Offset, OffsetWindow, Ring), Ability.CACHE, _is_where_it_is_written)

@@ -26,6 +26,10 @@ class Action(StrEnum):
     """``scaled_dot_product_attention(is_causal=True)`` in the graph; converted to the native layer's causal flag."""
     REWRITTEN_FULL = "rewritten_full"
     """``scaled_dot_product_attention`` without mask in the graph."""
+    NATIVE_WINDOW = "native_window"
+    """The native layer over blocks of queries, each with the keys that a window lets them see."""
+    NATIVE_CHUNKS = "native_chunks"
+    """The native layer with its causal flag, over each chunk by itself."""
     CACHED = "cached"
     """Attention of one token over a cache of fixed capacity, in which its position says what it sees."""
     DECOMPOSED = "decomposed"
@@ -40,6 +44,7 @@ class Ability(Enum):
 
     NATIVE = "the native layer, by our converter: proved_attention::native"
     CACHE = "one token over a cache of fixed capacity, by our converter: proved_attention::cached"
+    LOCAL = "windows and chunks, by our converter: proved_attention::windowed and ::chunked"
     ATEN = "what aten has a word for"
 
 
@@ -68,8 +73,7 @@ class Lowering:
     fits: Callable[[AttentionCall, Proof], bool] = _always
     """What else must be so."""
     own_words: bool = True
-    """Whether the call is written in one of our forms, in which the scale and the grouped heads are told apart from
-    what they are applied to."""
+    """Whether the call is written in one of our forms, which take grouped heads as they are."""
 
     @property
     def applies_mask(self) -> bool:

@@ -1,0 +1,76 @@
+"""Which layers of a KV cache need not keep every token: those whose window was proved to see none that are older.
+
+The decode step is traced over a cache that keeps everything, and the mask of each layer proved there
+(:mod:`passes.proof.masks`): where it is the window of the last ``width`` tokens, whatever the token's place, what is
+older is read by nothing, now or later.  A ring of so many places then does, and a prompt that is longer leaves its last
+tokens there.  A layer whose mask is anything else keeps every token.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, Node
+from transformers import DynamicCache, PreTrainedModel
+
+from passes.graph.cache_ops import UPDATE
+from passes.proof.calls import find_calls
+from passes.proof.mask import OffsetWindow
+from passes.proof.masks import Proof, Status, prover_of
+from passes.proof.op_kinds import VIEW_LIKE
+from pipeline.trace.cache_shape import CacheShape, in_granules
+from pipeline.trace.cached_forms import DecodeForm, trace_decode
+
+LAYOUTS = (*VIEW_LIKE, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
+"""The same tokens, laid out in another way."""
+
+
+def with_rings(model: PreTrainedModel, cache: CacheShape) -> CacheShape:
+    """``cache`` with a ring in every layer for which one was proved to do and is smaller; raises what tracing raises.
+
+    Whether it is worth a trace is asked of transformers' own cache: of a model without a window nothing is traced.
+    """
+    widths = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
+    if not any(width is not None and in_granules(width) < cache.capacity for width in widths):
+        return cache
+    found = windows_of(DecodeForm(model, cache.rings), cache, model.device)
+    return cache.with_rings([None if width is None else _places(width, cache) for width in found])
+
+
+def _places(width: int, cache: CacheShape) -> int | None:
+    return places if (places := in_granules(width)) < cache.capacity else None
+
+
+def windows_of(form: DecodeForm, cache: CacheShape, device: torch.device) -> list[int | None]:
+    """Of each layer of ``cache``, which keeps every token, how many of the latest all its attention is proved to see;
+    None where that is not so, or where anything else reads it."""
+    program = trace_decode(form, cache, device).program
+    prover = prover_of(program)
+    widths = {
+        call.node: _width(prover.prove(call), cache.batch) for call in find_calls(program.graph_module, needed=False)
+    }
+    found: list[int | None] = []
+    for i in range(len(cache.layers)):
+        readers = {node for kind in ("keys", "values") for node in _readers(program.graph, f"{kind}_{i}")}
+        seen = [widths.get(node) for node in readers]
+        found.append(max(width for width in seen if width) if seen and all(seen) else None)
+    return found
+
+
+def _width(proof: Proof, batch: int) -> int | None:
+    mask, row = proof.mask, "b" if batch > 1 else 0
+    if proof.status is not Status.PROVED or not isinstance(mask, OffsetWindow):
+        return None
+    return mask.width if (mask.source, mask.element) == ("position", (row,)) else None
+
+
+def _readers(graph: Graph, name: str) -> set[Node]:
+    """What reads the tokens of the cache that is the input ``name``, once the new ones are in it."""
+    (cache,) = (node for node in graph.find_nodes(op="placeholder") if node.name == name)
+    pending, found = list(cache.users), set()
+    while pending:
+        node = pending.pop()
+        if node.target in (UPDATE, *LAYOUTS):
+            pending.extend(node.users)
+        elif node.op != "output":
+            found.add(node)
+    return found

@@ -1,0 +1,122 @@
+"""Windows and chunks of a prompt in blocks: right at every length, in PyTorch and in the layers of a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import network_in_torch
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torch.export import Dim
+from torch.fx import Interpreter
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from passes.graph.local_attention import chunked, chunked_in_aten, windowed, windowed_in_aten
+from passes.tensorrt.registry import registered
+from passes.tensorrt.versions import load_stack, quiet
+from pipeline.config.schema import BackendConfig
+from pipeline.engine import network as compile
+
+SCALE = 0.3
+
+
+def tensors(length: int, batch: int = 1, size: int = 16, values: int = 16, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (batch, 4, length, size), (batch, 2, length, size), (batch, 2, length, values)
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+def seen(q: Tensor, k: Tensor, v: Tensor, window: int | None = None, chunk: int | None = None) -> Tensor:
+    """PyTorch's own attention with the whole mask."""
+    rows, keys = torch.arange(q.shape[2])[:, None], torch.arange(q.shape[2])
+    near = rows - keys < window if window else keys // chunk == rows // chunk
+    return sdpa(q, k, v, (keys <= rows) & near, scale=SCALE, enable_gqa=True)
+
+
+LENGTHS = (1, 2, 4, 5, 6, 7, 8, 11, 12, 13, 24, 25, 61)
+
+
+@pytest.mark.parametrize("width", [1, 5, 6, 12])
+@pytest.mark.parametrize("block", [1, 4, 6, 9, 64])
+def test_a_window_in_blocks_is_the_window_at_every_length(width: int, block: int) -> None:
+    for length in LENGTHS:
+        inputs = tensors(length, batch=2, values=8, seed=length)
+        wanted = seen(*inputs, window=width)
+        for made in (windowed, windowed_in_aten):
+            out = made(*inputs, width, block, length % 2 == 0, SCALE)
+            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 5, 6, 12])
+def test_chunks_by_themselves_are_chunked_attention_at_every_length(size: int) -> None:
+    for length in LENGTHS:
+        inputs = tensors(length, batch=2, values=8, seed=length)
+        wanted = seen(*inputs, chunk=size)
+        torch.testing.assert_close(chunked(*inputs, size, SCALE), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(chunked_in_aten(*inputs, size, SCALE), wanted, rtol=1e-5, atol=1e-5)
+
+
+# -- the network -------------------------------------------------------------------------------------
+
+
+def network(function: Callable[..., Tensor], batch: int, longest: int, dynamic: bool, values: int = 16) -> Any:
+    """The interpreter that made the TensorRT network of ``function`` of query, key and value, for every length up to
+    ``longest`` or for that one, and the native layers in it."""
+    stack, made = load_stack(), []
+    inputs = tensors(longest, batch, values=values)
+    length = Dim("length", min=1, max=longest)
+    program = tiny.program_of(function, *inputs, dynamic=({2: length},) * 3 if dynamic else None)
+    lowered = compile.lower(stack, program, (), BackendConfig("tensorrt"), "fp32")
+    from torch_tensorrt.dynamo.conversion import TRTInterpreter
+
+    with quiet(), torch.no_grad():
+        specs = [_spec(stack, node.name, x, dynamic) for node, x in zip(_inputs(lowered.graph), inputs, strict=True)]
+        with registered(*compile.ours().converters(stack, made)):
+            interpreter = TRTInterpreter(lowered.graph, specs, compilation_settings=lowered.settings)
+            Interpreter.run(interpreter)
+    return interpreter, made  # whose context holds the constants' memory
+
+
+def _inputs(module: Any) -> list[Any]:
+    return [node for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _spec(stack: Any, name: str, x: Tensor, dynamic: bool) -> Any:
+    given = stack.torch_tensorrt.Input
+    if not dynamic:
+        return given(shape=tuple(x.shape), dtype=x.dtype, name=name)
+    least = (*x.shape[:2], 1, x.shape[3])
+    return given(min_shape=least, opt_shape=tuple(x.shape), max_shape=tuple(x.shape), dtype=x.dtype, name=name)
+
+
+FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, int]]] = {
+    "blocks of a window": (lambda q, k, v: windowed(q, k, v, 6, 6, False, SCALE), {"window": 6}),
+    "blocks that shrink": (lambda q, k, v: windowed(q, k, v, 7, 3, True, SCALE), {"window": 7}),
+    "blocks of more": (lambda q, k, v: windowed(q, k, v, 3, 8, False, SCALE), {"window": 3}),
+    "chunks": (lambda q, k, v: chunked(q, k, v, 6, SCALE), {"chunk": 6}),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_layers_of_a_network_compute_it_at_every_length_of_the_profile(name: str) -> None:
+    function, kind = FORMS[name]
+    made, _ = network(function, batch=2, longest=40, dynamic=True, values=8)
+    for length in (1, 2, 3, 5, 6, 7, 8, 9, 12, 13, 14, 18, 19, 39, 40):
+        inputs = tensors(length, batch=2, values=8, seed=length)
+        (out,) = network_in_torch.run(made.ctx.net, inputs)
+        torch.testing.assert_close(out, seen(*inputs, **kind), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [8, 40])
+@pytest.mark.parametrize("name", FORMS)
+def test_the_layers_of_a_network_of_one_length_compute_it(name: str, length: int) -> None:
+    function, kind = FORMS[name]
+    made, _ = network(function, batch=2, longest=length, dynamic=False)
+    net, inputs = made.ctx.net, tensors(length, batch=2)
+    (out,) = network_in_torch.run(net, inputs)
+    torch.testing.assert_close(out, seen(*inputs, **kind), rtol=1e-5, atol=1e-5)
+    kinds = {net.get_layer(i).type.name for i in range(net.num_layers)}
+    assert "SHAPE" not in kinds  # nothing is calculated when the engine runs
