@@ -170,8 +170,10 @@ def test_a_report_can_hold_every_config() -> None:
     assert json.loads(json.dumps(compose_config([]).to_dict()))["shape"]["opt"] == 2048
 
 
-def test_a_model_by_its_repository_or_path_is_written_out(tmp_path: Path) -> None:
+def test_a_model_by_its_repository_or_path_is_written_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "it's, here").mkdir()
+    (tmp_path / "smollm2_135m").mkdir()
+    monkeypatch.chdir(tmp_path)
     path = f"{tmp_path}/it's, here"
 
     def written(argument: str, several: bool = False) -> list[str]:
@@ -181,7 +183,8 @@ def test_a_model_by_its_repository_or_path_is_written_out(tmp_path: Path) -> Non
         assert written(as_it_is) == [as_it_is]
     assert written("model=Qwen/Qwen3-0.6B") == ["model=hub", "model.source=Qwen/Qwen3-0.6B"]
     assert written("model=a/b,c/d", True) == ["model=hub", "model.source=a/b,c/d"]
-    assert written(f"model={path}") == ["model=local", f"model.path={path}"]
+    for there in (path, "it's, here", "./smollm2_135m", "gone.gguf"):
+        assert written(f"model={there}") == ["model=local", f"model.path={there}"]
     with pytest.raises(UserError, match=r"^model=a/b,smollm2_135m: a sweep is over models of conf/, or "):
         written("model=a/b,smollm2_135m", True)
 

@@ -11,6 +11,7 @@ from conftest import CONF
 from omegaconf import OmegaConf
 
 from pipeline.__main__ import _main, compose_config
+from pipeline.config.lengths import capacity_of, longest_sequence
 from pipeline.config.schema import BenchmarkShape, Config, GenerateShape
 
 
@@ -24,7 +25,9 @@ def composed(experiment: str) -> list[Config]:
     return [compose_config([f"experiment={experiment}", *job]) for job in swept(experiment)]
 
 
-@pytest.mark.parametrize(("experiment", "count"), [("prompt_lengths", 15), ("batches", 6), ("precision", 4)])
+@pytest.mark.parametrize(
+    ("experiment", "count"), [("prompt_lengths", 15), ("batches", 6), ("precision", 4), ("long_prompts", 4)]
+)
 def test_the_plan_of_an_experiment_has_every_job_and_creates_nothing(
     experiment: str, count: int, cwd: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -48,6 +51,16 @@ def test_a_prompts_length_is_that_of_its_engine_and_of_what_is_timed() -> None:
         assert job.benchmark.shapes == [BenchmarkShape(batch=1, input_length=length)]
         assert (job.model.weights, job.model.logits, job.precision) == ("random", "last", "fp16")
     assert {job.shape.max for job in jobs} == {128, 512, 2048, 8192, 16384}
+
+
+def test_a_long_prompt_runs_in_one_pass_and_in_chunks_over_a_cache_that_holds_it() -> None:
+    jobs = composed("long_prompts")
+
+    assert [job.cache.chunk for job in jobs] == [None, 2048, 4096, 8192]
+    for job in jobs:
+        assert (job.cache.name, job.model.name, job.precision) == ("in_engine", "llama3_1b", "fp16")
+        assert job.benchmark.shapes == [BenchmarkShape(batch=1, input_length=32768)]
+        assert capacity_of(job.cache, longest_sequence(job.shape, None)) > 32768
 
 
 def test_a_batch_is_that_of_its_engine_of_its_prompt_and_of_its_generation() -> None:

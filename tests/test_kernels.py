@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import kernel_forms, kernels, prompt_attention, step_forms
+from benchmarks import chunk_attention, kernel_forms, kernels, prompt_attention, step_forms
 
 ROOT = Path(__file__).resolve().parent.parent
 PROFILES = ROOT / "benchmarks" / "profiles" / "h200_rtx_1_4"
@@ -40,6 +40,13 @@ def test_every_form_of_a_prompts_attention_builds(form: str, monkeypatch: pytest
     assert len(prompt_attention.build("qwen3_tiny", form)) > 10_000
     if GPU:
         assert prompt_attention.row_of("qwen3_tiny", form)["relative_error"] < kernels.WRONG
+
+
+@pytest.mark.parametrize("form", [*chunk_attention.FORMS, "whole"])
+def test_every_form_of_a_chunks_attention_builds(form: str) -> None:
+    assert len(chunk_attention.build("qwen3_tiny", form, 128, 512)) > 10_000
+    if GPU:
+        assert chunk_attention.row_of("qwen3_tiny", form, 256, 256, 512)["relative_error"] < kernels.WRONG
 
 
 @pytest.mark.parametrize(("raw", "above"), [("kernels.jsonl", 10), ("steps.jsonl", 10), ("steps_together.jsonl", 6)])

@@ -26,6 +26,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "llama4_text": {
         "attention_chunk_size": WIDTH, "num_hidden_layers": 2, "no_rope_layers": [1, 0],
+        "attn_temperature_tuning": False,  # which is 1 below 8192 tokens
         "layer_types": ["chunked_attention", "full_attention"], "moe_layers": [], "intermediate_size_mlp": 96,
     },
 }  # fmt: skip

@@ -14,6 +14,7 @@ from runs import DONE, SMALL, do
 from safetensors.torch import load_file, save_file
 from test_model import CPU, local, nothing, refusal
 from torch import Tensor
+from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from passes.errors import UserError
 from passes.quantised import DEQUANTISED
@@ -161,11 +162,16 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int], Packed]]] = {
 }  # fmt: skip
 
 
-def quantised(folder: Path, name: str) -> dict[str, Tensor]:
-    """Make ``folder`` a tiny Llama in that format, its head left as it is; the weights that it then stands for."""
+def quantised(folder: Path, name: str, model: PreTrainedModel | None = None) -> dict[str, Tensor]:
+    """Make ``folder`` a tiny Llama, or ``model``, in that format, the head left as it is; the weights that it then
+    stands for."""
     settings, pack = FORMATS[name]
     torch.manual_seed(0)
-    plain = load_file(save_tiny_llama(folder, num_hidden_layers=1) / "model.safetensors")
+    if model is None:
+        save_tiny_llama(folder, num_hidden_layers=1)
+    else:
+        model.save_pretrained(folder)
+    plain = load_file(folder / "model.safetensors")
     stored, expected = {}, dict(plain)
     for weight, tensor in plain.items():
         if weight.endswith("proj.weight"):
@@ -196,6 +202,21 @@ def test_its_reference_has_the_same_weights_one_type_wider(tmp_path: Path) -> No
     for weight, tensor in expected.items():
         assert torch.equal(wide.state_dict()[weight], tensor)
         assert torch.equal(narrow.state_dict()[weight], tensor.bfloat16())
+
+
+def test_experts_that_come_quantised_one_by_one_are_put_together(tmp_path: Path) -> None:
+    sizes = {key: TINY_LLAMA[key] for key in ("vocab_size", "hidden_size", "num_attention_heads", "head_dim")}
+    config = Qwen3MoeConfig(
+        **sizes, num_key_value_heads=2, num_hidden_layers=1, moe_intermediate_size=32, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    expected = quantised(tmp_path / "model", "GPTQ int4", Qwen3MoeForCausalLM(config))
+    loaded = load(local(tmp_path / "model"), "fp32", CPU, 0, nothing)
+    assert "weights come as GPTQ int4: 16 dequantised to fp32" in loaded.notes
+    loaded.model.save_pretrained(tmp_path / "again")  # one by one again
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert set(again) == set(expected) and any("experts.3.up_proj" in name for name in again)
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
 
 
 def test_sharded_weights_and_the_file_of_modelopt_alone_are_read(tmp_path: Path) -> None:
@@ -306,7 +327,7 @@ def test_a_checkpoint_that_comes_as_int4_becomes_an_engine_of_int4_where_that_is
     products = 2 * 64 * 64 + 2 * 32 * 64 + 3 * 96 * 64  # of the layer; int4 is half a byte
     assert outcome.report["engine"]["weights"].get("int4") == (products // 2 if small else None)
     if small:
-        assert "no unquantised ones" in outcome.report["verify"]["quality"]["not_judged"]
+        assert "no unquantised ones" in outcome.report["quality"]["not_judged"]
     came = "7 layers as they came, scales rounded" if small else "7 dequantised"
     assert any(note == f"weights come as GPTQ int4: {came} to fp16" for note in outcome.report["notes"])
 

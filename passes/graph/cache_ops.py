@@ -1,6 +1,7 @@
 """The project's own ops for a KV cache of fixed capacity: what a program that generates writes into its graph.
 
-``proved_attention::cache_update`` puts new keys or values in their place in the cache.
+``proved_attention::cache_update`` puts new keys or values in their place in the cache; ``proved_attention::cache_read``
+gives its first places, for a chunk of a prompt.
 ``proved_attention::cached`` is the attention of one new token over the cache: which keys it may see hangs on the
 token's position alone, so the mask is not in the graph.  A strategy writes it where the mask that Hugging Face makes
 was proved to say the same (:class:`passes.proof.mask.Placed`).
@@ -35,6 +36,25 @@ def update_in_aten(cache: Tensor, new: Tensor, position: Tensor, ring: bool = Fa
 @cache_update.register_fake
 def _(cache: Tensor, new: Tensor, position: Tensor, ring: bool = False) -> Tensor:
     return torch.empty_like(cache)
+
+
+@torch.library.custom_op("proved_attention::cache_read", mutates_args=())
+def cache_read(cache: Tensor, places: Tensor) -> Tensor:
+    """The first S places of ``cache`` [B, H, capacity, D], as ``places`` [1, S] is long; nothing else of it is read.
+
+    A tensor of its own, and no slice: whether a slice lies contiguous hangs on whether S is the capacity, and what
+    torch.export traces would hold for every other S alone."""
+    return read_in_aten(cache, places)
+
+
+def read_in_aten(cache: Tensor, places: Tensor) -> Tensor:
+    """What :func:`cache_read` computes, in torch's own words."""
+    return torch.slice_copy(cache, 2, 0, places.shape[1])
+
+
+@cache_read.register_fake
+def _(cache: Tensor, places: Tensor) -> Tensor:
+    return cache.new_empty((*cache.shape[:2], places.shape[1], cache.shape[3]))
 
 
 @torch.library.custom_op("proved_attention::cached", mutates_args=())
@@ -72,6 +92,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, position: Tensor, scale: float,
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
+READ = torch.ops.proved_attention.cache_read.default
 UPDATE = torch.ops.proved_attention.cache_update.default
 CACHED = torch.ops.proved_attention.cached.default
 

@@ -20,6 +20,7 @@ IN_ATEN = {
     **DECOMPOSITIONS,
     ops.NATIVE: ops.native_in_aten,
     cache_ops.UPDATE: cache_ops.update_in_aten,
+    cache_ops.READ: cache_ops.read_in_aten,
     cache_ops.CACHED: cache_ops.cached_in_aten,
     local_attention.WINDOWED: local_attention.windowed_in_aten,
     local_attention.CHUNKED: local_attention.chunked_in_aten,

@@ -1,4 +1,5 @@
-"""Builds the layers of a KV cache of fixed capacity: its update, and the attention of one token over it.
+"""Builds the layers of a KV cache of fixed capacity: its update, what a chunk of a prompt reads of it, and the
+attention of one token over it.
 
 What is known (``benchmarks/kernels.py`` on an H100 with TensorRT-RTX 1.6, Llama 3.2 1B, fp16; docs/generation.md):
 
@@ -19,11 +20,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from passes.graph.cache_ops import CACHED, UPDATE
+from passes.graph.cache_ops import CACHED, READ, UPDATE
 from passes.tensorrt.attention import as_tensor, reshaped, scaled
 from passes.tensorrt.versions import Stack
 
-CONVERTED = (UPDATE, CACHED)
+CONVERTED = (UPDATE, READ, CACHED)
 BLOCKED = -1e30
 """Added, in fp32, to the score of a key that must not be seen: far below every score, and e to it is 0."""
 
@@ -36,6 +37,8 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], in_place:
     """
     if node.target is CACHED:
         return _attention(stack, ctx, node, args)
+    if node.target is READ:
+        return _read(stack, ctx, node, *args)
     cache, new, position, *ring = args
     position = as_tensor(ctx, position, f"{node.name} [position]")
     if any(ring):
@@ -48,6 +51,21 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], in_place:
     equal = stack.trt.ElementWiseOperation.EQUAL
     here = reshaped(ctx.net, _compared(ctx, node, position, batch, capacity, equal), (batch, 1, capacity, 1))
     return ctx.net.add_select(here, new, cache).get_output(0)
+
+
+def _read(stack: Stack, ctx: Any, node: Node, cache: Any, places: Any) -> Any:
+    """``cache`` [batch, heads, capacity, size] up to as many places as ``places`` [1, S] has."""
+    net, sizes = ctx.net, list(cache.shape)
+    layer = net.add_slice(cache, (0,) * 4, (*sizes[:2], max(places.shape[1], 0), sizes[3]), (1,) * 4)
+    if places.shape[1] < 0:
+        outer, count, inner = (
+            as_tensor(ctx, torch.tensor(sizes[:2]), f"{node.name} [outer]"),
+            net.add_slice(net.add_shape(places).get_output(0), (1,), (1,), (1,)).get_output(0),
+            as_tensor(ctx, torch.tensor(sizes[3:]), f"{node.name} [inner]"),
+        )
+        layer.set_input(2, net.add_concatenation([outer, count, inner]).get_output(0))
+    layer.name = f"{node.name} [first places]"
+    return layer.get_output(0)
 
 
 def _compared(ctx: Any, node: Node, position: Any, batch: int, capacity: int, operation: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from passes.errors import UserError
 from passes.precision import FEW_BITS, PRECISIONS
-from pipeline.config.lengths import positions
+from pipeline.config.lengths import GRANULE, positions
 from pipeline.config.quantize import check_quantize
 from pipeline.config.schema import (
     ASSUMPTIONS,
@@ -182,6 +182,7 @@ def _check_cache(config: Config) -> None:
     if config.backend.name not in CACHES[cache.name]:
         has = ", ".join(name for name, owners in CACHES.items() if config.backend.name in owners)
         raise UserError(f"cache={cache.name}: backend={config.backend.name} has none such; it takes {has}")
+    _check_chunk(config)
     if cache.capacity is not None:
         if cache.name in ("none", "dynamic"):
             raise UserError(f"cache.capacity={cache.capacity}: cache={cache.name} has no capacity; leave it out")
@@ -221,6 +222,26 @@ def _check_cache(config: Config) -> None:
         )
     if cache.capacity is not None and total > cache.capacity:
         raise UserError(f"{asked}: {total} tokens in all, above cache.capacity={cache.capacity}")
+
+
+def _check_chunk(config: Config) -> None:
+    cache = config.cache
+    if cache.chunk is None:
+        return
+    asked = f"cache.chunk={cache.chunk}"
+    if cache.name != "in_engine" or config.backend.name != "tensorrt":
+        raise UserError(
+            f"{asked}: backend={config.backend.name} cache={cache.name} runs no prompt in chunks; "
+            "use backend=tensorrt cache=in_engine, or leave it out"
+        )
+    if config.shape.kind == "static":
+        raise UserError(f"{asked}: prompts of any length run in chunks, and shape=static has one; use shape=dynamic")
+    if cache.chunk < GRANULE or cache.chunk % GRANULE:
+        raise UserError(f"{asked}: must be a multiple of {GRANULE} tokens, and at least {GRANULE}")
+    if cache.capacity is not None and cache.chunk > cache.capacity:
+        raise UserError(f"{asked}: above cache.capacity={cache.capacity}")
+    if cache.capacity is None and cache.chunk > config.shape.max:
+        raise UserError(f"{asked}: above shape.max={config.shape.max}, the longest prompt")
 
 
 def _check_profile(config: Config) -> None:

@@ -20,6 +20,8 @@ def idle(config: Config) -> dict[str, str]:
             found["cache"] = f"backend={backend} generates nothing here (benchmark=generate does)"
     elif not config.reaches("write"):
         found["export"] = f"until={config.until} stops before anything is exported"
+    if (chunk := config.cache.chunk) is not None:
+        found |= dict.fromkeys(("shape.exact", "shape.opt"), f"prompts of any length run in chunks of {chunk} tokens")
     found |= idle_of_quantize(config.precision, config.quantize, config.cache.name != "none")
     if config.benchmark.generate is None:
         found["benchmark.min_generations"] = "nothing is generated (benchmark=generate does)"

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pipeline.config.schema import CacheConfig, GenerateShape, ShapeConfig
 from pipeline.host import gguf_header
 
 POSITIONS = ("max_position_embeddings", "n_positions")
@@ -22,6 +23,10 @@ POSITIONS = ("max_position_embeddings", "n_positions")
 
 GENERATED = {"input_length": 1920, "output_length": 128}
 """``benchmark.generate`` where it leaves them out; both fit ``shape.max=2048``."""
+
+GRANULE = 128
+"""Capacities of a cache, and chunks of a prompt, are multiples of it (tokens), so that a channel's values, which lie
+side by side, begin at addresses that suit wide loads."""
 
 SHARE = 16
 """Of the room for a generation, one part in so many is for new tokens: 128 of 2048."""
@@ -41,6 +46,19 @@ def positions(path: str | None, architecture: Mapping[str, Any]) -> int | None:
     parts = [described, described.get("text_config")] if isinstance(described, dict) else []
     found = [part.get(key) for part in parts if isinstance(part, Mapping) for key in POSITIONS]
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+
+
+def longest_sequence(shape: ShapeConfig, generate: GenerateShape | None) -> int:
+    """Tokens that a run's KV cache must hold where its capacity is left open: the generation that is asked for, and
+    at least one token behind the longest prompt."""
+    longest = generate.input_length + generate.output_length if generate else shape.max + GRANULE
+    return max(longest, shape.max + 1)
+
+
+def capacity_of(cache: CacheConfig, longest: int) -> int:
+    """Tokens that ``cache`` has room for: a whole number of chunks, or of granules."""
+    granule = cache.chunk or GRANULE
+    return -(-(cache.capacity or longest) // granule) * granule
 
 
 def settle(settings: DictConfig) -> tuple[str, ...]:

@@ -43,14 +43,17 @@ def model_by_name(argument: str, several: bool, known: Callable[[str], bool]) ->
     ``known``: whether conf/ has a model of that name, which comes first; then comes what is here, then the hub.
     """
     key, _, value = argument.partition("=")
-    if key != "model" or not ("/" in value or value.endswith(".gguf")):
+    if key != "model":
         return [argument]
     values = [unquoted(each) for each in (split(value) if several else [value])]
 
     def kind(each: str) -> str | None:
-        if not known(each) and ("/" in each or each.endswith(".gguf")) and Path(each).expanduser().exists():
+        if known(each) or not each:
+            return None
+        path = Path(each).expanduser() if each[:2] in ("~", "~/") else Path(each)
+        if path.is_dir() or path.suffix == ".gguf":
             return "local"
-        return "hub" if not known(each) and REPOSITORY.fullmatch(each) else None
+        return "hub" if REPOSITORY.fullmatch(each) else None
 
     kinds = {kind(each) for each in values}
     if kinds == {None}:

@@ -133,6 +133,8 @@ class CacheConfig:
     grows.  ``static``: tensors of a fixed capacity that go in and out.  ``in_engine``: updated in place by TensorRT."""
     capacity: int | None = None
     """Tokens that it holds; null: enough for the longest generation asked for."""
+    chunk: int | None = None
+    """in_engine only: tokens of a prompt that run at once, over the cache; null: the whole prompt in one pass."""
 
 
 @dataclass

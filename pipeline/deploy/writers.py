@@ -45,6 +45,8 @@ class CachedWriter:
         self._generator, self._shape = generator, shape
         self.shortest = 1 if shape.kind == "static" else shape.min
         self.longest_prompt, self.longest = shape.max, generator.cache.longest
+        if generator.cache.chunk is not None:  # its program takes a prompt of any length
+            self.shortest, self.longest_prompt = 1, self.longest - 1
 
     def steps(self, prompt: list[int], new_tokens: int, sampling: Sampling) -> Generator[int]:
         tokens, padding = torch.tensor([prompt] * self._shape.batch), None

@@ -38,6 +38,7 @@ from pipeline.config.schema import BackendConfig
 from pipeline.engine import profiles, unfused
 from pipeline.engine.sections import Engine
 from pipeline.trace.call_form import InputSpec
+from pipeline.trace.largest import refuse_larger
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,12 @@ def lower(
     few_bits: bool = True,
 ) -> Lowered:
     """Torch-TensorRT's own lowering, with attention kept whole for the converter; raises :class:`RunError` of kind
-    ``lowering`` where it cannot.
+    ``lowering`` where it cannot, and of kind ``too_large`` for a tensor beyond its indices.
 
     ``precision``: of the numbers.  ``few_bits``: quantised weights stay so; else the engine holds the same weights in
     ``precision``.
     """
+    refuse_larger(program)
     dynamo = stack.torch_tensorrt.dynamo
     from torch_tensorrt.dynamo.lowering import get_decompositions, post_lowering, pre_export_lowering
 

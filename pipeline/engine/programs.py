@@ -15,11 +15,12 @@ from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
 from passes.quantised import QuantisedWeight
+from pipeline.config.lengths import longest_sequence
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.engine.sections import Attention, attention_of
 from pipeline.model import few_bits
-from pipeline.trace import cached_forms, call_form
-from pipeline.trace.cache_shape import GRANULE, CacheShape, cache_shape
+from pipeline.trace import cached_forms, call_form, chunk_form
+from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
 from pipeline.trace.rings import with_rings
 
@@ -44,8 +45,8 @@ def cache_of(
     """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one."""
     if cache.name == "none":
         return None
-    longest = generate.input_length + generate.output_length if generate else shape.max + GRANULE
-    return with_rings(model, cache_shape(model, cache, shape, max(longest, shape.max + 1)))
+    kept = cache_shape(model, cache, shape, longest_sequence(shape, generate))
+    return kept if kept.chunk is not None else with_rings(model, kept)  # a chunk reads what it sees in its order
 
 
 def parts(
@@ -68,10 +69,10 @@ def parts(
         whole = call_form.CallForm(model, form.logits)
         return {"engine": partial(traced, call_form.trace, whole, form, shape)}
     prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
-    return {
-        "engine": partial(traced, cached_forms.trace_prefill, prefill, cache, shape),
-        "decode": partial(traced, cached_forms.trace_decode, decode, cache),
-    }
+    prompts: Callable[[], Traced] = partial(traced, cached_forms.trace_prefill, prefill, cache, shape)
+    if cache.chunk is not None:
+        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model), cache, cache.chunk)
+    return {"engine": prompts, "decode": partial(traced, cached_forms.trace_decode, decode, cache)}
 
 
 def rewritten(traced: Traced, asked: StrategyConfig) -> Program:

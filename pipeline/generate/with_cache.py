@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeline.engine.session import Runs, captured
+from pipeline.generate.prompt_pass import outputs, prompt_pass
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.rows import aligned
 from pipeline.generate.sampling import Choice, Sampling
@@ -51,13 +52,13 @@ class CachedGenerator:
         self._device, self._vocabulary = device, vocabulary
         self._use_graph = cuda_graph and device.type == "cuda"
         self._caches = [cache.tensors(device) for _ in decode]
-        self._names = [spec.name for spec in cache.specs()]
         self._graphs: dict[bool, list[torch.cuda.CUDAGraph]] = {}  # of a greedy step, and of one that draws
         self._replays_itself = False
-        self._prompts: Tensor | None = None
+        self._prompts = prompt_pass(prefill, cache, self._caches[0])
+        self._bound: tuple[int, ...] = ()
         self._prepared: tuple[Any, ...] | None = None
         batch, zeros = cache.batch, partial(torch.zeros, dtype=torch.int64, device=device)
-        self._lengths, self._last, self._position = (zeros(batch) for _ in range(3))
+        self._lengths, self._position = zeros(batch), zeros(batch)
         self._token = zeros(batch, 1)
         self._count = zeros(1)
         self._tokens = zeros(batch, cache.longest)
@@ -66,7 +67,7 @@ class CachedGenerator:
         for turn, session in enumerate(decode):
             after = self._caches[(turn + 1) % len(decode)]
             held = {"input_ids": self._token, "position": self._position, "output0": self._logits}
-            session.bind(held | dict(zip(self._names, self._caches[turn], strict=True)) | _outputs(after))
+            session.bind(held | cache.named(self._caches[turn]) | outputs(after))
 
     @property
     def cuda_graph(self) -> bool:
@@ -95,10 +96,7 @@ class CachedGenerator:
         if not was_ready:
             self._bind(prompts.shape)
             self._choice.prepare(sampling, new_tokens)
-        assert self._prompts is not None
-        self._prompts.copy_(prompts)
-        self._lengths.copy_(lengths)
-        self._last.copy_(lengths - 1)
+        self._hold(prompts, lengths)
         if self.stream is not None and new_tokens > 1 and self._choice.greedy not in self._graphs:
             self._compile(self.stream)
         self._prepared = asked
@@ -124,20 +122,20 @@ class CachedGenerator:
     def _bind(self, shape: Sequence[int]) -> None:
         """Have prompts of ``shape`` [batch, length] bound."""
         self._prepared = None
-        if self._prompts is not None and self._prompts.shape == tuple(shape):
+        if self._bound == tuple(shape):
             return
         self.generation += 1
-        self._prompts = None
-        prompts = torch.zeros(shape[0], shape[1], dtype=torch.int64, device=self._device)
+        self._bound = ()
         self._logits.fill_(float("nan"))
-        in_place, first = len(self._decode) == 1, self._caches[0]
-        filled = zip(first, self.cache.rows_of_prompt(shape[1]), strict=True)
-        self._fresh = first if in_place else [cache[:, :, :rows].clone() for cache, rows in filled]
-        held = {"input_ids": prompts, "last": self._last, "output0": self._logits}
-        self._prefill.bind(held | dict(zip(self._names, first, strict=True)) | _outputs(self._fresh))
-        self._prompts = prompts
+        self._prompts.bind(shape[0], shape[1], self._logits)
+        self._bound = tuple(shape)
         self._turn = 0
         self._wait()
+
+    def _hold(self, prompts: Tensor, lengths: Tensor) -> None:
+        """Take ``prompts`` [batch, length], of which the first ``lengths`` [batch] tokens are real."""
+        self._prompts.hold(prompts, lengths)
+        self._lengths.copy_(lengths)
 
     def prefill(self) -> None:
         self.run_prompts()
@@ -149,20 +147,14 @@ class CachedGenerator:
         compiled."""
         self.cache.check(tokens.shape, 0)
         self._bind(tokens.shape)
-        assert self._prompts is not None
-        self._prompts.copy_(tokens)
-        self._lengths.fill_(tokens.shape[1])
-        self._last.fill_(tokens.shape[1] - 1)
+        self._hold(*aligned(tokens, None))
         with behind_caller(self.stream):
             self.run_prompts()
         self._wait()
 
     def run_prompts(self) -> None:
         """Launch the pass over the prompts."""
-        self._prefill.run(self.stream)
-        if len(self._decode) > 1:
-            for cache, fresh in zip(self._caches[0], self._fresh, strict=True):
-                cache[:, :, : fresh.shape[2]].copy_(fresh)
+        self._prompts.run(self.stream)
         self._position.copy_(self._lengths)
         self._turn = 0
 
@@ -261,10 +253,7 @@ class CachedGenerator:
         length = rows.shape[1] - decoded
         self.cache.check((len(rows), length), decoded)
         self._bind((len(rows), length))
-        assert self._prompts is not None
-        self._prompts.copy_(rows[:, :length])
-        self._lengths.copy_((lengths - decoded).clamp(min=1))
-        self._last.copy_(self._lengths - 1)
+        self._hold(rows[:, :length], (lengths - decoded).clamp(min=1))
         collected = []
         with behind_caller(self.stream):
             self.run_prompts()
@@ -289,7 +278,3 @@ class CachedGenerator:
     def _wait(self) -> None:
         if self.stream is not None:
             torch.cuda.synchronize()
-
-
-def _outputs(caches: Sequence[Tensor]) -> dict[str, Tensor]:
-    return {f"output{i + 1}": cache for i, cache in enumerate(caches)}

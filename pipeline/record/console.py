@@ -156,6 +156,9 @@ def _summary_rows(report: dict[str, Any]) -> Iterator[tuple[str, *tuple[Part, ..
     if quality := report.get("quality"):  # none in a report of before
         yield from _quality_rows(quality)
     benchmark = report["benchmark"] or {"prefill": None, "prefill_shapes": [], "generate": None}
+    chunk = report["config"]["cache"].get("chunk")
+    if engine and chunk:
+        yield "prompts", f"in chunks of {chunk} tokens, over the cache"
     for entry in filter(None, (benchmark["prefill"], *benchmark["prefill_shapes"])):
         fraction = f", {entry['roofline_fraction']:.0%} of the roofline" if entry["roofline_fraction"] else ""
         yield (

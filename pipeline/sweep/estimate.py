@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from passes.errors import UserError
 from passes.precision import FEW_BITS, PRECISIONS
+from pipeline.config.lengths import capacity_of, longest_sequence
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.record.report import read_report
 from pipeline.sweep.jobs import Job, at
@@ -28,7 +30,7 @@ def show(jobs: Sequence[Job]) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("job", "", "time", "device memory"):
         table.add_column(column, overflow="fold")
-    models: dict[str, tuple[int, int] | None] = {}
+    models: dict[str, Sizes | None] = {}
     times: list[float | None] = []
     most = 0.0
     for job in jobs:
@@ -52,29 +54,48 @@ def show(jobs: Sequence[Job]) -> None:
         console.print(f"{time}; device memory up to {_memory(most or None)}")
 
 
-def device_bytes(config: Config, known: dict[str, tuple[int, int] | None]) -> float | None:
-    """Device memory at its peak, while the engine is compared with PyTorch: the weights at ``precision``, the wider
-    reference, the engine, and the logits of all three; without workspaces and activations.  None: no architecture.
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model device memory hangs on."""
 
-    ``known`` keeps parameters and vocabulary of the models that were asked for.
+    parameters: int
+    vocabulary: int
+    cached: int
+    """Numbers that a KV cache keeps of a token."""
+
+
+def device_bytes(config: Config, known: dict[str, Sizes | None]) -> float | None:
+    """Device memory at its peak, while the engine is compared with PyTorch: the weights at ``precision``, the wider
+    reference, the engine, the logits of all three, and the KV cache that the engine fills; without workspaces and
+    activations.  None: no architecture.
+
+    ``known`` keeps the sizes of the models that were asked for.
     """
     which = json.dumps([config.model.path, config.model.architecture], sort_keys=True)
     if which not in known:
-        known[which] = _parameters_and_vocabulary(config.model)
+        known[which] = _sizes(config.model)
     if (found := known[which]) is None:
         return None
-    parameters, vocabulary = found
     precision, few = PRECISIONS[config.number_type], FEW_BITS.get(config.precision)
     positions = config.shape.max if config.model.logits == "all" else 1
     copies = 2 if config.backend.name == "tensorrt" else 1
     each = float(copies * precision.bytes + precision.reference_dtype.itemsize)
-    logits = each * config.shape.batch * positions * vocabulary
+    logits = each * config.shape.batch * positions * found.vocabulary
+    cached = _caches(config) * config.shape.batch * found.cached * precision.bytes
     if few is not None:  # as PyTorch has them beside the model, a byte each, and as the engine has
         each += 1 + few.bits / 8 - precision.bytes
-    return each * parameters + logits
+    return each * found.parameters + logits + cached
 
 
-def _parameters_and_vocabulary(model: ModelConfig) -> tuple[int, int] | None:
+def _caches(config: Config) -> int:
+    """Tokens of a sequence that the engine's KV cache has room for, twice where it comes out as new tensors."""
+    if config.cache.name == "none" or config.backend.name != "tensorrt":
+        return 0
+    capacity = capacity_of(config.cache, longest_sequence(config.shape, config.benchmark.generate))
+    return capacity * (2 if config.cache.name == "static" else 1)
+
+
+def _sizes(model: ModelConfig) -> Sizes | None:
     """From the architecture alone: the model without its weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -88,7 +109,11 @@ def _parameters_and_vocabulary(model: ModelConfig) -> tuple[int, int] | None:
             empty = AutoModelForCausalLM.from_config(described)
     except UserError:
         return None
-    return sum(parameter.numel() for parameter in empty.parameters()), described.get_text_config().vocab_size
+    text = described.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    return Sizes(parameters, text.vocab_size, 2 * text.num_hidden_layers * heads * size)
 
 
 def _kind(config: dict[str, Any]) -> str:

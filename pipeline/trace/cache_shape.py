@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -12,12 +13,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.errors import UserError, whole_message
+from pipeline.config.lengths import GRANULE, capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.call_form import InputSpec
-
-GRANULE = 128
-"""Capacities are multiples of it, so that a channel's values, side by side, begin at addresses that suit wide loads."""
+from pipeline.trace.largest import MOST
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class CacheShape:
     """Tokens of a sequence at most: the capacity, or what the model has positions for."""
     layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: torch.dtype
+    chunk: int | None = None
+    """Tokens of a prompt that run at once over the cache, whose capacity is a multiple of it; None: all of them."""
     turn: int | None = None
     """Tokens that no sequence may cross once it is begun (:func:`pipeline.model.rotary.turn_of`)."""
 
@@ -74,6 +76,10 @@ class CacheShape:
                 found.append(InputSpec(f"{kind}_{i}", self.batch, size, size, size, sizes=layer[which], dtype=dtype))
         return tuple(found)
 
+    def named(self, caches: Sequence[Tensor]) -> dict[str, Tensor]:
+        """``caches`` in the order of :meth:`specs`, by the names of the inputs."""
+        return dict(zip([spec.name for spec in self.specs()], caches, strict=True))
+
     def check(self, prompts: Sequence[int], new_tokens: int) -> None:
         """Raises :class:`UserError` for ``prompts`` [batch, length] and ``new_tokens`` more that it cannot hold."""
         batch, length = prompts
@@ -84,6 +90,8 @@ class CacheShape:
             limit = f"cache.capacity={self.capacity}; set it higher"
             if self.longest < self.capacity:
                 limit = f"max_position_embeddings={self.longest} of the model"
+            if self.longest == self.turn:
+                limit = f"{self.turn}, where the model turns all positions anew, and this cache does not"
             raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
 
     def tensors(self, device: torch.device) -> list[Tensor]:
@@ -101,8 +109,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
 
     Raises :class:`UserError` for a model whose layers do not all keep keys and values of every token.
     """
-    capacity = cache.capacity or longest
-    capacity = in_granules(capacity)
+    capacity = capacity_of(cache, longest)
     layers = []
     for layer in _filled(model, cache.name).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
@@ -113,11 +120,19 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
         keys, values = layer.keys, layer.values
         heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
         layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
+    most = max(prod(sizes) for layer in layers for sizes in layer)
+    if most > MOST:
+        raise UserError(
+            f"shape.batch={shape.batch} cache.capacity={capacity}: {most} numbers in the keys of a layer, above the "
+            f"{MOST} up to which engines were seen right; set fewer rows, or a smaller capacity"
+        )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
     longest, turn = min(capacity, positions), turn_of(model.config)
-    if turn is not None and shape.max <= turn:  # no prompt begins beyond it
+    if turn is not None and (shape.max <= turn or cache.chunk):  # no prompt begins, or is begun again, beyond it
         longest = min(longest, turn)
-    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype, turn=turn)
+    return CacheShape(
+        cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype, chunk=cache.chunk, turn=turn
+    )
 
 
 def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:

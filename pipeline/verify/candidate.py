@@ -25,14 +25,12 @@ from pipeline.rivals.prompt import TorchRunner
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.call_form import CallForm
 from pipeline.verify.arithmetic import Forward, in_arithmetic, on_cpu
+from pipeline.verify.cases import DECODED
 
 if TYPE_CHECKING:
     from pipeline.engine.programs import Program
     from pipeline.generate.protocol import Generator
     from pipeline.measure.prompt import Runner
-
-DECODED = 4
-"""Tokens of a verification case that run through the cache, where its length leaves that many behind a prompt."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,8 @@ class Machine:
     """The longest sequence that ``forward`` takes, where that is more than the profile's longest prompt."""
     exact: tuple[int, ...] = ()
     """Lengths that an engine runs by an optimization profile of their own."""
+    chunk: int | None = None
+    """Tokens of a prompt that run at once, where that is not all of them."""
     finished: Callable[[], None] = lambda: None
     """To be called when it has been measured."""
     forced: Callable[[Tensor, Tensor | None, int], Tensor] | None = None
@@ -73,13 +73,14 @@ def engines(
 ) -> Machine:
     """The engine files of ``folder`` on this GPU.  ``cuda_graph``: ``backend.cuda_graph``.  ``kernels``: where the
     kernels that they compile are kept."""
-    exact = tuple(wanted.shape.exact)
     if wanted.cache is None:
         engine = open_engine(folder / "engine.trt", bool(cuda_graph), kernels)
         prefix = _without_cache(engine, loaded, wanted, cuda_graph is not False) if wanted.generates else None
         forward, taken = _of_any_length(engine.unguarded, wanted)
+        exact = tuple(wanted.shape.exact)
         return Machine("engine", forward, taken, engine, prefix, exact=exact, finished=engine.keep_kernels)
     generator = open_generator(folder, cuda_graph is not False, kernels)
+    exact = () if generator.cache.chunk else tuple(wanted.shape.exact)
     return _cached("engine", generator, wanted.shape, wanted.generates, exact, generator.keep_kernels)
 
 
@@ -173,8 +174,8 @@ def _cached(
 
     runner = PromptRunner(generator) if executed == "engine" else None
     timed = generator if generates else None
-    longest, forced = generator.cache.longest, generator.forced_logits
-    return Machine(executed, forward, shape, runner, timed, longest, exact, finished, forced)
+    cache, forced = generator.cache, generator.forced_logits
+    return Machine(executed, forward, shape, runner, timed, cache.longest, exact, cache.chunk, finished, forced)
 
 
 def vocabulary_of(loaded: LoadedModel) -> int:

@@ -13,6 +13,8 @@ from pipeline.engine import guard
 from pipeline.trace.call_form import make_inputs
 from pipeline.verify.sections import Case
 
+DECODED = 4
+"""Tokens of a case that run through a KV cache one by one, where its length leaves that many behind a prompt."""
 ROWS = slice(0, None, 2)
 """Which rows of a batch are padded or packed: every second one, and the only one."""
 
@@ -26,6 +28,7 @@ def cases(
     exact: Sequence[int] = (),
     ragged: bool = False,
     kernels: bool = True,
+    chunk: int | None = None,
 ) -> list[Case]:
     """The lengths of :func:`lengths`, with padding and packed documents where ``attention_mask`` and ``position_ids``
     are among the ``inputs`` to say so, and ``ragged`` where a generator is told how long each row of a batch is.
@@ -39,7 +42,7 @@ def cases(
     if "position_ids" in inputs:
         kinds.append(("none", "packed"))
     found = []
-    for length in sorted(set(config.lengths or lengths(shape, capacity, exact, kernels))):
+    for length in sorted(set(config.lengths or lengths(shape, capacity, exact, kernels, chunk))):
         for padding, positions in kinds if length > 2 else kinds[:1]:
             suffix = {"none": "", "ragged": "_ragged"}.get(padding, f"_{padding}_padding")
             suffix += "" if positions == "counted" else f"_{positions}"
@@ -49,19 +52,25 @@ def cases(
     return found
 
 
-def lengths(shape: ShapeConfig, capacity: int, exact: Sequence[int], kernels: bool) -> list[int]:
+def lengths(
+    shape: ShapeConfig, capacity: int, exact: Sequence[int], kernels: bool, chunk: int | None = None
+) -> list[int]:
     """Both ends of the profile, odd lengths, and where there are ``kernels`` around 512: TensorRT changes them there.
 
     ``exact``: lengths with an optimization profile of their own; each is tried, and the ends are the shortest and the
     longest of those beside them, which are left to the other profile.  ``capacity``: of a KV cache, or 0 without one;
     the first length that only the cache reaches, and its last; and one token behind each prompt of exact length, whose
-    cache it reads.
+    cache it reads.  ``chunk``: tokens of a prompt that run at once; prompts that end on both sides of the end of the
+    first chunk and of the second.
     """
     beside = [n for n in range(shape.min, shape.max + 1) if n not in exact]
     odd = (7, 77, 511, 512, 513) if kernels else (7, 77)
     found = [*beside[:1], *beside[-1:], *exact, *(n for n in odd if shape.min <= n <= shape.max)]
     if capacity:
         found += [n for n in (*(n + 1 for n in exact), shape.max + 1, capacity) if n <= capacity]
+    if chunk:
+        ends = (chunk - 1, chunk, chunk + 1, 2 * chunk, 2 * chunk + 1)
+        found += [n + DECODED for n in ends if shape.min <= n <= shape.max and n + DECODED <= capacity]
     return found
 
 

@@ -50,10 +50,10 @@ def text_for(asked: VerifyConfig, loaded: LoadedModel, precision: str) -> RealTe
     Raises :class:`UserError`."""
     if loaded.weights == "random":
         return "random weights predict no text"
+    if loaded.came_as is not None and precision in FEW_BITS:
+        return "the checkpoint has weights of fewer bits alone, and no unquantised ones to compare with"
     if loaded.tokenizer is None:
         return "the model has no tokenizer"
-    if loaded.came_as is not None and (loaded.quantised or precision in FEW_BITS):
-        return "the checkpoint has weights of fewer bits alone, and no unquantised ones to compare with"
     return real_text(asked.text, loaded, TOKENS[loaded.model.device.type] + 1)
 
 

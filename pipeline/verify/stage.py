@@ -90,7 +90,7 @@ def verify(
     )
     ragged = what.longest > 0 and batch > 1  # a cache's rows are at places of their own
     kernels = what.executed != "graph"
-    every = cases(asked, what.shape, form.inputs, form.logits, what.longest, what.exact, ragged, kernels)
+    every = cases(asked, what.shape, form.inputs, form.logits, what.longest, what.exact, ragged, kernels, what.chunk)
     inside, outside = split(every, assumed, form.inputs, batch)
     found = judge(inside)
     answer = None

@@ -11,7 +11,8 @@ from passes.proof.calls import AttentionCall
 from passes.proof.masks import Proof, Status
 
 TABLE: tuple[Lowering, ...] = (
-    native.CAUSAL, native.FULL, aten.CAUSAL, aten.FULL, cached.CACHED, local.WINDOWED, local.CHUNKED,
+    native.CAUSAL, native.FULL, native.LOWER_RIGHT, aten.CAUSAL, aten.FULL, cached.CACHED, local.WINDOWED,
+    local.CHUNKED,
 )  # fmt: skip
 """Without the mask.  Where both can be had, the native layer comes before aten's words for it."""
 

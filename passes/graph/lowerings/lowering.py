@@ -17,7 +17,7 @@ class Action(StrEnum):
     """What becomes of an attention call; the values are the words of the report."""
 
     NATIVE_CAUSAL = "native_causal"
-    """The native layer with its causal flag."""
+    """The native layer with its causal flag: upper-left, or lower-right where the mask was proved that."""
     NATIVE_FULL = "native_full"
     """The native layer without mask."""
     NATIVE_MASK = "native_mask"

@@ -1,4 +1,4 @@
-"""The native layer: with its causal flag, without a mask, or with the mask as its input.
+"""The native layer: with one of its causal flags, without a mask, or with the mask as its input.
 
 Legal because ``proved_attention::native`` computes what ``scaled_dot_product_attention`` does with the call's own
 tensors: for every mask where it is handed the mask, and from the causal flag alone, or from nothing, where the mask was
@@ -7,18 +7,21 @@ proved to say the same for every index, length and input.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch.fx import Graph, Node
 
 from passes.graph import ops
+from passes.graph.blank_rows import every_row_sees_a_key
 from passes.graph.lowerings.lowering import Ability, Action, Lowering
 from passes.graph.writing import aten, is_one, made_in, put, size_of
 from passes.proof.calls import AttentionCall
-from passes.proof.mask import Absent, Causal, Full, Mask
+from passes.proof.mask import Absent, Causal, Full, LowerRight, Mask
 
 
-def _causal(graph: Graph, call: AttentionCall) -> None:
+def _causal(kind: str, graph: Graph, call: AttentionCall) -> None:
     mask = None if call.mask is None else _full_mask(graph, call)  # stays as the evidence; the converter drops it
-    put(graph, call, ops.NATIVE, (mask, "upper_left", call.scale))
+    put(graph, call, ops.NATIVE, (mask, kind, call.scale))
 
 
 def _full(graph: Graph, call: AttentionCall) -> None:
@@ -45,6 +48,9 @@ def _full_mask(graph: Graph, call: AttentionCall) -> Node:
         return made_in(graph, aten.expand.default, mask, [-1, -1, *sizes])
 
 
-CAUSAL = Lowering(Action.NATIVE_CAUSAL, _causal, (Causal,), Ability.NATIVE)
+CAUSAL = Lowering(Action.NATIVE_CAUSAL, partial(_causal, "upper_left"), (Causal,), Ability.NATIVE)
+LOWER_RIGHT = Lowering(
+    Action.NATIVE_CAUSAL, partial(_causal, "lower_right"), (LowerRight,), Ability.NATIVE, every_row_sees_a_key
+)
 FULL = Lowering(Action.NATIVE_FULL, _full, (Absent, Full), Ability.NATIVE)
 MASKED = Lowering(Action.NATIVE_MASK, _masked, (Mask,), Ability.NATIVE)

@@ -1,0 +1,108 @@
+"""The pass over the prompts of a generator with a KV cache: all their tokens at once, or a chunk after another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from pipeline.engine.session import Runs
+from pipeline.trace.cache_shape import CacheShape
+
+
+class PromptPass(Protocol):
+    """Fills the cache with the prompts, and gives the logits behind each."""
+
+    def bind(self, batch: int, length: int, logits: Tensor) -> None:
+        """Allocate everything for prompts [batch, length], whose logits go to ``logits`` [batch, 1, vocabulary]."""
+
+    def hold(self, rows: Tensor, lengths: Tensor) -> None:
+        """Take the prompts ``rows`` [batch, length], of which the first ``lengths`` [batch] tokens are real."""
+
+    def run(self, stream: torch.cuda.Stream | None) -> None:
+        """Launch it; waits for nothing and allocates nothing."""
+
+
+class WholePrompts:
+    """A program that runs all tokens in one pass, whatever their number within its profile."""
+
+    def __init__(self, program: Runs, cache: CacheShape, caches: Sequence[Tensor]) -> None:
+        self._program, self._cache, self._caches = program, cache, caches
+
+    def bind(self, batch: int, length: int, logits: Tensor) -> None:
+        self._rows = torch.zeros(batch, length, dtype=torch.int64, device=logits.device)
+        self._last = torch.zeros(batch, dtype=torch.int64, device=logits.device)
+        self._made = self._caches  # filled where they lie, or of the prompts' length and copied there
+        if self._cache.mode != "in_engine":
+            filled = zip(self._caches, self._cache.rows_of_prompt(length), strict=True)
+            self._made = [cache[:, :, :rows].clone() for cache, rows in filled]
+        tensors = {"input_ids": self._rows, "last": self._last, "output0": logits}
+        self._program.bind(tensors | self._cache.named(self._caches) | outputs(self._made))
+
+    def hold(self, rows: Tensor, lengths: Tensor) -> None:
+        self._rows.copy_(rows)
+        self._last.copy_(lengths - 1)
+
+    def run(self, stream: torch.cuda.Stream | None) -> None:
+        self._program.run(stream)
+        if self._made is not self._caches:
+            for cache, made in zip(self._caches, self._made, strict=True):
+                cache[:, :, : made.shape[2]].copy_(made)
+
+
+class ChunkedPrompts:
+    """A program that runs ``cache.chunk`` tokens of each row over the cache (:mod:`pipeline.trace.chunk_form`).
+
+    The last chunk is filled up behind the prompts, so that the sizes that the program meets are multiples of the chunk,
+    the same for prompts of any length.  What is written there into the cache is not seen, and the tokens that are
+    generated take its place.
+    """
+
+    def __init__(self, program: Runs, cache: CacheShape, caches: Sequence[Tensor], chunk: int) -> None:
+        self._program, self._cache, self._caches, self._chunk = program, cache, caches, chunk
+
+    def bind(self, batch: int, length: int, logits: Tensor) -> None:
+        count, device = -(-length // self._chunk), logits.device
+        self._tokens = torch.zeros(count, batch, self._chunk, dtype=torch.int64, device=device)
+        self._last = torch.zeros(count, batch, dtype=torch.int64, device=device)
+        self._ends = torch.zeros(count, batch, 1, 1, dtype=torch.bool, device=device)
+        # Padding has no position of its own: a model has embeddings up to its longest sequence and no further.
+        places = torch.arange(count * self._chunk, device=device).clamp(max=self._cache.longest - 1)
+        self._places = places.unsqueeze(0)
+        self._logits, self._behind_chunk = logits, torch.full_like(logits, float("nan"))
+        self._fixed = {"output0": self._behind_chunk} | self._cache.named(self._caches) | outputs(self._caches)
+        self._bind_chunk(count - 1)  # a length that does not fit is refused here
+
+    def hold(self, rows: Tensor, lengths: Tensor) -> None:
+        count, batch, chunk = self._tokens.shape
+        whole = pad(rows, (0, count * chunk - rows.shape[1]))
+        self._tokens.copy_(whole.view(batch, count, chunk).transpose(0, 1))
+        last, number = lengths - 1, torch.arange(count, device=lengths.device).unsqueeze(1)
+        self._last.copy_((last - number * chunk).clamp(0, chunk - 1))
+        self._ends.copy_((last // chunk == number)[:, :, None, None])
+
+    def run(self, stream: torch.cuda.Stream | None) -> None:
+        for number, ends in enumerate(self._ends):
+            self._bind_chunk(number)
+            self._program.run(stream)
+            torch.where(ends, self._behind_chunk, self._logits, out=self._logits)
+
+    def _bind_chunk(self, number: int) -> None:
+        seen = self._places[:, : (number + 1) * self._chunk]
+        own = {"input_ids": self._tokens[number], "last": self._last[number], "places": seen}
+        self._program.bind(own | self._fixed)
+
+
+def prompt_pass(program: Runs, cache: CacheShape, caches: Sequence[Tensor]) -> PromptPass:
+    """What runs ``program``, which fills ``caches``, the tensors of ``cache``, over prompts."""
+    if cache.chunk is None:
+        return WholePrompts(program, cache, caches)
+    return ChunkedPrompts(program, cache, caches, cache.chunk)
+
+
+def outputs(caches: Sequence[Tensor]) -> dict[str, Tensor]:
+    """``caches`` by the names of the outputs behind the logits."""
+    return {f"output{i + 1}": cache for i, cache in enumerate(caches)}
