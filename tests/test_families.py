@@ -230,7 +230,7 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         lambda x: x.slice_scatter(x[..., ::2] * 2, -1, 0, 8, 2),
         lambda x: x.scatter(-1, x[:1, :1].argsort(-1)[..., :2], 7),
         lambda x: x.view(2, -1, 4).expand(2, -1, 4).reshape(-1, 4),
-        lambda x: ((x > 0) & ~(x > 1) | (x < -1)) ^ (x > 2),
+        lambda x: torch.bitwise_xor(torch.bitwise_or(torch.bitwise_and(x > 0, ~(x > 1)), x < -1), x > 2),
         lambda x: x.max(-1).values + x.max(-1).indices,
         lambda x: torch.cat(x.max(1, keepdim=True), -1),
     ],
@@ -250,7 +250,7 @@ def test_the_form_that_converters_need_computes_the_same(write: Any) -> None:
 def test_bools_have_logical_operations_and_whole_numbers_keep_theirs() -> None:
     def both(x: Tensor) -> tuple[Tensor, Tensor]:
         whole = x.long()
-        return (x > 0) & (x < 1), whole & (whole + 1)
+        return torch.bitwise_and(x > 0, x < 1), torch.bitwise_and(whole, whole + 1)
 
     graph = program_of(both, torch.randn(2, 3, 8)).module()
     network_form.prepare(graph)
