@@ -62,7 +62,7 @@ class Net:
             return self.net.add_cast(held, kind).get_output(0) if wide else held
         out, inner = value.shape
         most = 2 ** (bits - 1) - 1
-        blocks = value.astype(np.float32).reshape(out, -1, inner if bits == 8 else BLOCK)
+        blocks = value.astype(np.float32).reshape(out, -1, BLOCK if bits == 4 and inner % BLOCK == 0 else inner)
         scales = (np.abs(blocks).max(2, keepdims=True) / most).astype(scale_type)
         whole = np.clip(np.rint(blocks / scales.astype(np.float32)), -most, most).astype(np.int8).reshape(out, inner)
         if bits == 8:

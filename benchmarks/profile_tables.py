@@ -67,16 +67,16 @@ def _figure(row: Mapping[str, Any]) -> Figure:
 Kernel = dict[str, Any]
 Roles = tuple[tuple[str, Callable[[str, int], bool]], ...]
 STEP_ROLES: Roles = (
-    # By what TensorRT-RTX 1.4 fuses and so calls its kernels; the second argument counts those of one name, the
+    # By what TensorRT-RTX 1.6 fuses and so calls its kernels; the second argument counts those of one name, the
     # longest first: gate and up are more than query, key and value.
-    ("gate and up projections, with the norm", lambda name, nth: name == "AddSqrtDivMulCastReshMulSum" and nth == 0),
-    ("query, key and value projections, with the norm", lambda name, nth: name == "AddSqrtDivMulCastReshMulSum"),
-    ("down projection, with the activation", lambda name, _: name == "ReshSlicSlicSiluMulReshMulSum"),
-    ("the product with the vocabulary", lambda name, _: name.startswith("cudnn_")),
-    ("scores", lambda name, _: name == "ReshReshMulCastSum"),
-    ("softmax, with the mask", lambda name, _: name.endswith("MaxrSubExpSum")),
-    ("weighted values", lambda name, _: name == "CastReshReshMulCastSum"),
-    ("output projection, with the division", lambda name, _: name == "ReshDivMulCastReshReshMulSum"),
+    ("gate and up projections, with the norm", lambda name, nth: _sum_of("AddSqrtDivMulCastReshMul", name) and nth == 0),
+    ("query, key and value projections, with the norm", lambda name, _: _sum_of("AddSqrtDivMulCastReshMul", name)),
+    ("down projection, with the activation", lambda name, _: "SiluMulReshMul" in name and _sum_of("", name)),
+    ("the product with the vocabulary", lambda name, _: _sum_of("AddSqrtDivMulCastMul", name)),
+    ("scores", lambda name, _: name == "MulReshReshMulCastSum"),
+    ("softmax, with the mask", lambda name, _: "MaxrSubExp" in name),
+    ("weighted values", lambda name, _: name == "ReshReshMulCastSum"),
+    ("output projection, with the division", lambda name, _: _sum_of("ReshDivMulCastResh", name)),
     ("rotation of query and key, updates of both caches", lambda name, _: "Scat" in name),
     ("mean squares of the norms, with the residual; the embedding", lambda name, _: "CastMulMean" in name),
     ("everything else", lambda name, _: True),
@@ -87,6 +87,11 @@ PROMPT_ROLES: Roles = (
     ("gate's activation times up", lambda name, _: name == "SiluMul"),
     ("everything else", lambda name, _: True),
 )
+
+
+def _sum_of(beginning: str, name: str) -> bool:
+    """Whether a kernel adds up what ``beginning`` says; what is done to the sums may stand behind."""
+    return name.startswith(beginning) and re.search(r"Sum(Add|Cast|Resh|Mul)*$", name) is not None
 
 
 def by_role(kernels: Iterable[Kernel], roles: Roles) -> dict[str, Kernel]:

@@ -11,7 +11,7 @@ import torch
 from benchmarks import chunk_attention, kernel_forms, kernels, prompt_attention, step_forms
 
 ROOT = Path(__file__).resolve().parent.parent
-PROFILES = ROOT / "benchmarks" / "profiles" / "h200_rtx_1_4"
+PROFILES = ROOT / "benchmarks" / "profiles" / "h100_rtx_1_6"
 GPU = torch.cuda.is_available()
 
 

@@ -54,7 +54,7 @@ from pipeline.tracking.recovery import recover
 from pipeline.tracking.runs import start
 from pipeline.verify.sections import Deviation, JudgedCase, Verification, WorstBlock, WorstPosition
 
-RESULTS = ROOT / "benchmarks" / "results" / "h200_rtx_1_4_generate"
+RESULTS = ROOT / "benchmarks" / "results" / "h100_rtx_1_6_generate"
 
 jsonschema = pytest.importorskip("jsonschema", reason="a GPU host without a package index may lack it")
 

@@ -337,7 +337,7 @@ KEPT_PROFILES = Path(__file__).parent / "kept_profiles"
 
 def test_every_kernel_of_a_profile_has_one_role_and_gate_and_up_are_the_longer_of_two() -> None:
     found = profile_tables.profiles(KEPT_PROFILES, "decode")
-    assert len(found) == 3
+    assert len(found) == 2
     for profile in found.values():
         roles = profile_tables.by_role(profile["kernels"], profile_tables.STEP_ROLES)
         assert sum(role["us"] for role in roles.values()) == pytest.approx(profile["kernels_us"])
@@ -367,7 +367,7 @@ def test_the_groups_of_a_step_are_its_roles_put_together_and_add_up_to_the_step(
 
 def test_roles_that_no_kernel_has_and_variants_that_were_not_profiled_are_not_shown(tmp_path: Path) -> None:
     profile = json.loads((KEPT_PROFILES / "llama3_1b-decode.json").read_text())
-    profile["kernels"] = [kernel for kernel in profile["kernels"] if "MaxrSubExpSum" not in kernel["name"]]
+    profile["kernels"] = [kernel for kernel in profile["kernels"] if "MaxrSubExp" not in kernel["name"]]
     (tmp_path / "llama3_1b-decode.json").write_text(json.dumps(profile))
     text = profile_tables.steps(tmp_path)
     assert "scores" in text and "softmax" not in text and "earlier step" not in text
