@@ -7,8 +7,8 @@ TensorRT see the same numbers.
 
 Round to nearest: the scale is the least at which nothing of a channel, or of a block of one, is cut off.  (That of the
 least squared error is worse where it counts: with it the perplexity of SmolLM2-135M in int4, blocks of 64, rose by 56 %
-where it rises by 42.)  Scales are numbers of the model's own type, times a power of two, so that an engine, which
-multiplies by them in that type, multiplies by the same.
+where it rose by 42; that all 16 numbers are used made that 37.)  Scales are numbers of the model's own type, times a
+power of two, so that an engine, which multiplies by them in that type, multiplies by the same.
 """
 
 from __future__ import annotations

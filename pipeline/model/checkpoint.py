@@ -17,10 +17,11 @@ from pipeline.config.schema import ModelConfig
 from pipeline.host import gguf_header
 from pipeline.host.files import sha256_of
 from pipeline.model import config_json, gguf, gguf_config, hub, packages
-from pipeline.model.stored.folder import Stored, format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from pipeline.model.stored.folder import Stored
 
 Progress = Callable[[str], None]
 
@@ -131,6 +132,8 @@ def _raw(folder: Path, origin: str) -> dict[str, Any]:
 
 def _stored(folder: Path, files: list[Path], origin: str) -> Stored | None:
     """How the weights in ``files`` are quantised, as the config files in ``folder`` say."""
+    from pipeline.model.stored.folder import Stored, format_of
+
     form = format_of(config_json.read_json(folder / "config.json", origin), folder, origin)
     return None if form is None else Stored(form, tuple(files))
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from passes.errors import UserError, whole_message
 from pipeline.model import gguf
-from pipeline.model.stored.folder import format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -59,6 +58,8 @@ def causal_lm(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
         if raw.get("auto_map"):
             raise UserError(f"{origin}: model_type={kind} {needs_code}")
         raise UserError(f"{origin}: model_type={kind} is not known to transformers {__version__}; install a newer one?")
+    from pipeline.model.stored.folder import format_of  # with torch, which a mistake in a setting need not wait for
+
     format_of(raw, None, origin)  # refuses what is not read
     plain = {key: value for key, value in raw.items() if key != "quantization_config"}
     try:
