@@ -75,7 +75,7 @@ def test_its_engine_is_built_and_what_it_was_built_from_is_verified(store: str, 
     report = conforms(outcome.folder)
     assert report["status"] == DONE, report["failure"]
     assert report["attention"]["summary"]["by_mask"] == {"sliding_window": 15, "causal": 3}
-    assert report["verify"]["passed"] and max(case["input_length"] for case in report["verify"]["cases"]) == longest
+    assert report["verify"]["passed"] and max(case["length"] for case in report["verify"]["cases"]) == longest
     assert (outcome.folder / report["engine"]["file"]).stat().st_size > 500e6
 
 
