@@ -2,7 +2,7 @@
 
 python -m benchmarks.masks                       # the table: half an hour of two cores
 python -m benchmarks.masks --only llama,gpt2     # a part of it
-python -m benchmarks.masks --write               # into docs/architectures.md
+python -m benchmarks.masks --write               # into docs/masks-by-call.md
 
 Exit code 1 where a proof was contradicted.
 """
@@ -28,7 +28,7 @@ from benchmarks.call_forms import BATCH, FORMS, LONGEST, CallForm, export
 from passes.proof.calls import AttentionCall, find_calls
 from passes.proof.masks import Proof, Status, prover_of
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "masks-by-call.md"
 
 
 @dataclass(frozen=True)

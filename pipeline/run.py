@@ -84,7 +84,7 @@ def _load(record: Record) -> Loaded:
     model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
     text = quality.text_for(config.verify, model) if config.judges_quality else None
     record.note(*model.notes)
-    limits.check_fit(model, config.shape, config.benchmark.generate, config.seed)
+    limits.check_fit(model, config.shape, config.benchmark.generate, config.seed, config.runs_at_one_length)
     limits.check_range(model, config.precision, config.seed)
     asked = (config.cache, config.shape, config.benchmark.generate)
     cache = programs.cache_of(model.model, *asked) if builds else None
@@ -198,7 +198,8 @@ def _build(
             networks[name] = network.interpret(stack, low, conversion)
             record.put_engine(name, networks[name].contents)
         if asked.require_fused:
-            unfused.refuse({name: each.contents for name, each in networks.items()})
+            found = {name: each.contents for name, each in networks.items()}
+            unfused.refuse(found, {name: each.attention for name, each in made_from.items()})
 
     with record.stage("build"):
         built = {}

@@ -122,7 +122,7 @@ def test_what_is_not_fused_is_said_with_its_layers_its_form_and_tensorrts_reason
     with pytest.raises(
         RunError, match=rf"require_fused=true: .*{found.layers[1]} of engine.trt: fp32, causal"
     ) as error:
-        unfused.refuse({"engine": made})
+        unfused.refuse({"engine": made}, {})
     assert error.value.kind == "unfused"
 
 

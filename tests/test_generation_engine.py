@@ -226,7 +226,7 @@ def test_rows_that_get_each_others_places_fail_the_verification(
         return honest(position[:1].expand_as(position), *rings, **how)
 
     monkeypatch.setattr(cached_forms, "_mask_of_rows", of_the_first_row)
-    monkeypatch.setattr(cached_forms, "_reads_first_row", lambda program: False)
+    monkeypatch.setattr(cached_forms, "reads_first_row", lambda program: False)
     batch = ["shape.batch=3", "benchmark.generate.batch=3", "cache=in_engine", "strategy=decompose", "shape.exact=[]"]
     report = report_of(store, tmp_path, one_layer, *batch, "benchmark.shapes=[]")
 

@@ -19,7 +19,7 @@ from pipeline.config.schema import OPTIONAL_PASSES, StrategyConfig
 from pipeline.engine.network import ours
 from pipeline.engine.programs import dropped
 
-EVERY = ["prepare", "prove", "group_heads", "lower_attention", "narrow_rows", "remove_dead_code"]
+EVERY = ["prepare", "write_out_complex", "prove", "group_heads", "lower_attention", "narrow_rows", "remove_dead_code"]
 
 
 def test_every_pass_is_reported_in_its_order_with_what_it_changed(caplog: pytest.LogCaptureFixture) -> None:
@@ -29,7 +29,7 @@ def test_every_pass_is_reported_in_its_order_with_what_it_changed(caplog: pytest
     assert list(changed) == EVERY
     assert (changed["group_heads"], changed["lower_attention"]) == (2, 2)
     assert changed["narrow_rows"] > 0 and changed["remove_dead_code"] > 10, "the masks' graphs are gone"
-    assert "3 of 6, group_heads: 2 changed" in caplog.text
+    assert "4 of 7, group_heads: 2 changed" in caplog.text
 
 
 @pytest.mark.parametrize("left_out", driver.optional(PASSES))

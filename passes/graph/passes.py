@@ -18,12 +18,13 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from passes.graph.blank_rows import every_row_sees_a_key
+from passes.graph.complex_numbers import write_out
 from passes.graph.driver import Pass
 from passes.graph.lowerings.lowering import Action, BackEnd
 from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
 from passes.graph.strategies import Decision, Strategy
-from passes.proof.calls import AttentionCall, find_calls, native_gqa
+from passes.proof.calls import AttentionCall, find_calls, native_gqa, written_out
 from passes.proof.masks import Proof, Prover, Status, prover_of
 
 
@@ -52,6 +53,10 @@ class Work:
     unproven: str | None
     assume: Collection[str]
     back_end: BackEnd
+    needed: bool = True
+    """Whether a graph without attention calls is an error."""
+    written_out: list[str] = field(default_factory=list)
+    """Softmaxes of attention that is no call."""
     attention: list[Attention] = field(default_factory=list)
     prover: Prover = field(init=False)
 
@@ -65,10 +70,16 @@ def prepared(work: Work) -> int:
 def proved(work: Work) -> int:
     """What each mask is, and what is to become of its call."""
     work.prover = prover_of(work.program, work.assume)
-    for call in find_calls(work.program.graph_module):
+    work.written_out = written_out(work.program.graph_module)
+    for call in find_calls(work.program.graph_module, work.needed):
         proof = work.prover.prove(call)
         work.attention.append(Attention(call, proof, work.decide(call, proof, work.unproven, work.back_end)))
     return 0
+
+
+def complex_written_out(work: Work) -> int:
+    """Complex numbers as two real ones."""
+    return write_out(work.program.graph_module)
 
 
 def heads_grouped(work: Work) -> int:
@@ -113,6 +124,7 @@ def _keeps_alive(node: Node) -> bool:
 
 PASSES: tuple[Pass[Work], ...] = (
     Pass("prepare", prepared),
+    Pass("write_out_complex", complex_written_out),
     Pass("prove", proved),
     Pass("group_heads", heads_grouped, optional=True),
     Pass("lower_attention", lowered),

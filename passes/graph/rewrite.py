@@ -37,6 +37,7 @@ def rewrite(
     assume: Collection[str] = (),
     back_end: BackEnd = OURS,
     without: Collection[str] = (),
+    needed: bool = True,
 ) -> Rewritten:
     """Prove every mask of ``program`` and rewrite its attention calls by strategy ``name``, for ``back_end``.
 
@@ -44,12 +45,14 @@ def rewrite(
     ``without`` those of :data:`passes.graph.passes.PASSES` that are left out, where they are optional.
 
     ``program`` is changed in place; use what is returned.  Raises :class:`passes.errors.RunError` of kind ``unproven``
-    where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops.
+    where the strategy was told to, and of kind ``no_attention`` for a graph without attention ops where they are
+    ``needed``.
     """
-    work = Work(program, strategy(name), unproven, assume, back_end)
+    work = Work(program, strategy(name), unproven, assume, back_end, needed)
     done = driver.run(PASSES, work, lambda each: each.program.graph_module, without)
     assumed = {condition for each in work.attention if each.is_assumed for condition in each.proof.conditions}
-    return Rewritten(work.program, [record(each, back_end) for each in work.attention], done, sorted(assumed))
+    calls = [record(each, back_end) for each in work.attention]
+    return Rewritten(work.program, calls, done, sorted(assumed), work.written_out)
 
 
 def in_aten(program: ExportedProgram) -> ExportedProgram:

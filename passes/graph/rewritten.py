@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -25,6 +25,8 @@ class Rewritten:
     passes: list[PassRecord]
     assumed: list[str]
     """The conditions on whose word a mask was dropped: outside of them ``program`` is wrong."""
+    written_out: list[str] = field(default_factory=list)
+    """Attention that is no call, but products and these softmaxes: it stays so, and no mask of it is looked at."""
 
     @property
     def narrowed(self) -> int:
@@ -42,6 +44,7 @@ class Rewritten:
                 "assumed": self.assumed,
                 "proof_seconds": round(sum(call.seconds for call in self.calls), 4),
                 "narrowed": self.narrowed,
+                "written_out": self.written_out,
             },
         }
 

@@ -78,21 +78,49 @@ class AttentionCall:
         return int(self.query.meta["val"].shape[-1])
 
 
-def find_calls(graph_module: GraphModule) -> list[AttentionCall]:
+def find_calls(graph_module: GraphModule, needed: bool = True) -> list[AttentionCall]:
     """Every attention call of ``graph_module``, in the order of execution.
 
-    Raises :class:`passes.errors.RunError` of kind ``no_attention`` where there is none.
+    Raises :class:`passes.errors.RunError` of kind ``no_attention`` where there is none and one is ``needed``.
     """
     calls: list[AttentionCall] = []
     for node in graph_module.graph.nodes:
         if node.op == "call_function" and node.target in FORMS:
             calls.append(_view(len(calls), node))
-    if not calls:
+    if needed and not calls:
         raise RunError(
             "no_attention",
             "the traced graph has no attention op; load the model with attn_implementation=sdpa (eager writes it out)",
         )
     return calls
+
+
+THROUGH = {
+    *VIEW_LIKE, aten.alias.default, aten.slice.Tensor, aten._to_copy.default, aten.to.dtype, aten.type_as.default,
+    aten.dropout.default,
+}  # fmt: skip
+"""What lies between a softmax and the product that it weighs."""
+SOFTMAX = {aten._softmax.default, aten.softmax.int}
+PRODUCTS = {aten.bmm.default, aten.matmul.default, aten.mm.default}
+
+
+def written_out(graph_module: GraphModule) -> list[str]:
+    """Names of the softmaxes in ``graph_module`` that weigh the rows of a product: attention without a call."""
+    found = []
+    for softmax in graph_module.graph.nodes:
+        pending = [softmax] if softmax.target in SOFTMAX else []
+        seen: set[Node] = set(pending)
+        while pending:
+            made = pending.pop()
+            for user in made.users:
+                if user.target in PRODUCTS and user.args[0] is made:
+                    found.append(softmax.name)
+                    pending.clear()
+                    break
+                if user.target in THROUGH and user not in seen:
+                    seen.add(user)
+                    pending.append(user)
+    return found
 
 
 def _view(index: int, node: Node) -> AttentionCall:

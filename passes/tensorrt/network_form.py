@@ -5,21 +5,34 @@
 * What is written into a slice of a tensor is scattered element by element, which fails where a length is dynamic.
   Along an axis of known size it stands between what the tensor has before and behind it.
 * A number that is scattered is made a constant of double precision where the sizes are known, which TensorRT has not.
+* Torch-TensorRT knows of a bitwise operation on bools only by a note that constants do not have; on bools they are the
+  logical ones.
+* The largest element along an axis and its place, together, are the first of those that ``topk`` gives.
+* The greater of two sizes of which one is known to be: that one.  There is no layer that would choose.
 * What ``empty`` holds is undefined, so zeros will do; there is no layer for it.
 """
 
 from __future__ import annotations
 
+from operator import getitem
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from passes.proof.op_kinds import RESHAPES
 
 aten = torch.ops.aten
 
 VIEWS = (*RESHAPES, aten.expand.default)
+LOGICAL = {
+    aten.bitwise_and.Tensor: aten.logical_and.default,
+    aten.bitwise_or.Tensor: aten.logical_or.default,
+    aten.bitwise_xor.Tensor: aten.logical_xor.default,
+    aten.bitwise_not.default: aten.logical_not.default,
+}
 
 
 def prepare(graph: GraphModule) -> int:
@@ -32,6 +45,12 @@ def prepare(graph: GraphModule) -> int:
             _put_between(node)
         elif node.target is aten.scatter.value and "val" in node.args[2].meta:
             _spell_out_number(node)
+        elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:  # then so are what it reads
+            node.target = LOGICAL[node.target]
+        elif node.target is torch.sym_max:
+            _choose_greater(node)
+        elif node.target is aten.max.dim:
+            _as_first_of_topk(node)
         elif node.target is aten.empty.memory_format:
             node.target, node.args = aten.full.default, (node.args[0], 0)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != "memory_format"}
@@ -69,6 +88,43 @@ def _put_between(node: Node) -> None:
     with graph.inserting_before(node):
         pieces = [*kept(0, first), piece, *kept(last, size)]
     node.target, node.args = aten.cat.default, (pieces, dim)
+
+
+def _as_first_of_topk(node: Node) -> None:
+    graph, (source, axis, *keep) = node.graph, node.args
+    values = node.meta["val"]
+    kept = bool(keep and keep[0])
+    with graph.inserting_before(node):
+        first = graph.call_function(aten.topk.default, (source, 1, axis))
+        first.meta["val"] = tuple(each if kept else each.unsqueeze(axis) for each in values)
+        for user in list(node.users):  # each takes one of the two
+            made = graph.call_function(getitem, (first, user.args[1]))
+            made.meta["val"] = first.meta["val"][user.args[1]]
+            if not kept:
+                made = graph.call_function(aten.squeeze.dim, (made, axis))
+                made.meta["val"] = values[user.args[1]]
+            user.replace_all_uses_with(made)
+            graph.erase_node(user)
+    graph.erase_node(node)
+
+
+def _bounds(size: Any) -> Any:
+    if not isinstance(size, torch.SymInt) or size.node.shape_env is None:
+        return ValueRanges.wrap(size)
+    return size.node.shape_env.bound_sympy(size.node.expr)
+
+
+def _choose_greater(node: Node) -> None:
+    values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
+    first, second = (_bounds(each) for each in values)
+    greater = 0 if first.lower >= second.upper else 1 if second.lower >= first.upper else None
+    if greater is None:
+        return
+    chosen = node.args[greater]
+    for user in list(node.users):
+        user.args = map_aggregate(user.args, lambda each: chosen if each is node else each)
+        user.kwargs = map_aggregate(user.kwargs, lambda each: chosen if each is node else each)
+    node.graph.erase_node(node)
 
 
 def _spell_out_number(node: Node) -> None:

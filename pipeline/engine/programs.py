@@ -77,12 +77,20 @@ def parts(
 
 def rewritten(traced: Traced, asked: StrategyConfig) -> Program:
     """``traced`` after the strategy ``asked``; raises what :func:`passes.graph.rewrite.rewrite` does."""
-    done = rewrite(traced.program, asked.name, asked.unproven, asked.assume, without=asked.without)
+    how = asked.name, asked.unproven, asked.assume
+    done = rewrite(traced.program, *how, without=asked.without, needed=False)
     return Program(done.program, traced.inputs, attention_of(done), tuple(dropped(done, asked)))
 
 
 def dropped(rewritten: Rewritten, strategy: StrategyConfig) -> Iterator[str]:
     """What the reader must know of masks that were dropped without a proof for every input."""
+    if rewritten.written_out:
+        yield (
+            f"attention is written out by the model itself ({len(rewritten.written_out)} of its layers): every score "
+            "is stored, no fused kernel; it is right, and slower than one, the more so the longer the text"
+        )
+    elif not rewritten.calls:
+        yield "its graph has no attention: there is no mask to prove, and no attention layer"
     yield from dict.fromkeys(call.disagreement for call in rewritten.calls if call.disagreement)
     forced: dict[str, list[str]] = {}  # calls that share a mask share the warning
     for call in rewritten.calls:

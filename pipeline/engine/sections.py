@@ -23,9 +23,12 @@ class AttentionSummary:
     proof_seconds: float
     narrowed: int
     """Operations that run over fewer rows, since the others' are not read."""
+    written_out: tuple[str, ...] = ()
+    """Softmaxes of attention that is no call: the model's own code has it as products, and so has the engine."""
 
     def __str__(self) -> str:
-        return ", ".join(f"{action}: {count}" for action, count in self.by_action.items())
+        said = [f"{action}: {count}" for action, count in self.by_action.items()]
+        return ", ".join(said + [f"written out by the model: {len(self.written_out)}"] * bool(self.written_out))
 
 
 @dataclass(frozen=True)

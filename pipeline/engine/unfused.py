@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from passes.errors import RunError
 from passes.tensorrt.attention import NativeLayer
 from passes.tensorrt.fused_kernels import in_short
-from pipeline.engine.sections import Engine, Unfused
+from pipeline.engine.sections import Attention, Engine, Unfused
 
 
 def unfused(made: Iterable[NativeLayer]) -> tuple[Unfused, ...]:
@@ -29,8 +29,16 @@ def notes(found: Iterable[Unfused], of: int, target: str) -> Iterator[str]:
         )
 
 
-def refuse(engines: Mapping[str, Engine]) -> None:
-    """Raises :class:`RunError` of kind ``unfused`` that names the layers, if there are any."""
+def refuse(engines: Mapping[str, Engine], attention: Mapping[str, Attention]) -> None:
+    """Raises :class:`RunError` of kind ``unfused`` that names the layers, if there are any, or the attention that is no
+    layer."""
+    for name, program in attention.items():
+        if written_out := program.summary.written_out:
+            raise RunError(
+                "unfused",
+                f"strategy.require_fused=true: the model writes its attention out itself, so {name}.trt would have no "
+                f"layer for {', '.join(written_out)}",
+            )
     for name, engine in engines.items():
         for each in engine.unfused:
             raise RunError(

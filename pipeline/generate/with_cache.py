@@ -88,9 +88,9 @@ class CachedGenerator:
 
     def _ready(self, tokens: Tensor, new_tokens: int, padding: Tensor | None, sampling: Sampling | None) -> bool:
         """Have everything of a generation in place, steps captured; whether it was so before."""
-        self.cache.check(tokens.shape, new_tokens)
         sampling = sampling or Sampling()
-        prompts, lengths = aligned(tokens, padding)
+        prompts, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
+        self.cache.check(prompts.shape, new_tokens)
         asked = (*prompts.shape, new_tokens, sampling)
         was_ready = asked == self._prepared
         if not was_ready:
@@ -248,7 +248,7 @@ class CachedGenerator:
 
         A row of no more than ``decoded`` tokens keeps one as its prompt; before its logits, those of its prompt are
         repeated."""
-        rows, lengths = aligned(tokens, padding)
+        rows, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
         rows, lengths = rows.to(self._device), lengths.to(self._device)
         length = rows.shape[1] - decoded
         self.cache.check((len(rows), length), decoded)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from passes.errors import UserError, whole_message
 from pipeline.model import gguf
 from pipeline.model.stored.folder import format_of
-from pipeline.private.of_transformers import has_sdpa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -48,7 +47,7 @@ def causal_lm(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
     that bring code of their own, and weights quantised in a way that is not read.  How weights are stored is not in it.
     """
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, __version__
+    from transformers import CONFIG_MAPPING, __version__
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     kind = raw.get("model_type")
@@ -79,6 +78,4 @@ def causal_lm(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
             raise UserError(f"{origin}: {found} {needs_code}")
         needed = f"architectures has to name {' or '.join(sorted(wanted))}" if wanted else "name another model"
         raise UserError(f"{origin}: {found} is not a causal LM; {needed}")
-    if not has_sdpa(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]):
-        raise UserError(f"{origin}: transformers has no scaled_dot_product_attention for {kind}; name another model")
     return config

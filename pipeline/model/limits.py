@@ -8,15 +8,19 @@ from passes.errors import UserError
 from passes.precision import PRECISIONS
 from pipeline.config.schema import GenerateShape, ShapeConfig
 from pipeline.model.load import LoadedModel
+from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.model.text import token_batch, tokens_for
 
 TRIED = 8
 """Tokens of the trial whether a model fits fp16: Gemma 3 overflows at the second, and a CPU takes 0.4 s for them."""
 
 
-def check_fit(loaded: LoadedModel, shape: ShapeConfig, generate: GenerateShape | None, seed: int) -> None:
-    """Raises :class:`UserError` where ``shape`` or ``generate`` goes beyond the model's positions, and for a tokenizer
-    of another model."""
+def check_fit(
+    loaded: LoadedModel, shape: ShapeConfig, generate: GenerateShape | None, seed: int, one_length: bool = False
+) -> None:
+    """Raises :class:`UserError` where ``shape`` or ``generate`` goes beyond the model's positions, or across the length
+    at which it turns them otherwise, and for a tokenizer of another model.  ``one_length``: shorter sequences are to
+    run at ``shape.max`` too."""
     described = loaded.model.config.get_text_config()
     limit = getattr(described, "max_position_embeddings", None)
     if limit is not None and shape.max > limit:
@@ -26,6 +30,14 @@ def check_fit(loaded: LoadedModel, shape: ShapeConfig, generate: GenerateShape |
         raise UserError(
             f"benchmark.generate.output_length={generate.output_length}: with the prompt {total} tokens, above "
             f"max_position_embeddings={limit} of {loaded.source}"
+        )
+    turn = turn_of(loaded.model.config)
+    if generate is not None:
+        check_crossing(turn, generate.input_length, total, f"benchmark.generate.output_length={generate.output_length}")
+    if one_length and turn is not None and turn < shape.max:
+        raise UserError(
+            f"shape.kind=static: sequences of up to {turn} tokens would have the rotary factors that {loaded.source} "
+            "has for longer ones; set shape=dynamic"
         )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, seed)
 

@@ -18,6 +18,7 @@ from pipeline.model import checkpoint, config_json, few_bits
 from pipeline.model.gguf import quiet
 from pipeline.model.sections import Model
 from pipeline.model.stored import folder
+from pipeline.private.of_transformers import has_sdpa
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,7 +29,8 @@ class LoadedModel:
     """A model ready to be traced, and where it came from."""
 
     model: PreTrainedModel
-    """In eval mode, without gradients, attention through ``scaled_dot_product_attention``, no KV cache."""
+    """In eval mode, without gradients, no KV cache, attention through ``scaled_dot_product_attention`` where its class
+    has that."""
     tokenizer: PreTrainedTokenizerBase | None
     name: str
     source: str
@@ -130,10 +132,13 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    made_of = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+
     def build(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
-        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, attn_implementation="sdpa", device_map={"": device}
-        )
+        return made_of.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation=_attention(made_of),
+            device_map={"": device},
+        )  # fmt: skip
 
     with quiet():
         with _seeded(device, seed):
@@ -171,7 +176,7 @@ def _pretrained(
                 state_dict=None if stored is None else stored.tensors,
                 config=found.config,
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)]),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -190,6 +195,12 @@ def _pretrained(
         unused = sorted(info["unexpected_keys"])
         progress(f"{len(unused)} tensors of {where} are not part of {type(model).__name__}, {unused[0]} first")
     return _ready(model)
+
+
+def _attention(made_of: type) -> str:
+    """What models of this class compute attention by; what that becomes in an engine is said in
+    :mod:`pipeline.model.attention`."""
+    return "sdpa" if has_sdpa(made_of) else "eager"
 
 
 def _ready(model: PreTrainedModel) -> PreTrainedModel:

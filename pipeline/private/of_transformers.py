@@ -1,18 +1,48 @@
-"""Of transformers: what a model's class says that it can do, and the gate of a mixture's experts."""
+"""Of transformers: what a model's class says that it can do, which attention it computes, and the gate of a mixture's
+experts."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from passes.private.part import attribute
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedModel
 
 
 def has_sdpa(model: type) -> bool:
     """Whether models of this class can compute attention by ``scaled_dot_product_attention``."""
     return bool(attribute(model, "_supports_sdpa"))
+
+
+def looks_attention_up(model: type) -> bool:
+    """Whether layers of this class compute attention by the function that their config names, and not by their own."""
+    return bool(attribute(model, "_can_set_attn_implementation")())
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the function that ``model`` computes attention by."""
+    return str(attribute(model.config, "_attn_implementation"))
+
+
+@contextmanager
+def attention_named(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """``model`` and the models within compute attention by the function ``name`` while the block runs, although their
+    class says that they cannot."""
+    configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
+    field = "_attn_implementation_internal"
+    before = [(config, attribute(config, field)) for config in configs.values() if hasattr(config, field)]
+    try:
+        for config, _ in before:
+            setattr(config, field, name)
+        yield
+    finally:
+        for config, was in before:
+            setattr(config, field, was)
 
 
 def gated(experts: Any, inner: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from passes.errors import UserError, whole_message
 from pipeline.config.lengths import GRANULE, capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.call_form import InputSpec
 from pipeline.trace.largest import MOST
 
@@ -38,6 +39,8 @@ class CacheShape:
     dtype: torch.dtype
     chunk: int | None = None
     """Tokens of a prompt that run at once over the cache, whose capacity is a multiple of it; None: all of them."""
+    turn: int | None = None
+    """Tokens that no sequence may cross once it is begun (:func:`pipeline.model.rotary.turn_of`)."""
 
     @staticmethod
     def of(described: dict[str, Any]) -> CacheShape:
@@ -82,10 +85,13 @@ class CacheShape:
         batch, length = prompts
         if batch != self.batch:
             raise UserError(f"a batch of {batch} prompts: the engine was built for shape.batch={self.batch}")
+        check_crossing(self.turn, length, length + new_tokens, f"{new_tokens} new tokens")
         if length + new_tokens > self.longest:
             limit = f"cache.capacity={self.capacity}; set it higher"
             if self.longest < self.capacity:
                 limit = f"max_position_embeddings={self.longest} of the model"
+            if self.longest == self.turn:
+                limit = f"{self.turn}, where the model turns all positions anew, and this cache does not"
             raise UserError(f"{length} tokens and {new_tokens} more: above {limit}")
 
     def tensors(self, device: torch.device) -> list[Tensor]:
@@ -108,7 +114,8 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     for layer in _filled(model, cache.name).layers:
         if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None or layer.values is None:
             raise UserError(
-                f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys"
+                f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys; "
+                "set cache=none"
             )
         keys, values = layer.keys, layer.values
         heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
@@ -120,8 +127,12 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
             f"{MOST} up to which engines were seen right; set fewer rows, or a smaller capacity"
         )
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
-    longest = min(capacity, positions)
-    return CacheShape(cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype, cache.chunk)
+    longest, turn = min(capacity, positions), turn_of(model.config)
+    if turn is not None and (shape.max <= turn or cache.chunk):  # no prompt begins, or is begun again, beyond it
+        longest = min(longest, turn)
+    return CacheShape(
+        cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype, chunk=cache.chunk, turn=turn
+    )
 
 
 def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
@@ -135,7 +146,9 @@ def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
         raise
     except Exception as error:  # a model that takes none raises whatever it comes upon first
         said = whole_message(error)
-        raise UserError(f"cache={mode}: {type(model).__name__} does not take a KV cache ({said})") from error
+        raise UserError(
+            f"cache={mode}: {type(model).__name__} does not take a KV cache ({said}); set cache=none"
+        ) from error
     if not seen.layers:
-        raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values")
+        raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values; set cache=none")
     return seen

@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from passes.errors import AS_IT_IS, RunError
 from passes.graph.cache_ops import cache_update
-from passes.proof.claims import ancestors
+from passes.proof.calls import written_out
 from pipeline.config.schema import ShapeConfig
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.call_form import InputSpec, Traced, example_length, exported, own_rows
+from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
+from pipeline.trace.step_checks import is_the_model, reads_first_row
 
 WITHOUT = f"try cache=none; {AS_IT_IS}"
 
@@ -38,10 +39,17 @@ class _Layer(CacheLayerMixin):
     """
 
     def __init__(
-        self, keys: Tensor | None, values: Tensor | None, position: Tensor, whole: bool, ring: int | None
+        self,
+        keys: Tensor | None,
+        values: Tensor | None,
+        position: Tensor,
+        whole: bool,
+        ring: int | None,
+        full: bool = False,
     ) -> None:
         super().__init__()
         self.keys, self.values, self.position, self.whole, self.ring = keys, values, position, whole, ring
+        self.full = full
         self.is_sliding = ring is not None  # transformers asks the first such layer how many keys its mask is of
         self.is_initialized = True
 
@@ -69,6 +77,8 @@ class _Layer(CacheLayerMixin):
         return (self.keys.shape[2] if self.whole else query_length), 0  # type: ignore[union-attr]
 
     def get_seq_length(self) -> Any:
+        if self.full:
+            return self.get_max_length() - 1  # before the token that is being run
         return self.position[0] if self.whole else 0  # one for all rows, see trace_decode
 
     def get_max_length(self) -> int:
@@ -127,6 +137,14 @@ def _mask_of_rows(
     return mask.expand(batch_size, -1, q_length, kv_length)
 
 
+def _added_mask_of_rows(position: Tensor, *, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:
+    """The same as transformers' ``eager_mask`` has it: 0, or the least number of ``dtype``, added to the scores."""
+    mask = _mask_of_rows(position, **given)
+    assert mask is not None
+    zero, least = (torch.full((), each, dtype=dtype, device=mask.device) for each in (0.0, torch.finfo(dtype).min))
+    return torch.where(mask, zero, least)
+
+
 @contextmanager
 def masks_of_rows(position: Tensor, rings: Collection[int] = ()) -> Iterator[None]:
     """While the block runs, a model that lets transformers make its masks gets each row's for its own place,
@@ -134,10 +152,11 @@ def masks_of_rows(position: Tensor, rings: Collection[int] = ()) -> Iterator[Non
     ``rings`` has places for the tokens that it holds."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS
     masks["sdpa"] = partial(_mask_of_rows, position, rings=rings)
+    masks["eager"] = partial(_added_mask_of_rows, position, rings=rings)
     try:
         yield
     finally:
-        del masks["sdpa"]  # the local entry; the library's own stands behind it
+        del masks["sdpa"], masks["eager"]  # the local entries; the library's own stand behind them
 
 
 class PrefillForm(nn.Module):
@@ -186,6 +205,10 @@ class DecodeForm(nn.Module):
         super().__init__()
         self.model = model
         self.rings = tuple(rings)
+        self.says_full = False
+        """Have the cache say that it is full, for a model that makes a mask or a bias as long as its cache says that it
+        is, which is a number out of a tensor (Falcon's and MPT's alibi, OPT).  What a row sees, and where its token is,
+        are said by :func:`masks_of_rows` and ``position_ids``."""
 
     def forward(
         self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
@@ -195,7 +218,9 @@ class DecodeForm(nn.Module):
         Returns logits [batch, 1, vocabulary] and the caches.
         """
         layers = zip(keys, values, self.rings, strict=True)
-        cache = Cache(layers=[_Layer(k, v, position, whole=True, ring=ring) for k, v, ring in layers])
+        cache = Cache(
+            layers=[_Layer(k, v, position, whole=True, ring=ring, full=self.says_full) for k, v, ring in layers]
+        )
         with masks_of_rows(position, frozenset(ring for ring in self.rings if ring is not None)):
             output = self.model(
                 input_ids=input_ids,
@@ -237,21 +262,25 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    program = exported(form, inputs | _caches(cache, device), None, WITHOUT)
-    if cache.batch > 1 and _reads_first_row(program):
+    inputs |= _caches(cache, device)
+    try:
+        program = exported(form, inputs, None, WITHOUT)
+    except NumberFromData:
+        form.says_full = True
+        program = exported(form, inputs, None, WITHOUT)
+    if written_out(program.graph_module) and not is_the_model(program, form.model, _caches(cache, device)):
+        raise RunError(
+            "export",
+            f"{type(form.model).__name__} makes masks of its own for a cache that grows, and this one has a fixed "
+            f"capacity; {WITHOUT}",
+        )
+    if cache.batch > 1 and reads_first_row(program):
         raise RunError(
             "ragged_batch",
             f"shape.batch={cache.batch}: {type(form.model).__name__} computes with one length of the cache for all "
             "rows, and rows of a batch differ; set shape.batch=1",
         )
     return Traced(program, specs)
-
-
-def _reads_first_row(program: ExportedProgram) -> bool:
-    """Whether a result is computed from ``position[0]`` alone."""
-    (position,) = (node for node in program.graph.find_nodes(op="placeholder") if node.name == "position")
-    read = ancestors(list(program.graph.find_nodes(op="output")))
-    return any(user.target is torch.ops.aten.select.int and user.name in read for user in position.users)
 
 
 def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:

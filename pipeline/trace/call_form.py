@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ from passes.errors import AS_IT_IS, RunError, first_line
 from passes.graph.prepare import prepare
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
+from pipeline.model.attention import plain_attention
 from pipeline.model.experts import plain_experts
 
 if TYPE_CHECKING:
@@ -136,13 +139,18 @@ def example_length(shape: ShapeConfig) -> int:
     return shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
 
 
+class NumberFromData(RunError):
+    """A program hangs on a number out of a tensor."""
+
+
 def exported(
     form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None, remedy: str = AS_IT_IS
 ) -> ExportedProgram:
-    """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
-    ``export``, which says ``remedy``, where torch.export cannot, or what it traced hangs on the data of a tensor."""
+    """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError`, which
+    says ``remedy``, of kind ``export`` where torch.export cannot, and :class:`NumberFromData` where what it traced
+    hangs on the data of a tensor."""
     try:
-        with torch.no_grad(), quiet(), plain_experts(form.model):
+        with torch.no_grad(), quiet(), plain_experts(form.model), plain_attention(form.model), unchanged(form):
             program = torch.export.export(
                 form,
                 (),
@@ -160,10 +168,27 @@ def exported(
     for node in program.graph.nodes:
         if node.target in NUMBERS_FROM_DATA and _is_read(node):
             name = type(form.model).__name__
-            raise RunError(
+            raise NumberFromData(
                 "export", f"{name} reads a number out of a tensor ({node.name}), and no engine can; {remedy}"
             )
     return program
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever modules of ``model`` come to hold while the block runs, they hold afterwards what they held before.
+
+    What a model keeps from one call to the next (Phi-3 its long rotary factors) is a tensor without numbers while it is
+    traced, and the model would compute with it ever after."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, held, buffers in before:
+            vars(module).clear()
+            vars(module).update(held)
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 NUMBERS_FROM_DATA = (torch.ops.aten.item.default, torch.ops.aten._local_scalar_dense.default)

@@ -45,7 +45,9 @@ def windows_of(form: DecodeForm, cache: CacheShape, device: torch.device) -> lis
     None where that is not so, or where anything else reads it."""
     program = trace_decode(form, cache, device).program
     prover = prover_of(program)
-    widths = {call.node: _width(prover.prove(call), cache.batch) for call in find_calls(program.graph_module)}
+    widths = {
+        call.node: _width(prover.prove(call), cache.batch) for call in find_calls(program.graph_module, needed=False)
+    }
     found: list[int | None] = []
     for i in range(len(cache.layers)):
         readers = {node for kind in ("keys", "values") for node in _readers(program.graph, f"{kind}_{i}")}

@@ -159,7 +159,7 @@ def _cached(
 ) -> Machine:
     """A cached generator as a function of whole sequences: the last tokens go through the cache one by one, behind a
     prompt of ``exact`` length where one ends there."""
-    least, most = shape.min, shape.max
+    least, most, turn = shape.min, shape.max, generator.cache.turn
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         tokens, real = inputs["input_ids"], inputs.get("attention_mask")
@@ -167,6 +167,9 @@ def _cached(
         if shape.kind == "static":
             decoded = tokens.shape[1] - most
         decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
+        longest = tokens.shape[1] if turn is None or real is None else int(real.sum(1).max())
+        if turn is not None and longest - decoded <= turn < longest:
+            decoded = longest - turn - 1  # a sequence that began before it may not cross it
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
 
     runner = PromptRunner(generator) if executed == "engine" else None
