@@ -19,10 +19,12 @@ from passes.tensorrt.versions import load_stack
 ELEMENTWISE = {
     "SUM": operator.add, "SUB": operator.sub, "PROD": operator.mul, "MIN": torch.minimum, "MAX": torch.maximum,
     "FLOOR_DIV": operator.floordiv, "AND": operator.and_, "GREATER": operator.gt,
+    "LESS": operator.lt, "OR": operator.or_, "EQUAL": operator.eq, "DIV": torch.true_divide,
 }  # fmt: skip
 CLASSES = {
     "CONSTANT": "IConstantLayer", "SHAPE": "IShapeLayer", "SLICE": "ISliceLayer", "SHUFFLE": "IShuffleLayer",
     "CONCATENATION": "IConcatenationLayer", "ELEMENTWISE": "IElementWiseLayer", "CAST": "ICastLayer",
+    "REDUCE": "IReduceLayer", "UNARY": "IUnaryLayer",
 }  # fmt: skip
 
 
@@ -94,13 +96,18 @@ def _slice(layer: Any, values: list[Any]) -> Tensor:
 
 def _shuffle(layer: Any, values: list[Any]) -> Tensor:
     x = values[0].permute(*list(layer.first_transpose)[: values[0].dim()])
-    sizes = [int(n) for n in values[1]] if len(values) > 1 else list(layer.reshape_dims)
+    sizes = [int(n) for n in values[1]] if len(values) > 1 else list(layer.reshape_dims or x.shape)  # or none
     sizes = [x.shape[i] if size == 0 and len(values) == 1 else size for i, size in enumerate(sizes)]
     assert -1 in sizes or math.prod(sizes) == x.numel()
     x = x.reshape(sizes)
     return x.permute(*list(layer.second_transpose)[: x.dim()])
 
 
+def _axes(layer: Any) -> list[int]:
+    return [axis for axis in range(8) if layer.axes & 1 << axis]
+
+
+REDUCED: dict[str, Any] = {"SUM": torch.sum, "MAX": torch.amax}
 LAYERS: dict[str, Any] = {
     "ATTENTION_INPUT": _attention,
     "ATTENTION_OUTPUT": lambda layer, values: values[0],
@@ -110,5 +117,8 @@ LAYERS: dict[str, Any] = {
     "SHUFFLE": _shuffle,
     "CONCATENATION": lambda layer, values: torch.cat(values, layer.axis),
     "ELEMENTWISE": lambda layer, values: ELEMENTWISE[layer.op.name](*values),
+    "SELECT": lambda layer, values: torch.where(*values),
+    "REDUCE": lambda layer, values: REDUCED[layer.op.name](values[0], dim=_axes(layer), keepdim=layer.keep_dims),
+    "UNARY": lambda layer, values: {"EXP": torch.exp}[layer.op.name](values[0]),
     "CAST": lambda layer, values: values[0].to(getattr(torch, layer.to_type.name.lower(), torch.float32)),
 }

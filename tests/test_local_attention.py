@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 from torch.fx import Interpreter
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -103,20 +103,25 @@ def network(
 ) -> Any:
     """The interpreter that made the TensorRT network of ``function`` of query, key and value, for every length up to
     ``longest`` or for that one, and the native layers in it; ``queries``: the last so many alone."""
-    stack, made = load_stack(), []
     inputs = tensors(longest, batch, values=values)
     length = {2: Dim("length", min=queries or 1, max=longest)}
     if queries is not None:
         inputs[0] = inputs[0][:, :, :queries]
     given = (length if queries is None else None, length, length)
     program = tiny.program_of(function, *inputs, dynamic=given if dynamic else None)
+    return interpreted(program, inputs, [dynamic and x.shape[2] == longest for x in inputs], queries or 1)
+
+
+def interpreted(program: ExportedProgram, inputs: list[Tensor], dynamic: list[bool], least: int = 1) -> Any:
+    """As :func:`network`, of ``program``; ``dynamic``: whose lengths, from ``least`` up to that of its input."""
+    stack, made = load_stack(), []
     lowered = compile.lower(stack, program, (), BackendConfig("tensorrt"), "fp32")
     from torch_tensorrt.dynamo.conversion import TRTInterpreter
 
     with quiet(), torch.no_grad():
         specs = [
-            _spec(stack, node.name, x, dynamic and x.shape[2] == longest, queries or 1)
-            for node, x in zip(_inputs(lowered.graph), inputs, strict=True)
+            _spec(stack, node.name, x, free, least)
+            for node, x, free in zip(_inputs(lowered.graph), inputs, dynamic, strict=True)
         ]
         with registered(*compile.ours().converters(stack, made)):
             interpreter = TRTInterpreter(lowered.graph, specs, compilation_settings=lowered.settings)

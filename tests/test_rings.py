@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import network_in_torch
 import pytest
+import tiny
 import torch
 from runs import DONE, GPU, do
+from test_local_attention import interpreted
 from test_local_models import HEADS, MODELS
 from tiny import CPU, SIZES, tokens
+from torch import Tensor
 
+from passes.graph import cache_ops
 from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from pipeline.config.schema import CacheConfig, ModelConfig, ShapeConfig
@@ -103,6 +108,24 @@ def test_rows_of_different_lengths_leave_each_its_own_last_tokens() -> None:
             alone = model("gemma3_text", 100)(input_ids=ids[row : row + 1, 230 - length :]).logits
         alone = alone[:, -min(length, decoded + 1) :]
         torch.testing.assert_close(logits[row : row + 1, -alone.shape[1] :], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [None, 100, 128])
+def test_the_layers_of_a_step_see_what_the_position_says(width: int | None) -> None:
+    """Over a cache that was written round, and before it was."""
+
+    def step(query: Tensor, key: Tensor, value: Tensor, position: Tensor) -> Tensor:
+        return cache_ops.cached(query, key, value, position, 0.3, width)
+
+    generator = torch.Generator().manual_seed(0)
+    shapes = (2, 4, 1, 16), (2, 2, 128, 16), (2, 2, 128, 16)
+    inputs = [*(torch.randn(shape, generator=generator) for shape in shapes), torch.tensor([0, 0])]
+    made, _ = interpreted(tiny.program_of(step, *inputs), inputs, [False] * 4)
+    round_about = () if width is None else ((128, 250), (383, 1000), (2**31, 131071))
+    for positions in ((0, 1), (99, 100), (101, 127), *round_about):
+        inputs[3] = torch.tensor(positions)
+        (out,) = network_in_torch.run(made.ctx.net, inputs)
+        torch.testing.assert_close(out, step(*inputs), rtol=1e-5, atol=1e-5)
 
 
 RUNS = {
