@@ -35,6 +35,7 @@ LIMIT_S = 300.0
 """Seconds that a run may take."""
 ORDER = ("generation", "padded prompt", "prompt")
 """The form that tells most comes first."""
+NO_CACHE = "refused with a KV cache"
 OUTCOMES = (RIGHT, REFUSED, STOPPED, WRONG, CRASHED, LATE, NONE)
 FAST = ("native_causal", "native_full", "native_window", "native_chunks", "cached")
 """Actions of an attention call that read no mask and no more keys than they must."""
@@ -120,8 +121,10 @@ def in_short(rows: Rows) -> str:
     found: dict[str, list[str]] = {}
     for family in NAMED:
         if made := [rows[family, form] for form in FORMS if (family, form) in rows]:
-            found.setdefault(standing(made), []).append(family)
-    words = {"fast": "fast", "slower": "right, and slower in some of their layers"}
+            kind = standing(made)
+            cached = kind == REFUSED and all(each.form == "generation" for each in made if each.outcome != RIGHT)
+            found.setdefault(NO_CACHE if cached else kind, []).append(family)
+    words = {"fast": "fast", "slower": "right, and slower in some of their layers", NO_CACHE: NO_CACHE}
     kinds = [*words, *sorted(found.keys() - words.keys())]
     says = [f"**{words.get(kind, kind)}**: {', '.join(found[kind])}" for kind in kinds if kind in found]
     return f"Families: {'; '.join(says)} ([the table, with reasons](docs/architectures.md)).\n"
