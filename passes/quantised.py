@@ -5,9 +5,10 @@ none.  A graph holds such a weight as its values and scales, behind one operatio
 (``proved_attention::dequantised``), from the trace to the engine: so the proof, every pass, the verification and
 TensorRT see the same numbers.
 
-Round to nearest: the scale is the largest magnitude of a channel, or of a block of one, over the largest value of the
-type.  Scales are numbers of the model's own type, times a power of two, so that an engine, which multiplies by them in
-that type, multiplies by the same.
+Round to nearest: the scale is the least at which nothing of a channel, or of a block of one, is cut off.  (That of the
+least squared error is worse where it counts: with it the perplexity of SmolLM2-135M in int4, blocks of 64, rose by 56 %
+where it rises by 42.)  Scales are numbers of the model's own type, times a power of two, so that an engine, which
+multiplies by them in that type, multiplies by the same.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from passes.precision import Kind
 
 LARGEST: dict[Kind, float] = {"int8": 127, "int4": 7, "e4m3": 448}
 """The largest magnitude that both signs have; of E4M3: OCP's OFP8 specification."""
+LOWEST: dict[Kind, float] = {"int4": 8}
+"""The largest below 0, where that is another: of 16 numbers none is left unused."""
 LEAST = 2.0**-100
 """The scale of what is zero throughout."""
 E4M3 = torch.float8_e4m3fn
@@ -90,7 +93,8 @@ def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype
     if not bool(weight.isfinite().all()):
         raise ValueError("it has weights that are no finite numbers")
     blocks = weight.float().reshape(channels, -1, block or inner)
-    parts, exponents = torch.frexp(blocks.abs().amax(-1) / LARGEST[kind])
+    highest, lowest = LARGEST[kind], LOWEST.get(kind, LARGEST[kind])
+    parts, exponents = torch.frexp(torch.maximum(blocks.amax(-1) / highest, -blocks.amin(-1) / lowest))
     scales = torch.ldexp(parts.to(dtype).float(), exponents).clamp(min=LEAST)
     return QuantisedWeight(kind, rounded(blocks / scales[..., None], kind).reshape(channels, inner), scales)
 
@@ -100,7 +104,7 @@ def rounded(numbers: Tensor, kind: Kind) -> Tensor:
     largest = LARGEST[kind]
     if kind == "e4m3":
         return numbers.clamp(-largest, largest).to(E4M3)
-    return numbers.round().clamp(-largest, largest).to(torch.int8)
+    return numbers.round().clamp(-LOWEST.get(kind, largest), largest).to(torch.int8)
 
 
 @torch.library.custom_op("proved_attention::dequantised", mutates_args=())

@@ -82,7 +82,7 @@ def _load(record: Record) -> Loaded:
     here = environment(load_stack().versions() if builds else None)
     record.put(environment=here)
     model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
-    text = quality.text_for(config.verify, model, config.precision) if config.judges_quality else None
+    text = quality.text_for(config.verify, model) if config.judges_quality else None
     record.note(*model.notes)
     limits.check_fit(model, config.shape, config.benchmark.generate, config.seed, config.runs_at_one_length)
     limits.check_range(model, config.precision, config.seed)

@@ -18,7 +18,7 @@ from passes.tensorrt.versions import load_stack
 
 ELEMENTWISE = {
     "SUM": operator.add, "SUB": operator.sub, "PROD": operator.mul, "MIN": torch.minimum, "MAX": torch.maximum,
-    "FLOOR_DIV": operator.floordiv, "AND": operator.and_,
+    "FLOOR_DIV": operator.floordiv, "AND": operator.and_, "GREATER": operator.gt,
 }  # fmt: skip
 CLASSES = {
     "CONSTANT": "IConstantLayer", "SHAPE": "IShapeLayer", "SLICE": "ISliceLayer", "SHUFFLE": "IShuffleLayer",
@@ -83,10 +83,12 @@ def _slice(layer: Any, values: list[Any]) -> Tensor:
         have = x.shape[axis]
         inside = first >= 0 and first + size <= have
         assert inside or layer.mode == load_stack().trt.SampleMode.FILL, f"{layer.name}: {first} + {size} of {have}"
-        piece = x.narrow(axis, min(first, have), max(min(size, have - first), 0))
-        missing = list(piece.shape)
-        missing[axis] = size - piece.shape[axis]
-        x = torch.cat([piece, piece.new_zeros(missing)], axis)
+        before = min(max(-first, 0), size)
+        begin = min(max(first, 0), have)
+        piece = x.narrow(axis, begin, max(min(size - before, have - begin), 0))
+        missing = [list(piece.shape) for _ in range(2)]
+        missing[0][axis], missing[1][axis] = before, size - before - piece.shape[axis]
+        x = torch.cat([piece.new_zeros(missing[0]), piece, piece.new_zeros(missing[1])], axis)
     return x
 
 

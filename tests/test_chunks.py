@@ -17,6 +17,7 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from passes.graph import ops
+from passes.graph.local_attention import WINDOWED
 from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from pipeline.__main__ import compose_config
@@ -321,12 +322,24 @@ def test_a_mask_may_have_more_elements_than_32_bits_count_and_in_chunks_has_fewe
     masks = []
     for held in (None, cache):
         form = programs.parts(model, tiny.config("mistral"), shape, held)["engine"]
-        program = rewrite(form().program, "detect_causal", "mask").program
+        program = rewrite(form().program, "mask_input").program
         refuse_larger(program)
         (layer,) = program.graph.find_nodes(op="call_function", target=ops.NATIVE)
         masks.append(at_most(layer.args[3]))
 
     assert masks == [longest**2, CHUNK * cache.capacity] and masks[0] > MOST > masks[1]
+
+
+def test_the_keys_of_a_windows_blocks_are_counted_too() -> None:
+    """Every key is in 1 + 4096 / 256 blocks."""
+    window, longest = {"sliding_window": 4096, "max_position_embeddings": 2**23}, 2**22
+    form = CallForm(tiny.model("mistral", **window), "last")
+    traced = trace(form, tiny.config("mistral"), ShapeConfig("dynamic", 2, 2, longest, longest), CPU)
+    program = rewrite(traced.program, "detect_causal").program
+    (layer,) = program.graph.find_nodes(op="call_function", target=WINDOWED)
+    assert at_most(layer) == 17 * 2 * 2 * longest * 16
+    with pytest.raises(RunError, match=rf"{layer.name} has 32768 x 2 x 4352 x 16 elements"):
+        refuse_larger(program)
 
 
 def test_logits_of_more_elements_than_32_bits_count_are_refused() -> None:

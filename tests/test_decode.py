@@ -383,15 +383,26 @@ def test_no_product_of_a_row_is_a_matrix_product_that_with_the_vocabulary_neithe
     assert build_engine(stack, network, lambda *_: True).data is not None
 
 
-@pytest.mark.parametrize(("inner", "shape"), [(2048, (3, 4, 512)), (72, (3, 3, 24)), (20, (3, 20)), (24, (3, 3, 8))])
-def test_the_sum_of_a_row_is_taken_in_pieces_of_one_size_that_eight_divides(inner: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("out", "inner", "whole", "shape"),
+    [
+        (2049, 2048, False, (2049, 2, 1024)),
+        (48, 32, False, (48, 2, 16)),
+        (2048, 2048, False, (2048, 2048)),  # as many outputs as inputs
+        (48, 32, True, (48, 32)),
+        (48, 24, False, (48, 24)),  # no two pieces of a multiple of eight
+    ],
+)
+def test_the_sum_of_a_row_is_taken_in_two_pieces_where_it_has_more_outputs(
+    out: int, inner: int, whole: bool, shape: tuple[int, ...]
+) -> None:
     trt = load_stack().trt
     net = trt.Builder(load_stack().torch_tensorrt.logging.TRT_LOGGER).create_network(0)
-    weight, row = net.add_input("weight", trt.float16, (3, inner)), net.add_input("row", trt.float16, (1, inner))
+    weight, row = net.add_input("weight", trt.float16, (out, inner)), net.add_input("row", trt.float16, (1, inner))
 
-    got = one_row.times_row(load_stack(), net, weight, row, most=4)
+    got = one_row.times_row(load_stack(), net, weight, row, whole)
 
-    assert (got.dtype, tuple(got.shape)) == (trt.float16, (3,))
+    assert (got.dtype, tuple(got.shape)) == (trt.float16, (out,))
     layers = [net.get_layer(i) for i in range(net.num_layers)]
     [terms] = [layer.get_output(0) for layer in layers if layer.type == trt.LayerType.ELEMENTWISE]
     summed = [layer.get_input(0).dtype for layer in layers if layer.type == trt.LayerType.REDUCE]

@@ -38,7 +38,7 @@ def test_a_prompt_and_a_generation_equal_pytorch_with_the_same_weights(
     precision: str, base: str, store: str, tmp_path: Path
 ) -> None:
     model = save_tiny_llama(tmp_path / "model", hidden_size=256, intermediate_size=512, tie_word_embeddings=True)
-    asked = ["benchmark.generate={input_length: 24, output_length: 8}", "benchmark.shapes=[{input_length: 24}]"]
+    asked = ["benchmark=generate", "benchmark.generate.input_length=24", "benchmark.generate.output_length=8"]
     report = do(store, tmp_path, model, f"precision={precision}", f"quantize.base={base}", *WHOLE, *asked).report
 
     assert report["failure"] is None and report["verify"]["executed"] == "engine" and report["verify"]["passed"]

@@ -222,8 +222,8 @@ def test_rows_that_get_each_others_places_fail_the_verification(
 ) -> None:
     honest = cached_forms._mask_of_rows
 
-    def of_the_first_row(position: torch.Tensor, **how: Any) -> torch.Tensor | None:
-        return honest(position[:1].expand_as(position), **how)
+    def of_the_first_row(position: torch.Tensor, *rings: Any, **how: Any) -> torch.Tensor | None:
+        return honest(position[:1].expand_as(position), *rings, **how)
 
     monkeypatch.setattr(cached_forms, "_mask_of_rows", of_the_first_row)
     monkeypatch.setattr(cached_forms, "reads_first_row", lambda program: False)

@@ -128,6 +128,7 @@ def test_what_a_run_or_another_process_has_in_hand_stays(
         (["--limit-gib", "few"], "argument --limit-gib: invalid float value: 'few'"),
         (["--output", "nowhere"], "--output nowhere: there is no such folder"),
         (["--uri", "sqlite:///nowhere.db"], "tracking.uri=sqlite:///nowhere.db: there is no"),
+        ([], "--store engines: there is no such folder"),
     ],
 )
 def test_a_limit_that_cannot_be_kept_is_one_line(
@@ -136,3 +137,4 @@ def test_a_limit_that_cannot_be_kept_is_one_line(
     monkeypatch.chdir(tmp_path)
     code, out, err = command(capsys, *arguments)
     assert (code, out) == (2, "") and err.startswith(f"error: {said}") and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

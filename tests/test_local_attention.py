@@ -15,6 +15,7 @@ from torch.fx import Interpreter
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from passes.graph.local_attention import chunked, chunked_in_aten, windowed, windowed_in_aten
+from passes.graph.rewrite import rewrite
 from passes.tensorrt.registry import registered
 from passes.tensorrt.versions import load_stack, quiet
 from pipeline.config.schema import BackendConfig
@@ -59,21 +60,64 @@ def test_chunks_by_themselves_are_chunked_attention_at_every_length(size: int) -
         torch.testing.assert_close(chunked_in_aten(*inputs, size, SCALE), wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 5, 6, 12])
+@pytest.mark.parametrize("block", [1, 4, 6, 9, 64])
+def test_the_last_queries_of_a_text_see_their_windows_behind_any_past(width: int, block: int) -> None:
+    for length, past in ((1, 3), (2, 1), (5, 2), (6, 6), (12, 1), (12, 13), (13, 40)):
+        query, key, value = tensors(length + past, batch=2, values=8, seed=length)
+        wanted = seen(query, key, value, window=width)[:, :, past:]
+        for made in (windowed, windowed_in_aten):
+            out = made(query[:, :, past:], key, value, width, block, False, SCALE)
+            torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_chunk_behind_a_past_is_proved_a_window_and_written_in_blocks() -> None:
+    """As a chunk of a prompt over the places of its cache up to itself; one query alone stays as it is."""
+
+    def attention(query: Tensor, key: Tensor) -> Tensor:
+        keys = torch.arange(key.shape[2])
+        rows = torch.arange(query.shape[2])[:, None] + (key.shape[2] - query.shape[2])
+        return sdpa(query, key, key, (keys <= rows) & (keys > rows - 6))
+
+    for queries, action in ((5, "native_window"), (1, "decomposed")):
+        query, key = torch.randn(1, 2, queries, 16), torch.randn(1, 2, 17, 16)
+        program = tiny.program_of(attention, query, key, dynamic=(None, {2: Dim("keys", min=queries, max=64)}))
+        rewritten = rewrite(program, "detect_causal")
+        assert [(call.mask, call.action) for call in rewritten.calls] == [("sliding_window", action)]
+        for past in (0, 1, 6, 40):
+            key = torch.randn(1, 2, queries + past, 16)
+            out = rewritten.program.module()(query, key)
+            torch.testing.assert_close(out, attention(query, key), rtol=1e-5, atol=1e-5)
+
+
 # -- the network -------------------------------------------------------------------------------------
 
 
-def network(function: Callable[..., Tensor], batch: int, longest: int, dynamic: bool, values: int = 16) -> Any:
+def network(
+    function: Callable[..., Tensor],
+    batch: int,
+    longest: int,
+    dynamic: bool,
+    values: int = 16,
+    queries: int | None = None,
+) -> Any:
     """The interpreter that made the TensorRT network of ``function`` of query, key and value, for every length up to
-    ``longest`` or for that one, and the native layers in it."""
+    ``longest`` or for that one, and the native layers in it; ``queries``: the last so many alone."""
     stack, made = load_stack(), []
     inputs = tensors(longest, batch, values=values)
-    length = Dim("length", min=1, max=longest)
-    program = tiny.program_of(function, *inputs, dynamic=({2: length},) * 3 if dynamic else None)
+    length = {2: Dim("length", min=queries or 1, max=longest)}
+    if queries is not None:
+        inputs[0] = inputs[0][:, :, :queries]
+    given = (length if queries is None else None, length, length)
+    program = tiny.program_of(function, *inputs, dynamic=given if dynamic else None)
     lowered = compile.lower(stack, program, (), BackendConfig("tensorrt"), "fp32")
     from torch_tensorrt.dynamo.conversion import TRTInterpreter
 
     with quiet(), torch.no_grad():
-        specs = [_spec(stack, node.name, x, dynamic) for node, x in zip(_inputs(lowered.graph), inputs, strict=True)]
+        specs = [
+            _spec(stack, node.name, x, dynamic and x.shape[2] == longest, queries or 1)
+            for node, x in zip(_inputs(lowered.graph), inputs, strict=True)
+        ]
         with registered(*compile.ours().converters(stack, made)):
             interpreter = TRTInterpreter(lowered.graph, specs, compilation_settings=lowered.settings)
             Interpreter.run(interpreter)
@@ -84,12 +128,12 @@ def _inputs(module: Any) -> list[Any]:
     return [node for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def _spec(stack: Any, name: str, x: Tensor, dynamic: bool) -> Any:
+def _spec(stack: Any, name: str, x: Tensor, dynamic: bool, least: int) -> Any:
     given = stack.torch_tensorrt.Input
     if not dynamic:
         return given(shape=tuple(x.shape), dtype=x.dtype, name=name)
-    least = (*x.shape[:2], 1, x.shape[3])
-    return given(min_shape=least, opt_shape=tuple(x.shape), max_shape=tuple(x.shape), dtype=x.dtype, name=name)
+    shortest = (*x.shape[:2], least, x.shape[3])
+    return given(min_shape=shortest, opt_shape=tuple(x.shape), max_shape=tuple(x.shape), dtype=x.dtype, name=name)
 
 
 FORMS: dict[str, tuple[Callable[..., Tensor], dict[str, int]]] = {
@@ -108,6 +152,23 @@ def test_the_layers_of_a_network_compute_it_at_every_length_of_the_profile(name:
         inputs = tensors(length, batch=2, values=8, seed=length)
         (out,) = network_in_torch.run(made.ctx.net, inputs)
         torch.testing.assert_close(out, seen(*inputs, **kind), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [5, 12])
+def test_the_layers_of_a_network_compute_a_chunk_over_its_cache_at_every_past(queries: int) -> None:
+    """The queries are a chunk of one length, and the keys as many as the text has up to there."""
+
+    def function(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return windowed(query, key, value, 6, 4, False, SCALE)
+
+    made, layers = network(function, batch=2, longest=40, dynamic=True, values=8, queries=queries)
+    assert len(layers) == 1
+    for length in (queries, queries + 1, queries + 5, queries + 6, queries + 9, 40):
+        query, key, value = tensors(length, batch=2, values=8, seed=length)
+        inputs = [query[:, :, length - queries :], key, value]
+        (out,) = network_in_torch.run(made.ctx.net, inputs)
+        wanted = seen(query, key, value, window=6)[:, :, length - queries :]
+        torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("length", [8, 40])

@@ -262,10 +262,11 @@ def test_the_prompt_of_a_case_has_an_exact_length_where_one_is_near() -> None:
 
     class Prompts(GraphSession):
         def bind(self, tensors: dict[str, Tensor]) -> None:
-            prompts.append(tensors["input_ids"].shape[1])
+            self.length = tensors["input_ids"].shape[1]
             programs[0].bind(tensors)
 
         def run(self, stream: Any) -> None:
+            prompts.append(self.length)
             programs[0].run(stream)
 
     generator = CachedGenerator(Prompts(programs[0]._graph, ()), programs[1:], cache, 128, tiny.CPU)

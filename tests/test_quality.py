@@ -236,15 +236,10 @@ def test_a_model_that_is_not_finite_is_told_from_an_engine_that_is_not(loaded: L
 
 def machines(loaded: LoadedModel, form: ModelConfig, shape: ShapeConfig, cache: str) -> Machine:
     """The graphs of a run on a machine without a GPU."""
-    from passes.graph.rewrite import rewrite
-
     config = CacheConfig(cache, 128 if cache != "none" else None)
     held = programs.cache_of(loaded.model, config, shape, None)
-    traced = {name: trace() for name, trace in programs.parts(loaded.model, form, shape, held).items()}
-    made = {
-        name: programs.Program(rewrite(each.program, "lowering", "keep", []).program, each.inputs)
-        for name, each in traced.items()
-    }
+    parts = programs.parts(loaded.model, form, shape, held)
+    made = {name: programs.rewritten(trace(), STRATEGY) for name, trace in parts.items()}
     return candidate.graphs(made, loaded, Wanted(shape, held, False, False), "fp32")
 
 
@@ -348,10 +343,12 @@ def test_nothing_is_measured_of_random_weights_or_without_a_tokenizer_and_the_re
     taught: Path, loaded: LoadedModel
 ) -> None:
     asked = VerifyConfig(quality=True)
-    drawn = quality.text_for(asked, replace(loaded, weights="random"), "fp16")
-    mute = quality.text_for(asked, replace(loaded, tokenizer=None), "fp16")
+    drawn = quality.text_for(asked, replace(loaded, weights="random"))
+    mute = quality.text_for(asked, replace(loaded, tokenizer=None))
+    small = quality.text_for(asked, replace(loaded, came_as="GPTQ int4"))
 
     assert "random weights" in str(drawn) and "no tokenizer" in str(mute)
+    assert "come as GPTQ int4" in str(small)
     unjudged = quality.judge(None, loaded, form_of(taught), STRATEGY, asked, drawn, "fp16", lambda *_: None)  # type: ignore[arg-type]
     assert unjudged == Quality("random weights predict no text", None, 0.05, None)
     quality.gate(unjudged)

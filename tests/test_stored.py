@@ -117,8 +117,9 @@ def e4m3(scale: str) -> Callable[[int, int], Packed]:
             of = scales(-(-out // 48), -(-inner // 40), dtype=torch.float32)
             wide = of.double().repeat_interleave(48, 0)[:out].repeat_interleave(40, 1)[:, :inner]
             return {"weight": values, "weight_scale_inv": of}, values.double() * wide
-        of = scales(*{"tensor": (), "one": (1,), "channel": (out, 1)}[scale], dtype=torch.float32)
-        return {"weight": values, "weight_scale": of, "input_scale": torch.ones(())}, values.double() * of.double()
+        of = scales(*{"tensor": (), "one": (1,)}.get(scale, (out, 1)), dtype=torch.float32)
+        rows = {} if scale == "dynamic" else {"input_scale": torch.full((), 0.25)}
+        return {"weight": values, "weight_scale": of, **rows}, values.double() * of.double()
 
     return layer
 
@@ -154,6 +155,9 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[int, int], Packed]]] = {
     "compressed-tensors fp8": (ct("float-quantized", num_bits=8, type="float", strategy="tensor"), e4m3("one")),
     "compressed-tensors fp8 channel": (
         ct("float-quantized", num_bits=8, type="float", strategy="channel"), e4m3("channel"),
+    ),
+    "compressed-tensors fp8 dynamic": (
+        ct("float-quantized", num_bits=8, type="float", strategy="channel"), e4m3("dynamic"),
     ),
     "ModelOpt fp8": ({"quant_method": "modelopt", "quant_algo": "FP8"}, e4m3("tensor")),
     "ModelOpt int8": ({"quant_method": "modelopt", "quant_algo": "W8A8_SQ_PER_CHANNEL"}, int8("modelopt")),
@@ -252,6 +256,7 @@ def held(folder: Path, precision: str, **asked: Any) -> LoadedModel:
         ("compressed-tensors int8", "int8_weights", "int8", None),
         ("ModelOpt int8", "int8_weights", "int8", None),
         ("ModelOpt fp8", "fp8", "e4m3", None),
+        ("compressed-tensors fp8 dynamic", "fp8", "e4m3", None),
     ],
 )
 def test_weights_that_an_engine_can_hold_stay_as_they_came(
@@ -267,6 +272,9 @@ def test_weights_that_an_engine_can_hold_stay_as_they_came(
         assert (weight.kind, weight.block) == (kind, block)
         assert torch.allclose(meant, expected[f"{layer}.weight"], rtol=2**-8)  # scales are numbers of bf16
         assert (weight.row_scale is None) == (kind != "e4m3")
+        if weight.row_scale is not None:  # the checkpoint's, or measured
+            assert (weight.row_scale == 0.25) == (name == "ModelOpt fp8")
+            assert any("measured on text" in note for note in loaded.notes) == (weight.row_scale != 0.25)
         assert (weight.row_factors is None) == (name != "ModelOpt int8")
     assert [note for note in loaded.notes if note.endswith("7 layers as they came, scales rounded to bf16")]
 

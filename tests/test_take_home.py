@@ -21,6 +21,7 @@ from serving import Server as ModelServer
 from serving import asked, save_answering_llama, served, several_at_once
 from sweeps import ROOT, Server, free_port
 
+from pipeline import chat
 from pipeline.deploy.opened import Opened, open_model
 from pipeline.deploy.request import read
 from pipeline.run import Outcome
@@ -81,25 +82,18 @@ def registered(uri: str, outcome: Outcome, run_id: str) -> Any:
     return version
 
 
-def chat(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``python -m pipeline.chat`` on another machine: in a folder and a home where nothing of the run is."""
-    (cwd / "home").mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(cwd / "home")}
-    command = [sys.executable, "-m", "pipeline.chat", *arguments, "--on-cpu", "torch"]
-    return subprocess.run(
-        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
-    )
-
-
-def test_an_alias_of_the_registry_answers_a_colleague_who_has_the_servers_address(
-    server: Server, outcome: Outcome, opened: Opened, tmp_path: Path
+@pytest.mark.parametrize("named", ["folder", "run id"])
+def test_what_the_model_says_alone_is_on_standard_output(
+    named: str, server: Server, outcome: Outcome, opened: Opened, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    registered(server.uri, outcome, outcome.report["mlflow"]["run_id"])
-    asked = ("--uri", server.uri, "--once", "hello", "--max-tokens", "6")
-    done = chat(tmp_path, "models:/llama@smallest", *asked)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == said(opened, "hello", tokens=6) + "\n", "what the model says alone is on standard output"
-    assert "(6 tokens in " in done.stderr and "tokens/s" in done.stderr and "Downloading" not in done.stderr
+    for name in ("OMP_WAIT_POLICY", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"):
+        monkeypatch.setenv(name, os.environ.get(name, "3"))  # what the command sets goes with the test
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    run = {"folder": str(outcome.folder), "run id": outcome.report["mlflow"]["run_id"]}[named]
+    assert chat.main([run, "--on-cpu", "torch", "--once", "hello", "--max-tokens", "6"]) == 0
+    out, err = capfd.readouterr()
+    assert out == said(opened, "hello", tokens=6) + "\n"
+    assert "(6 tokens in " in err and "tokens/s" in err and "Downloading" not in err
 
 
 def test_an_alias_of_the_registry_is_loaded_by_mlflow_itself(
@@ -259,7 +253,7 @@ class Terminal:
     def __init__(self, cwd: Path, *arguments: str) -> None:
         self.shown = ""
         command = [sys.executable, "-m", "pipeline.chat", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(cwd)}
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
             os.chdir(cwd)
@@ -295,8 +289,11 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(outcome: Outcome, tmp_path: Path) -> Iterator[Terminal]:
-    terminal = Terminal(tmp_path, str(outcome.folder), "--on-cpu", "torch", "--max-tokens", "30")
+def terminal(server: Server, outcome: Outcome, tmp_path: Path) -> Iterator[Terminal]:
+    """A colleague's, who has the server's address and an alias: nothing of the run is in this folder and home."""
+    registered(server.uri, outcome, outcome.report["mlflow"]["run_id"])
+    asked = ("--uri", server.uri, "--on-cpu", "torch", "--max-tokens", "30")
+    terminal = Terminal(tmp_path, "models:/llama@smallest", *asked)
     yield terminal
     terminal.kill()
 
@@ -322,4 +319,4 @@ def test_a_conversation_goes_on_behind_an_answer_that_ctrl_c_ended(terminal: Ter
     terminal.type("again\n")  # what was cut off is not part of it
     assert terminal.until(" tokens/s, cut off)\n> ").startswith(f"again\n{third}\n(")
     terminal.type("\x04")
-    assert terminal.ended() == 0
+    assert terminal.ended() == 0 and "Downloading" not in terminal.shown

@@ -1,9 +1,9 @@
 """Attention of a prompt whose tokens see only their neighbours, in blocks: work and memory are linear in length.
 
 ``proved_attention::windowed`` sees the last ``width`` keys, ``proved_attention::chunked`` the past of its own chunk.  A
-strategy writes them where a mask was proved to say just that, for as many keys as queries.  How they are cut into
-blocks is said once, here, in words (:class:`Words`) that stand for tensors of PyTorch, so that a program runs as its
-engine will, and for tensors of a TensorRT network (:mod:`passes.tensorrt.local_attention`).
+strategy writes them where a mask was proved to say just that, for queries that are the last of the keys.  How they are
+cut into blocks is said once, here, in words (:class:`Words`) that stand for tensors of PyTorch, so that a program runs
+as its engine will, and for tensors of a TensorRT network (:mod:`passes.tensorrt.local_attention`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class Words(Protocol[X]):
         """The first ``count`` rows of ``x``, which has as many."""
 
     def filled(self, x: X, start: Size, count: Size) -> X:
-        """``count`` rows of ``x`` from row ``start`` on, zeros where it has no more of them."""
+        """``count`` rows of ``x`` from row ``start`` on, zeros before its first, where that is negative, and behind its
+        last."""
 
     def blocks(self, x: X, count: Size, size: Size, reach: int) -> X:
         """[B * count, H, (1 + reach) * size, D] of ``x`` [B, H, (count + reach) * size, D], cut into blocks of ``size``
@@ -51,6 +52,13 @@ class Words(Protocol[X]):
     def attention_in_band(self, query: X, key: X, value: X, size: Size, reach: int, width: int) -> X:
         """Attention of ``size`` queries, row i of which sees the ``width`` keys behind key i, over
         ``(1 + reach) * size`` of them."""
+
+    def attention_in_place(
+        self, query: X, key: X, value: X, count: Size, size: int, reach: int, width: int, past: Size
+    ) -> X:
+        """Attention of ``count`` blocks of ``size`` queries, row i of which sees the last ``width`` keys up to key
+        reach * size + i, over ``(1 + reach) * size`` of them, the first of which is key ``past - reach * size`` of the
+        text in the first block: none before the text."""
 
 
 def in_windows(words: Words[X], query: X, key: X, value: X, width: int, block: int, shrinks: bool) -> X:
@@ -77,6 +85,23 @@ def in_windows(words: Words[X], query: X, key: X, value: X, width: int, block: i
     return words.first(words.behind(start, words.joined(made, query, count, size)), length)
 
 
+def in_windows_behind(words: Words[X], query: X, key: X, value: X, width: int, block: int) -> X:
+    """Attention of query [B, Hq, L, D] over key [B, Hkv, S, D], value [B, Hkv, S, Dv]; row q, which is at place
+    p = q + S - L of the keys, sees the keys p - width + 1 .. p.
+
+    All rows are cut into blocks.  How many keys the text has before the window of the first of them may be known only
+    when an engine runs, so each block has a mask of its own.
+    """
+    length = words.length(query)
+    past, reach = words.length(key) - length, -(-width // block)
+    count = (length + block - 1) // block
+    queries = words.blocks(words.filled(query, 0, count * block), count, block, 0)
+    near = (words.filled(x, past - reach * block, (count + reach) * block) for x in (key, value))
+    keys, values = (words.blocks(x, count, block, reach) for x in near)
+    made = words.attention_in_place(queries, keys, values, count, block, reach, width, past)
+    return words.first(words.joined(made, query, count, block), length)
+
+
 def in_chunks(words: Words[X], query: X, key: X, value: X, size: int) -> X:
     """Attention of query [B, Hq, L, D] over key [B, Hkv, L, D], value [B, Hkv, L, Dv]; row q sees the keys
     q // size * size .. q.
@@ -95,6 +120,12 @@ def band(size: int, reach: int, width: int) -> Tensor:
     """[size, (1 + reach) * size] bool: row i sees the ``width`` keys behind key i."""
     behind = torch.arange((1 + reach) * size) - torch.arange(size)[:, None]
     return (behind > 0) & (behind <= width)
+
+
+def last_keys(size: int, reach: int, width: int) -> Tensor:
+    """[size, (1 + reach) * size] bool: row i sees the last ``width`` keys up to key reach * size + i."""
+    behind = torch.arange(size)[:, None] + reach * size - torch.arange((1 + reach) * size)
+    return (behind >= 0) & (behind < width)
 
 
 class InTorch:
@@ -116,8 +147,9 @@ class InTorch:
         return x[:, :, :count]
 
     def filled(self, x: Tensor, start: int, count: int) -> Tensor:
-        found = x[:, :, start : start + count]
-        return torch.nn.functional.pad(found, (0, 0, 0, count - found.shape[2]))
+        before = min(max(-start, 0), count)
+        found = x[:, :, max(start, 0) : max(start + count, 0)]
+        return torch.nn.functional.pad(found, (0, 0, before, count - before - found.shape[2]))
 
     def blocks(self, x: Tensor, count: int, size: int, reach: int) -> Tensor:
         batch, heads, _, channels = x.shape
@@ -142,11 +174,22 @@ class InTorch:
     def attention_in_band(self, query: Tensor, key: Tensor, value: Tensor, size: int, reach: int, width: int) -> Tensor:
         return self.attention(query, key, value, band(size, reach, width).to(query.device))
 
+    def attention_in_place(
+        self, query: Tensor, key: Tensor, value: Tensor, count: int, size: int, reach: int, width: int, past: int
+    ) -> Tensor:
+        first = torch.arange(count)[:, None] * size + past - reach * size
+        there = first + torch.arange((1 + reach) * size) >= 0
+        mask = last_keys(size, reach, width) & there[:, None, :]
+        rows = mask.repeat(len(query) // count, 1, 1).unsqueeze(1)
+        return self.attention(query, key, value, rows.to(query.device))
+
 
 @torch.library.custom_op("proved_attention::windowed", mutates_args=())
 def windowed(query: Tensor, key: Tensor, value: Tensor, width: int, block: int, shrinks: bool, scale: float) -> Tensor:
-    """:func:`in_windows`."""
-    return in_windows(InTorch(scale), query, key, value, width, block, shrinks).contiguous()
+    """:func:`in_windows`, or :func:`in_windows_behind` of more keys than queries."""
+    if query.shape[2] == key.shape[2]:
+        return in_windows(InTorch(scale), query, key, value, width, block, shrinks).contiguous()
+    return in_windows_behind(InTorch(scale), query, key, value, width, block).contiguous()
 
 
 @torch.library.custom_op("proved_attention::chunked", mutates_args=())
@@ -169,19 +212,19 @@ def windowed_in_aten(
     query: Tensor, key: Tensor, value: Tensor, width: int, block: int, shrinks: bool, scale: float
 ) -> Tensor:
     """What :func:`windowed` computes, in torch's own words, whose mask is of every query and key."""
-    q, k = _places(query)
+    q, k = _places(query, key)
     return _masked(query, key, value, (k <= q) & (q - k < width), scale)
 
 
 def chunked_in_aten(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
     """What :func:`chunked` computes, in torch's own words, whose mask is of every query and key."""
-    q, k = _places(query)
+    q, k = _places(query, key)
     return _masked(query, key, value, (k <= q) & (k // size == q // size), scale)
 
 
-def _places(query: Tensor) -> tuple[Tensor, Tensor]:
-    places = torch.arange(query.shape[2], device=query.device)
-    return places[:, None], places
+def _places(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+    length, keys = query.shape[2], key.shape[2]
+    return torch.arange(length, device=query.device)[:, None] + (keys - length), torch.arange(keys, device=query.device)
 
 
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

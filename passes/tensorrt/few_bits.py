@@ -29,7 +29,7 @@ from passes.graph.weights import put, value_of
 from passes.precision import Kind
 from passes.quantised import DEQUANTISED, ROWS_IN_E4M3
 from passes.tensorrt.attention import as_tensor, reshaped
-from passes.tensorrt.one_row import PIECES_OF_INT8, times_row
+from passes.tensorrt.one_row import times_row
 from passes.tensorrt.registry import Converter
 from passes.tensorrt.versions import Stack
 
@@ -174,7 +174,7 @@ def multiply(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], made: Ma
     weight = dequantise(stack, ctx, node, small, made)
     flat = _flat(stack, ctx, node, rows, (1 if single else -1, inner))
     if single and small.kind == "int8" and not small.in_blocks:
-        result = reshaped(net, times_row(stack, net, weight, flat, PIECES_OF_INT8), (1, out))
+        result = reshaped(net, times_row(stack, net, weight, flat, whole=True), (1, out))
     else:
         none, turned = trt.MatrixOperation.NONE, trt.MatrixOperation.TRANSPOSE
         result = net.add_matrix_multiply(flat, none, weight, turned).get_output(0)

@@ -14,8 +14,17 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from passes.graph.local_attention import CHUNKED, WINDOWED, band, in_chunks, in_windows
+from passes.graph.local_attention import (
+    CHUNKED,
+    WINDOWED,
+    band,
+    in_chunks,
+    in_windows,
+    in_windows_behind,
+    last_keys,
+)
 from passes.tensorrt.attention import (
     NativeLayer,
     as_tensor,
@@ -92,6 +101,7 @@ class InNetwork:
     ctx: Any
     name: str
     kernels: FusedKernels
+    batch: int
     masks: Masks
     """Those that the network has: size of a block, reach, width -> [1, 1, size, (1 + reach) * size] bool."""
     made: list[NativeLayer] = field(default_factory=list)
@@ -131,7 +141,7 @@ class InNetwork:
 
     def filled(self, x: Rows, start: AnySize, count: AnySize) -> Rows:
         known = [size for size in (x.rows, start, count) if isinstance(size, int)]
-        return self._cut(x, start, count, fill=len(known) < 3 or known[1] + known[2] > known[0])
+        return self._cut(x, start, count, fill=len(known) < 3 or known[1] < 0 or known[1] + known[2] > known[0])
 
     def _cut(self, x: Rows, start: AnySize, count: AnySize, fill: bool) -> Rows:
         sizes = (x.batch, x.heads, count, x.channels)
@@ -200,6 +210,29 @@ class InNetwork:
             mask = self._known(mask, (1, 1, size, size))
         return self._native(query, key, value, "none", mask)
 
+    def attention_in_place(
+        self, query: Rows, key: Rows, value: Rows, count: AnySize, size: int, reach: int, width: int, past: AnySize
+    ) -> Rows:
+        span = (1 + reach) * size
+        seen = as_tensor(self.ctx, last_keys(size, reach, width)[None, None], f"{self.name} [last keys]")
+        if isinstance(past, int) and past >= reach * size:
+            return self._native(query, key, value, "none", seen)
+        most = _bounds(count)[1]
+        starts = torch.arange(most).view(most, 1, 1, 1) * size - reach * size
+        places = as_tensor(self.ctx, starts + torch.arange(span), f"{self.name} [places]")
+        if not isinstance(count, int):
+            places = self._slice(places, (0,) * 4, (count, 1, 1, span))
+        shift = self._reshaped(self._as_tensor(past), (1, 1, 1, 1))
+        before = as_tensor(self.ctx, torch.full((1, 1, 1, 1), -1), f"{self.name} [before the text]")
+        kinds, net = self.stack.trt.ElementWiseOperation, self.ctx.net
+        there = net.add_elementwise(places, shift, kinds.SUM).get_output(0)
+        there = net.add_elementwise(there, before, kinds.GREATER).get_output(0)
+        mask = net.add_elementwise(there, seen, kinds.AND).get_output(0)
+        if self.batch > 1:  # the blocks of a row stand together
+            layer = net.add_concatenation([mask] * self.batch)
+            layer.axis, mask = 0, layer.get_output(0)
+        return self._native(query, key, value, "none", mask)
+
     def _native(self, query: Rows, key: Rows, value: Rows, causal: str, mask: Any) -> Rows:
         tensors = tuple(self._known(each.tensor, each.sizes) for each in (query, key, value))
         traced: Any = [[_bounds(size) for size in x.sizes] for x in (query, key)]
@@ -223,17 +256,24 @@ def convert(
 
     ``args``: those of ``node`` with tensors in the place of nodes; ``masks``: of the same network, to which ours go.
     """
-    words = InNetwork(stack, ctx, node.name, kernels, masks)
     query, key, value = (static_heads(ctx.net, tensor, node.args[i]) for i, tensor in enumerate(args[:3]))
     scale, channels = args[-1], value.shape[3]
     if scale != 1.0:
         query = scaled(stack, ctx, query, scale, node)
     most = max(query.shape[3], channels)
     tensors = (with_channels(stack, ctx.net, tensor, most) for tensor in (query, key, value))
-    length = _length(words, query, node.args[0].meta["val"].shape[2])  # type: ignore[union-attr]
-    rows = [Rows(each, int(each.shape[0]), int(each.shape[1]), length, most) for each in tensors]
-    cut: Any = in_windows if node.target is WINDOWED else in_chunks
-    out = cut(words, *rows, *args[3:-1])
+    words = InNetwork(stack, ctx, node.name, kernels, int(query.shape[0]), masks)
+    traced: list[Any] = [each.meta["val"].shape[2] for each in node.args[:2]]  # type: ignore[union-attr]
+    is_whole = bool(statically_known_true(traced[0] == traced[1]))
+    length = _length(words, query, traced[0])
+    keys = length if is_whole else _length(words, key, traced[1])
+    sizes = ((length, query), (keys, key), (keys, value))
+    rows: list[Any] = [
+        Rows(each, int(like.shape[0]), int(like.shape[1]), count, most)
+        for each, (count, like) in zip(tensors, sizes, strict=True)
+    ]
+    cut: Any = in_chunks if node.target is CHUNKED else in_windows if is_whole else in_windows_behind
+    out = cut(words, *rows, *args[3 : 5 if cut is in_windows_behind else -1])
     output = with_channels(stack, ctx.net, words._known(out.tensor, out.sizes), channels)
     return output, words.made
 

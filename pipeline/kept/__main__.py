@@ -16,7 +16,7 @@ from passes.errors import UserError
 from pipeline.config.schema import StoreConfig
 from pipeline.host.arguments import Parser
 from pipeline.kept.engines import Kept, excess, found, remove
-from pipeline.store.entries import Store
+from pipeline.store.entries import root_of
 
 GIB = 2**30
 
@@ -48,7 +48,9 @@ def _main(asked: Namespace) -> int:
         if not folder.is_dir():
             raise UserError(f"--output {folder}: there is no such folder")
     tracked, needed = _tracked(asked.uri)
-    store = Store.of(StoreConfig(folder=asked.store)).root
+    store = root_of(StoreConfig(folder=asked.store))
+    if asked.store and not store.is_dir():
+        raise UserError(f"--store {store}: there is no such folder")
     kept = found([*outputs, *tracked, store])
     names = sum(len(each.folders) for each in kept)
     print(f"{_said(kept)} on disk, under {names} names, in {', '.join(map(_shown, [*outputs, *tracked, store]))}")

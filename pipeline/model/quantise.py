@@ -43,7 +43,21 @@ def load(
     loaded = load_wide(config, within, device, seed, progress, None if few is None else few.kind)
     if few is not None and loaded.came_as is not None:
         _check_came(loaded, precision, few.kind, asked)
+        return _with_rows(loaded, asked, seed) if few.rounds_rows else loaded
     return quantised(loaded, precision, within, asked, seed, progress)
+
+
+def _with_rows(loaded: LoadedModel, asked: QuantizeConfig, seed: int) -> LoadedModel:
+    """``loaded``, whose weights came quantised, with scales of rows, measured where it came without."""
+    without = {name: loaded.model.get_submodule(name) for name, each in loaded.quantised.items() if not each.row_scale}
+    if not without:
+        return loaded
+    layers = {name: layer for name, layer in without.items() if isinstance(layer, nn.Linear)}
+    largest = _largest_rows(loaded, layers, _texts(loaded, asked.calibration, seed))
+    made = {name: replace(loaded.quantised[name], row_scale=each / LARGEST["e4m3"]) for name, each in largest.items()}
+    few_bits.put(loaded.model, made)
+    said = f"{loaded.came_as} has no scales of rows: they were measured on text"
+    return replace(loaded, quantised={**loaded.quantised, **made}, notes=(*loaded.notes, said))
 
 
 def _check_came(loaded: LoadedModel, precision: str, kind: Kind, asked: QuantizeConfig) -> None:

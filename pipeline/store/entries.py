@@ -30,6 +30,11 @@ class Damaged(Exception):
     """An entry whose files are not the ones that were stored; the message says which."""
 
 
+def root_of(config: StoreConfig) -> Path:
+    """The folder of the store that ``config`` names, which need not be there."""
+    return Path(config.folder) if config.folder is not None else cache_folder() / "engines"
+
+
 @dataclass(frozen=True)
 class Store:
     root: Path
@@ -38,7 +43,7 @@ class Store:
     @classmethod
     def of(cls, config: StoreConfig) -> Store:
         """The store that ``config`` names, its folder made; raises :class:`UserError` where none can be written."""
-        root = Path(config.folder) if config.folder is not None else cache_folder() / "engines"
+        root = root_of(config)
         try:
             root.mkdir(parents=True, exist_ok=True)
             if not os.access(root, os.W_OK | os.X_OK):

@@ -103,8 +103,8 @@ def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
 
 def _mask_of_rows(
     position: Tensor,
-    rings: Collection[int],
     *,
+    rings: Collection[int] = (),
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -137,11 +137,9 @@ def _mask_of_rows(
     return mask.expand(batch_size, -1, q_length, kv_length)
 
 
-def _added_mask_of_rows(
-    position: Tensor, rings: Collection[int], *, dtype: torch.dtype = torch.float32, **given: Any
-) -> Tensor:
+def _added_mask_of_rows(position: Tensor, *, dtype: torch.dtype = torch.float32, **given: Any) -> Tensor:
     """The same as transformers' ``eager_mask`` has it: 0, or the least number of ``dtype``, added to the scores."""
-    mask = _mask_of_rows(position, rings, **given)
+    mask = _mask_of_rows(position, **given)
     assert mask is not None
     zero, least = (torch.full((), each, dtype=dtype, device=mask.device) for each in (0.0, torch.finfo(dtype).min))
     return torch.where(mask, zero, least)
@@ -153,8 +151,8 @@ def masks_of_rows(position: Tensor, rings: Collection[int] = ()) -> Iterator[Non
     ``position`` [batch]: a cache tells transformers one length, for all rows; and masks over as many keys as one of
     ``rings`` has places for the tokens that it holds."""
     masks = ALL_MASK_ATTENTION_FUNCTIONS
-    masks["sdpa"] = partial(_mask_of_rows, position, rings)
-    masks["eager"] = partial(_added_mask_of_rows, position, rings)
+    masks["sdpa"] = partial(_mask_of_rows, position, rings=rings)
+    masks["eager"] = partial(_added_mask_of_rows, position, rings=rings)
     try:
         yield
     finally:

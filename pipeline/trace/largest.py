@@ -17,6 +17,7 @@ from torch.fx import Node
 
 from passes.errors import RunError
 from passes.graph import ops
+from passes.graph.local_attention import WINDOWED
 
 MOST = 2**31 - 1
 """Elements at most of a tensor that is no mask: an int32 counts them."""
@@ -28,7 +29,7 @@ def refuse_larger(program: ExportedProgram) -> None:
     node, elements = max(((node, at_most(node)) for node in _numbers(program)), key=lambda found: found[1])
     if elements <= MOST:
         return
-    shape = " x ".join(str(_most(size)) for size in node.meta["val"].shape)
+    shape = " x ".join(map(str, _largest(node)))
     raise RunError(
         "too_large",
         f"{node.name} has {shape} elements, above the {MOST} up to which engines were seen right; set a smaller "
@@ -55,10 +56,27 @@ def _numbers(program: ExportedProgram) -> Iterator[Node]:
 
 
 def at_most(node: Node) -> int:
-    """Elements of what ``node`` computes at most; 0 of what is no tensor, or has no bound."""
+    """Elements at most of the largest tensor that ``node`` computes; 0 of what is no tensor, or has no bound."""
+    return prod(_largest(node))
+
+
+def _largest(node: Node) -> list[int]:
+    """Its sizes: what ``node`` gives, or the keys of a window's blocks, each of which has its own copy of those that it
+    sees (:func:`passes.graph.local_attention.in_windows`)."""
+    found = [_sizes(node)]
+    if node.target is WINDOWED:
+        arguments: Any = node.args
+        _, key, _, width, block, *_ = arguments
+        batch, heads, rows, channels = sizes if len(sizes := _sizes(key)) == 4 else [0] * 4
+        reach = -(-width // block)
+        found.append([batch * -(-rows // block), heads, (1 + reach) * block, channels])
+    return max(found, key=prod)
+
+
+def _sizes(node: Any) -> list[int]:
     value = node.meta.get("val")
-    sizes = [_most(size) for size in value.shape] if isinstance(value, torch.Tensor) else [0]
-    return 0 if None in sizes else prod(sizes)  # type: ignore[arg-type]
+    sizes = [_most(size) for size in value.shape] if isinstance(value, torch.Tensor) else [None]
+    return [0] if None in sizes else sizes  # type: ignore[return-value]
 
 
 def _most(size: Any) -> int | None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError
-from passes.precision import FEW_BITS
 from pipeline.config.schema import ModelConfig, StrategyConfig
 from pipeline.config.verification import VerifyConfig
 from pipeline.model.load import LoadedModel, load_reference
@@ -45,13 +44,12 @@ TEXTS = {"cuda": 8, "cpu": 1}
 """Greedy continuations, at least: as many as the engine takes at once."""
 
 
-def text_for(asked: VerifyConfig, loaded: LoadedModel, precision: str) -> RealText | str:
-    """The text on which ``loaded``, at the run's ``precision``, is to be measured; or why that would say nothing.
-    Raises :class:`UserError`."""
+def text_for(asked: VerifyConfig, loaded: LoadedModel) -> RealText | str:
+    """The text on which ``loaded`` is to be measured; or why that would say nothing.  Raises :class:`UserError`."""
     if loaded.weights == "random":
         return "random weights predict no text"
-    if loaded.came_as is not None and precision in FEW_BITS:
-        return "the checkpoint has weights of fewer bits alone, and no unquantised ones to compare with"
+    if loaded.came_as is not None:
+        return f"the checkpoint's weights come as {loaded.came_as}, with no unquantised ones to compare with"
     if loaded.tokenizer is None:
         return "the model has no tokenizer"
     return real_text(asked.text, loaded, TOKENS[loaded.model.device.type] + 1)

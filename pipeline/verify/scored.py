@@ -10,15 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from passes.graph.rewrite import rewrite
 from pipeline.config.schema import ModelConfig, ShapeConfig, StrategyConfig
-from pipeline.model import few_bits
+from pipeline.engine import programs
 from pipeline.model.load import LoadedModel
-from pipeline.trace import call_form
-from pipeline.trace.call_form import CallForm, make_inputs
+from pipeline.trace.call_form import make_inputs
 from pipeline.verify.arithmetic import Forward, in_arithmetic, on_cpu
 from pipeline.verify.tokens import last_positions
 
@@ -85,8 +82,6 @@ def _whole_graph(
 ) -> Forward:
     """The model's graph after ``strategy``, with the logits of every position, in ``precision``'s arithmetic."""
     whole = replace(form, logits="all", inputs=_without_last(form))
-    with few_bits.small(loaded.model, loaded.quantised):
-        traced = call_form.trace(CallForm(loaded.model, "all"), whole, shape, torch.device("cpu"))
-    asked = (strategy.name, strategy.unproven, strategy.assume)
-    module = rewrite(traced.program, *asked, without=strategy.without).program.module()
+    trace = programs.parts(loaded.model, whole, shape, None, loaded.quantised)["engine"]
+    module = programs.rewritten(trace(), strategy).program.module()
     return in_arithmetic(lambda inputs: module(**inputs), on_cpu(precision))

@@ -1,7 +1,8 @@
 """A prompt in which every token sees its neighbours alone, in blocks (:mod:`passes.graph.local_attention`).
 
 Legal because the mask was proved to be the window, or the chunks, that the written operation has in its name, for every
-index, length and input, and because there are as many keys as queries, so that row q is the query of key q.
+index, length and input, and because the queries are the last of the keys: of as many, or, of a window, of more, as a
+chunk of a prompt has over its cache.
 
 **The choice**, by microseconds of one layer on an H100 with TensorRT-RTX 1.6, fp16, 8192 tokens.  *Mask*: the native
 layer with the whole mask, as a constant, or compared in the network (static; dynamic); *causal*: without the window,
@@ -25,7 +26,9 @@ too, which costs Gemma 3 31 of 155 at 8192 tokens and 27 of 58 at 2048.  So only
 
 from __future__ import annotations
 
-from torch.fx import Graph
+from typing import Any
+
+from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.graph import local_attention
@@ -48,11 +51,27 @@ def block_of(width: int) -> int:
 
 def _is_of_a_prompt(call: AttentionCall, proof: Proof) -> bool:
     """Whether the call has a query for each key, and a batch that is known, in which the blocks take their places."""
-    if proof.status is not Status.PROVED:
-        return False
+    return _has_rows(call, proof) and bool(statically_known_true(_rows(call.query) == _rows(call.key)))
+
+
+def _is_the_end_of_a_text(call: AttentionCall, proof: Proof) -> bool:
+    """Whether the call has at least a key for each query, and more than one query, in a batch that is known."""
+    queries, keys = _rows(call.query), _rows(call.key)
+    several = isinstance(queries, int) and queries > 1
+    return _is_of_a_prompt(call, proof) or (
+        _has_rows(call, proof) and several and bool(statically_known_true(keys >= queries))
+    )
+
+
+def _has_rows(call: AttentionCall, proof: Proof) -> bool:
     shapes = [tensor.meta["val"].shape for tensor in (call.query, call.key, call.value)]
     known = all(isinstance(size, int) for shape in shapes for size in (shape[0], shape[1], shape[3]))
-    return known and all(bool(statically_known_true(shape[2] == shapes[0][2])) for shape in shapes)
+    same = bool(statically_known_true(_rows(call.key) == _rows(call.value)))
+    return proof.status is Status.PROVED and known and same
+
+
+def _rows(tensor: Node) -> Any:
+    return tensor.meta["val"].shape[2]
 
 
 def _windowed(graph: Graph, call: AttentionCall) -> None:
@@ -66,5 +85,5 @@ def _chunked(graph: Graph, call: AttentionCall) -> None:
     put(graph, call, local_attention.CHUNKED, (call.proved.size, call.scale))
 
 
-WINDOWED = Lowering(Action.NATIVE_WINDOW, _windowed, (Window,), Ability.LOCAL, _is_of_a_prompt)
+WINDOWED = Lowering(Action.NATIVE_WINDOW, _windowed, (Window,), Ability.LOCAL, _is_the_end_of_a_text)
 CHUNKED = Lowering(Action.NATIVE_CHUNKS, _chunked, (Chunked,), Ability.LOCAL, _is_of_a_prompt)

@@ -18,7 +18,8 @@ def held(grid: Grid, kind: Kind, dtype: torch.dtype) -> QuantisedWeight | None:
     int8 and E4M3 with a scale for each channel, int4 with one for each block.
 
     A zero point is no hindrance where values less zero point fit the type, as of symmetric GPTQ they do.  A scale
-    becomes a number of ``dtype``, times a power of two, as :mod:`passes.quantised` has them.
+    becomes a number of ``dtype``, times a power of two, as :mod:`passes.quantised` has them.  Of E4M3 the scale of rows
+    is still to be measured where the checkpoint has none.
     """
     count, inner = grid.scales.shape[1], grid.values.shape[1]
     if inner % count or not torch.equal(grid.groups, torch.arange(inner) // (inner // count)):
@@ -27,7 +28,7 @@ def held(grid: Grid, kind: Kind, dtype: torch.dtype) -> QuantisedWeight | None:
         return None
     values, scales = grid.values, _numbers_of(dtype, grid.scales.float())
     if kind == "e4m3":
-        if values.dtype != torch.float8_e4m3fn or count != 1 or grid.row_scale is None:
+        if values.dtype != torch.float8_e4m3fn or count != 1:
             return None
     else:
         if values.dtype != torch.int16:
