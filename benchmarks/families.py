@@ -135,7 +135,7 @@ def names() -> list[str]:
 def _called_after(made: str, types: list[str]) -> str:
     def common(model_type: str) -> int:
         plain = model_type.replace("_", "").replace("-", "").removesuffix("text")
-        return len(plain) if made.lower().startswith(plain) else 0
+        return (len(plain) if made.lower().startswith(plain) else 0) + model_type.endswith("_text")
 
     return max(types, key=common)
 

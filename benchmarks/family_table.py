@@ -30,11 +30,12 @@ Rows = dict[tuple[str, str], Row]
 ROWS = Path(__file__).resolve().parent / "families.jsonl"
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"
 README = DOCUMENT.parent.parent / "README.md"
-MARKS = "<!-- made by python -m benchmarks.family_table -->", "<!-- end of its line -->"
+MARKS = "<!--families:made-->", "<!--end-->"
 LIMIT_S = 300.0
 """Seconds that a run may take."""
 ORDER = ("generation", "padded prompt", "prompt")
 """The form that tells most comes first."""
+NO_CACHE = "refused with a KV cache"
 OUTCOMES = (RIGHT, REFUSED, STOPPED, WRONG, CRASHED, LATE, NONE)
 FAST = ("native_causal", "native_full", "native_window", "native_chunks", "cached")
 """Actions of an attention call that read no mask and no more keys than they must."""
@@ -116,15 +117,23 @@ def standing(rows: Iterable[Row]) -> str:
 
 
 def in_short(rows: Rows) -> str:
-    """The README's line: which of the named families are fast, right but slower, or do not run."""
-    found: dict[str, list[str]] = {}
+    """The README's line: how many of the named families are fast, and which are right but slower, or do not run.  What
+    has a window, or other positions, of the same model type goes by its name where it fares as that does."""
+    found: dict[str, dict[str, None]] = {}
     for family in NAMED:
         if made := [rows[family, form] for form in FORMS if (family, form) in rows]:
-            found.setdefault(standing(made), []).append(family)
-    words = {"fast": "fast", "slower": "right, and slower in some of their layers"}
-    kinds = [*words, *sorted(found.keys() - words.keys())]
-    says = [f"**{words.get(kind, kind)}**: {', '.join(found[kind])}" for kind in kinds if kind in found]
-    return f"Families: {'; '.join(says)} ([the table, with reasons](docs/architectures.md)).\n"
+            kind = standing(made)
+            cached = kind == REFUSED and all(each.form == "generation" for each in made if each.outcome != RIGHT)
+            found.setdefault(NO_CACHE if cached else kind, {})[family.replace(" (alibi)", "-alibi").split(" (")[0]] = (
+                None
+            )
+    says = [f"{len(found.pop('fast', ()))} fast"]
+    words = {"slower": "right, slower in some layers"}
+    says += [f"{words.get(kind, kind)}: {', '.join(found[kind])}" for kind in sorted(found, key=_ORDER.index)]
+    return f"Families ([table, reasons](docs/architectures.md)): {'; '.join(says)}.\n"
+
+
+_ORDER = ("slower", NO_CACHE, STOPPED, REFUSED, NONE, LATE, WRONG, CRASHED)
 
 
 TEXT = """# Families of decoders

@@ -232,9 +232,24 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         lambda x: x.view(2, -1, 4).expand(2, -1, 4).reshape(-1, 4),
         lambda x: torch.bitwise_xor(torch.bitwise_or(torch.bitwise_and(x > 0, ~(x > 1)), x < -1), x > 2),
         lambda x: x.max(-1).values + x.max(-1).indices,
+        lambda x: (x * 3).long().floor() + (x * 3).floor(),
+        lambda x: (x * 9).long() / 4 + (x * 9).long() / torch.tensor(7),
         lambda x: torch.cat(x.max(1, keepdim=True), -1),
     ],
-    ids=["begin", "middle", "end", "whole", "every other", "number", "views", "bools", "largest", "largest, kept"],
+    ids=[
+        "begin",
+        "middle",
+        "end",
+        "whole",
+        "every other",
+        "number",
+        "views",
+        "bools",
+        "largest",
+        "rounded",
+        "quotients",
+        "largest, kept",
+    ],
 )
 def test_the_form_that_converters_need_computes_the_same(write: Any) -> None:
     x = torch.randn(2, 3, 8)

@@ -9,6 +9,8 @@
   logical ones.
 * The largest element along an axis and its place, together, are the first of those that ``topk`` gives.
 * The greater of two sizes of which one is known to be: that one.  There is no layer that would choose.
+* Whole numbers over whole numbers are none in PyTorch, and truncated ones in TensorRT: they are cast before.
+* A whole number rounded is that number; TensorRT rounds no others (Ministral 3 scales queries by such a one).
 * What ``empty`` holds is undefined, so zeros will do; there is no layer for it.
 """
 
@@ -26,6 +28,7 @@ from passes.proof.op_kinds import RESHAPES
 
 aten = torch.ops.aten
 
+ROUNDINGS = (aten.floor.default, aten.ceil.default, aten.trunc.default, aten.round.default)
 VIEWS = (*RESHAPES, aten.expand.default)
 LOGICAL = {
     aten.bitwise_and.Tensor: aten.logical_and.default,
@@ -47,6 +50,10 @@ def prepare(graph: GraphModule) -> int:
             _spell_out_number(node)
         elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:  # then so are what it reads
             node.target = LOGICAL[node.target]
+        elif node.target is aten.div.Tensor and node.meta["val"].is_floating_point() and _of_whole_numbers(node):
+            _cast_first(node)
+        elif node.target in ROUNDINGS and not node.args[0].meta["val"].is_floating_point():
+            node.target = aten.alias.default
         elif node.target is torch.sym_max:
             _choose_greater(node)
         elif node.target is aten.max.dim:
@@ -112,6 +119,22 @@ def _bounds(size: Any) -> Any:
     if not isinstance(size, torch.SymInt) or size.node.shape_env is None:
         return ValueRanges.wrap(size)
     return size.node.shape_env.bound_sympy(size.node.expr)
+
+
+def _of_whole_numbers(node: Node) -> bool:
+    values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args[:2]]
+    return not any(each.is_floating_point() if isinstance(each, torch.Tensor) else isinstance(each, float)
+                   for each in values)  # fmt: skip
+
+
+def _cast_first(node: Node) -> None:
+    """Both sides in the type of the quotient ``node``; a number beside a tensor takes its type."""
+    for place, side in enumerate(node.args[:2]):
+        if isinstance(side, Node) and isinstance(side.meta["val"], torch.Tensor):
+            with node.graph.inserting_before(node):
+                cast = node.graph.call_function(aten._to_copy.default, (side,), {"dtype": node.meta["val"].dtype})
+                cast.meta["val"] = side.meta["val"].to(node.meta["val"].dtype)
+            node.update_arg(place, cast)
 
 
 def _choose_greater(node: Node) -> None:

@@ -78,5 +78,7 @@ def causal_lm(raw: dict[str, Any], origin: str) -> PreTrainedConfig:
         if wanted and stated and raw.get("auto_map"):
             raise UserError(f"{origin}: {found} {needs_code}")
         needed = f"architectures has to name {' or '.join(sorted(wanted))}" if wanted else "name another model"
+        if stated & wanted:
+            needed = "is_encoder_decoder=true in its config; name a model that is a decoder alone"
         raise UserError(f"{origin}: {found} is not a causal LM; {needed}")
     return config

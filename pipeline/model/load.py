@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from passes.errors import UserError
+from passes.errors import UserError, whole_message
 from passes.precision import PRECISIONS, Kind
 from passes.quantised import QuantisedWeight
 from pipeline.config.schema import ModelConfig
@@ -140,10 +140,22 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
             device_map={"": device},
         )  # fmt: skip
 
-    with quiet():
+    with quiet(), _as_user_error(made_of):
         with _seeded(device, seed):
             model = build({}, torch.float32)
         return _ready(model if dtype == torch.float32 else build(model.state_dict(), dtype))
+
+
+@contextmanager
+def _as_user_error(made_of: type) -> Iterator[None]:
+    """Raises :class:`UserError` for what a class of transformers stumbles over in a config that it takes."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
+        said = f"{type(error).__name__}: {whole_message(error)}"[:300]
+        raise UserError(f"transformers cannot build {made_of.__name__} from this config ({said}); mend it") from error
 
 
 @contextmanager

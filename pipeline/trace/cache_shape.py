@@ -19,6 +19,9 @@ from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.call_form import InputSpec
 from pipeline.trace.largest import MOST
 
+APART = 0.05
+"""Relative difference of logits that is no rounding, but other positions."""
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -120,6 +123,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
         keys, values = layer.keys, layer.values
         heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
         layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
+    _check_positions(model, cache.name)
     most = max(prod(sizes) for layer in layers for sizes in layer)
     if most > MOST:
         raise UserError(
@@ -135,11 +139,25 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     )
 
 
+def _check_positions(model: PreTrainedModel, mode: str) -> None:
+    """Raises :class:`UserError` for a model that counts positions otherwise than from 0 (RoBERTa), as a cache does."""
+    tokens = torch.arange(1, 4, device=next(model.parameters()).device).unsqueeze(0)
+    places = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)
+    with torch.no_grad():
+        own = model(input_ids=tokens, use_cache=False).logits.float()
+        told = model(input_ids=tokens, use_cache=False, position_ids=places).logits.float()
+    if (own - told).norm() > own.norm() * APART:
+        raise UserError(
+            f"cache={mode}: {type(model).__name__} numbers positions in a way of its own, and a cache's begin at 0; "
+            "set cache=none"
+        )
+
+
 def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
     """Hugging Face's own cache after two tokens; raises :class:`UserError` where the model does not fill it."""
-    seen = DynamicCache(config=model.config)
     tokens = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
     try:
+        seen = DynamicCache(config=model.config)
         with torch.no_grad():
             model(input_ids=tokens, cache=seen, use_cache=True)
     except torch.OutOfMemoryError:

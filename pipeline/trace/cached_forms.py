@@ -268,7 +268,9 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
     except NumberFromData:
         form.says_full = True
         program = exported(form, inputs, None, WITHOUT)
-    if written_out(program.graph_module) and not is_the_model(program, form.model, _caches(cache, device)):
+    if (form.says_full or written_out(program.graph_module)) and not is_the_model(
+        program, form.model, _caches(cache, device)
+    ):
         raise RunError(
             "export",
             f"{type(form.model).__name__} makes masks of its own for a cache that grows, and this one has a fixed "

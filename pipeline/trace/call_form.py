@@ -146,9 +146,9 @@ class NumberFromData(RunError):
 def exported(
     form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None, remedy: str = AS_IT_IS
 ) -> ExportedProgram:
-    """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError`, which
-    says ``remedy``, of kind ``export`` where torch.export cannot, and :class:`NumberFromData` where what it traced
-    hangs on the data of a tensor."""
+    """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
+    ``export``, which says ``remedy``, where torch.export cannot, and :class:`NumberFromData` where what it traced hangs
+    on the data of a tensor."""
     try:
         with torch.no_grad(), quiet(), plain_experts(form.model), plain_attention(form.model), unchanged(form):
             program = torch.export.export(

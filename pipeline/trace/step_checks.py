@@ -19,7 +19,17 @@ def is_the_model(program: ExportedProgram, model: nn.Module, caches: Mapping[str
     """Whether three tokens, one by one through the step's ``program``, come to what ``model`` makes of them together.
 
     For attention that is written out: no mask of it is proved, and its own code may have made one for a cache that
-    grows (GPT-Neo).  ``caches``: empty ones, by name.  What is built is verified later all the same."""
+    grows (GPT-Neo); and for a model that was told that its cache is full.  ``caches``: empty ones, by
+    name.  What is built is verified later all the same."""
+    try:
+        return _agrees(program, model, caches)
+    except (IndexError, RuntimeError) as error:  # of what the program comes upon; memory is another matter
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+
+
+def _agrees(program: ExportedProgram, model: nn.Module, caches: Mapping[str, list[Tensor]]) -> bool:
     step, given, batch = program.module(), dict(caches), len(caches["keys"][0])
     count, device = len(given["keys"]), given["keys"][0].device
     tokens = torch.arange(1, 4, device=device).expand(batch, -1)
