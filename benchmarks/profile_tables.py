@@ -66,11 +66,13 @@ def _figure(row: Mapping[str, Any]) -> Figure:
 
 Kernel = dict[str, Any]
 Roles = tuple[tuple[str, Callable[[str, int], bool]], ...]
+NORMED = "AddSqrtDivMulCastReshMul"
+"""A row that is normed, times a weight."""
 STEP_ROLES: Roles = (
     # By what TensorRT-RTX 1.6 fuses and so calls its kernels; the second argument counts those of one name, the
     # longest first: gate and up are more than query, key and value.
-    ("gate and up projections, with the norm", lambda name, nth: _sum_of("AddSqrtDivMulCastReshMul", name) and nth == 0),
-    ("query, key and value projections, with the norm", lambda name, _: _sum_of("AddSqrtDivMulCastReshMul", name)),
+    ("gate and up projections, with the norm", lambda name, nth: nth == 0 and _sum_of(NORMED, name)),
+    ("query, key and value projections, with the norm", lambda name, _: _sum_of(NORMED, name)),
     ("down projection, with the activation", lambda name, _: "SiluMulReshMul" in name and _sum_of("", name)),
     ("the product with the vocabulary", lambda name, _: _sum_of("AddSqrtDivMulCastMul", name)),
     ("scores", lambda name, _: name == "MulReshReshMulCastSum"),
@@ -118,9 +120,13 @@ def _name(kernel: Kernel) -> str:
 
 GROUPS = ("products with the weights", "attention and its cache", "norms and everything else", "gaps between kernels")
 """Of a step's time, in the order in which they are drawn."""
-ATTENTION, PRODUCT = re.compile(r"mha|Exp|MulCastSum|Scat"), re.compile(r"MulSum|gemm|gemv|cudnn|cutlass|sm\d\d_")
+ATTENTION, PRODUCT = (
+    re.compile(r"mha|Exp|MulCastSum|Scat"),
+    re.compile(r"MulSum|MulCastSlic|gemm|gemv|cudnn|cutlass|sm\d\d_"),
+)
 """In names of kernels.  TensorRT's own (``__myl_``) are made of the operations in them: scores and weighted values are
-summed in fp32 (``MulCastSum``), what updates the cache scatters, a product with weights ends in ``MulSum``."""
+summed in fp32 (``MulCastSum``), what updates the cache scatters, a product with weights ends in ``MulSum`` or is summed
+in slices."""
 
 
 def by_group(profile: Mapping[str, Any]) -> dict[str, float]:

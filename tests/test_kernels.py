@@ -49,7 +49,7 @@ def test_every_form_of_a_chunks_attention_builds(form: str) -> None:
         assert chunk_attention.row_of("qwen3_tiny", form, 256, 256, 512)["relative_error"] < kernels.WRONG
 
 
-@pytest.mark.parametrize(("raw", "above"), [("kernels.jsonl", 10), ("steps.jsonl", 10), ("steps_together.jsonl", 6)])
+@pytest.mark.parametrize(("raw", "above"), [("kernels.jsonl", 10), ("steps.jsonl", 10)])
 def test_the_tables_of_the_documentation_are_those_of_the_raw_rows(raw: str, above: int) -> None:
     page = (ROOT / "docs" / "results.md").read_text()
     made = kernels.tables(PROFILES / raw)
