@@ -78,7 +78,7 @@ def test_a_figure_without_a_report_is_named_with_its_file_and_line(kept: list[Pa
         f"* Half of it\n  is 4.6 ms, the file has 93 MB.\n  <!-- figures: 4.6 = {MEDIAN} / 2;\n  93 MB: says PyPI -->",
         f"It is 1.00 times as fast.\n<!-- figures: 1.00 = {MEDIAN} / {MEDIAN.replace('one', 'kept/one.json')} -->",
         "It takes 12 and 5.0 us.\n<!-- figures: 12 = [rows.jsonl us 'form=a b' n=8]; 5.0 = [rows.jsonl us form=c] -->",
-        "Products take 792 us.\n<!-- figures: 792 = [llama3_1b-decode.json products] -->",
+        "Products take 991 us.\n<!-- figures: 991 = [llama3_1b-decode.json products] -->",
     ],
 )
 def test_a_figure_that_is_what_its_report_says_is_right(text: str, kept: list[Path]) -> None:

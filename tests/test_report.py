@@ -54,7 +54,7 @@ from pipeline.tracking.recovery import recover
 from pipeline.tracking.runs import start
 from pipeline.verify.sections import Deviation, JudgedCase, Verification, WorstBlock, WorstPosition
 
-RESULTS = ROOT / "benchmarks" / "results" / "h100_rtx_1_6_generate"
+RESULTS = Path(__file__).parent / "kept_reports" / "h200_rtx_1_4_generate"
 
 jsonschema = pytest.importorskip("jsonschema", reason="a GPU host without a package index may lack it")
 
@@ -216,7 +216,7 @@ def test_reports_of_both_schemas_stand_in_one_comparison(tmp_path: Path) -> None
     assert all(each.accuracy is not None and each.accuracy.passed for each in rows)
 
 
-KEPT = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+KEPT = sorted((Path(__file__).parent / "kept_reports").rglob("*.json"))
 OLD = [path for path in KEPT if json.loads(path.read_text())["schema"] == 1]
 
 
