@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from passes.proof.op_kinds import RESHAPES
 
@@ -115,32 +114,17 @@ def _as_first_of_topk(node: Node) -> None:
     graph.erase_node(node)
 
 
-def _bounds(size: Any) -> Any:
+def _bounds(size: Any) -> tuple[Any, Any]:
     if not isinstance(size, torch.SymInt) or size.node.shape_env is None:
-        return ValueRanges.wrap(size)
-    return size.node.shape_env.bound_sympy(size.node.expr)
-
-
-def _of_whole_numbers(node: Node) -> bool:
-    values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args[:2]]
-    return not any(each.is_floating_point() if isinstance(each, torch.Tensor) else isinstance(each, float)
-                   for each in values)  # fmt: skip
-
-
-def _cast_first(node: Node) -> None:
-    """Both sides in the type of the quotient ``node``; a number beside a tensor takes its type."""
-    for place, side in enumerate(node.args[:2]):
-        if isinstance(side, Node) and isinstance(side.meta["val"], torch.Tensor):
-            with node.graph.inserting_before(node):
-                cast = node.graph.call_function(aten._to_copy.default, (side,), {"dtype": node.meta["val"].dtype})
-                cast.meta["val"] = side.meta["val"].to(node.meta["val"].dtype)
-            node.update_arg(place, cast)
+        return size, size
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    return found.lower, found.upper
 
 
 def _choose_greater(node: Node) -> None:
     values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
-    first, second = (_bounds(each) for each in values)
-    greater = 0 if first.lower >= second.upper else 1 if second.lower >= first.upper else None
+    (least, most), (other_least, other_most) = (_bounds(each) for each in values)
+    greater = 0 if least >= other_most else 1 if other_least >= most else None
     if greater is None:
         return
     chosen = node.args[greater]
