@@ -121,6 +121,24 @@ def _bounds(size: Any) -> tuple[Any, Any]:
     return found.lower, found.upper
 
 
+def _of_whole_numbers(node: Node) -> bool:
+    for side in node.args[:2]:
+        value = side.meta["val"] if isinstance(side, Node) else side
+        if value.is_floating_point() if isinstance(value, torch.Tensor) else isinstance(value, float):
+            return False
+    return True
+
+
+def _cast_first(node: Node) -> None:
+    """Both sides in the type of the quotient ``node``; a number beside a tensor takes its type."""
+    for place, side in enumerate(node.args[:2]):
+        if isinstance(side, Node) and isinstance(side.meta["val"], torch.Tensor):
+            with node.graph.inserting_before(node):
+                cast = node.graph.call_function(aten._to_copy.default, (side,), {"dtype": node.meta["val"].dtype})
+                cast.meta["val"] = side.meta["val"].to(node.meta["val"].dtype)
+            node.update_arg(place, cast)
+
+
 def _choose_greater(node: Node) -> None:
     values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
     (least, most), (other_least, other_most) = (_bounds(each) for each in values)
