@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
-from torch.utils._sympy.value_ranges import ValueRanges
 
 from passes.proof.op_kinds import RESHAPES
 
@@ -115,16 +114,19 @@ def _as_first_of_topk(node: Node) -> None:
     graph.erase_node(node)
 
 
-def _bounds(size: Any) -> Any:
+def _bounds(size: Any) -> tuple[Any, Any]:
     if not isinstance(size, torch.SymInt) or size.node.shape_env is None:
-        return ValueRanges.wrap(size)
-    return size.node.shape_env.bound_sympy(size.node.expr)
+        return size, size
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    return found.lower, found.upper
 
 
 def _of_whole_numbers(node: Node) -> bool:
-    values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args[:2]]
-    return not any(each.is_floating_point() if isinstance(each, torch.Tensor) else isinstance(each, float)
-                   for each in values)  # fmt: skip
+    for side in node.args[:2]:
+        value = side.meta["val"] if isinstance(side, Node) else side
+        if value.is_floating_point() if isinstance(value, torch.Tensor) else isinstance(value, float):
+            return False
+    return True
 
 
 def _cast_first(node: Node) -> None:
@@ -139,8 +141,8 @@ def _cast_first(node: Node) -> None:
 
 def _choose_greater(node: Node) -> None:
     values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
-    first, second = (_bounds(each) for each in values)
-    greater = 0 if first.lower >= second.upper else 1 if second.lower >= first.upper else None
+    (least, most), (other_least, other_most) = (_bounds(each) for each in values)
+    greater = 0 if least >= other_most else 1 if other_least >= most else None
     if greater is None:
         return
     chosen = node.args[greater]
