@@ -240,7 +240,8 @@ def test_no_sequence_is_longer_than_the_model_has_positions_for() -> None:
 
     assert (cache.capacity, cache.longest) == (128, 100)
     with pytest.raises(UserError, match="48 tokens and 53 more: above max_position_embeddings=100 of the model"):
-        CachedGenerator(GraphSession(GraphModule({}, Graph()), ()), [], cache, 8, CPU).prepare(tiny.tokens(1, 48), 53)
+        session = GraphSession(GraphModule({}, Graph()), ())
+        CachedGenerator(session, [session], cache, 8, CPU).prepare(tiny.tokens(1, 48), 53)
 
 
 def test_generation_ends_at_a_stop_token_and_every_token_is_handed_out() -> None:
