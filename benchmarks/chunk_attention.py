@@ -45,7 +45,7 @@ def build(model: str, form: str, chunk: int, capacity: int) -> bytes:
         counts = {"q": heads, "k": kv_heads, "v": kv_heads}
         tensors = [net.input(name, (1, count, -1, size)) for name, count in counts.items()]
         layer = net.net.add_attention_v2(*tensors, softmax, kinds["upper_left"])
-        open_sizes = [
+        open_sizes: list[tuple[str, list[tuple[int, ...]]]] = [
             (name, [(1, count, tokens, size) for tokens in (128, capacity, capacity)]) for name, count in counts.items()
         ]
         return _finished(net, layer, open_sizes)
