@@ -41,6 +41,11 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.native(q, k, v, None, "upper_left", 1.0)
 
 
+def grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two query heads a key head."""
+    return causal(torch.cat([q, q], 1), k, v)
+
+
 def lower_right(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ops.native(q, k, v, None, "lower_right", 1.0)
 
@@ -165,7 +170,7 @@ def test_the_layer_alone_is_built_for_what_the_network_is_built_for() -> None:
 )
 def test_on_a_gpu_without_fused_kernels_the_layers_are_decomposed_and_the_report_says_which() -> None:
     kernels = FusedKernels(configure=aimed_at("CURRENT"))  # 9.0: by default it builds for what has kernels there
-    traced = small(causal, size=64)
+    traced = small(grouped, size=64)  # one of as many key heads it has a kernel for
 
     insisted = compile.interpret(
         load_stack(), lowered(traced), compile.ours(kernels=Insisting(configure=kernels.configure))
