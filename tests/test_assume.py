@@ -70,8 +70,9 @@ def test_a_mask_that_must_stay_stays_and_the_engine_is_verified_where_it_matters
     report = do(store, tmp_path / "runs", model, f"strategy={strategy}", *settings(case.inputs)).report
 
     assert report["status"] == DONE, report["failure"]
-    assert report["attention"]["summary"]["by_action"] == {"native_mask": 1}
-    assert report["engine"]["iattention_masked"] == 1 and report["engine"]["iattention_causal"] == 0
+    assert report["attention"]["summary"]["by_action"] == {"native_window" if name == "window" else "native_mask": 1}
+    masked, causal = (report["engine"][f"iattention_{which}"] for which in ("masked", "causal"))
+    assert (masked, causal) == ((1, 1) if name == "window" else (1, 0))  # a window's first tokens see all of their past
     passed = {row["name"]: row["passed"] for row in report["verify"]["cases"]}
     assert passed[case.right] and passed[case.wrong] and report["verify"]["outside"] is None
 
