@@ -60,7 +60,7 @@ class Verdict:
     @property
     def short(self) -> str:
         """Without intervals, for two lines beside a chart that has the names."""
-        parts = [f"{each.times} as fast as {each.other}" for each in self.faster]
+        parts = [f"{each.times} {'as' if i else 'as fast as'} {each.other}" for i, each in enumerate(self.faster)]
         return "; ".join(filter(None, [self.time, self.close_short, *parts]))
 
     @property
