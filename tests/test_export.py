@@ -257,7 +257,8 @@ def continued(prefill: Any, decode: Any, prompt: Tensor, cache: str, dtype: torc
     return torch.cat(tokens, 1)
 
 
-@pytest.mark.parametrize("cache", ["in_engine", pytest.param("static", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["in_engine", "static"])
 def test_the_two_graphs_of_a_run_with_a_cache_generate_what_the_model_does(
     cache: str, store: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -312,6 +313,7 @@ def test_a_file_checks_no_condition_and_its_engine_lacks_what_nothing_reads(
     assert not any(name.endswith((".pt2", ".trt")) for name in artifacts(store, mlflow_run(store, outcome).info.run_id))
 
 
+@pytest.mark.slow
 def test_an_engine_out_of_the_store_is_exported_too(store: str, folder: Path, tmp_path: Path) -> None:
     kept = ["store.enabled=true", f"store.folder={tmp_path / 'engines'}", "precision=fp32"]
     do(store, tmp_path / "first", folder, *kept, "shape.max=32", "benchmark=none")

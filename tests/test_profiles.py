@@ -76,7 +76,11 @@ def test_a_static_engine_has_no_profiles() -> None:
 
 @pytest.mark.parametrize(
     ("mode", "batch"),
-    [pytest.param("static", 1, marks=SLOW), pytest.param("in_engine", 1, marks=SLOW), ("in_engine", 2)],
+    [
+        pytest.param("static", 1, marks=SLOW),
+        pytest.param("in_engine", 1, marks=SLOW),
+        pytest.param("in_engine", 2, marks=SLOW),
+    ],
 )
 def test_the_prompts_of_a_cache_have_them_too_and_the_step_has_none(mode: str, batch: int) -> None:
     model = tiny.model("llama", "fp16")

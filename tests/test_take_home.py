@@ -82,7 +82,8 @@ def registered(uri: str, outcome: Outcome, run_id: str) -> Any:
     return version
 
 
-@pytest.mark.parametrize("named", ["folder", pytest.param("run id", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("named", ["folder", "run id"])
 def test_what_the_model_says_alone_is_on_standard_output(
     named: str, server: Server, outcome: Outcome, opened: Opened, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
