@@ -217,7 +217,6 @@ def test_a_batch_over_a_cache_is_verified_and_generates_with_rows_of_different_l
     assert names == ["generation_40_20", "generation_40_20_ragged"]
 
 
-@pytest.mark.slow
 def test_rows_that_get_each_others_places_fail_the_verification(
     store: str, tmp_path: Path, one_layer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
