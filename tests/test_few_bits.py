@@ -148,6 +148,19 @@ def test_a_trace_leaves_the_model_as_it_was() -> None:
     assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
 
 
+def test_what_is_put_into_a_layer_takes_the_place_of_what_was_put_there_before() -> None:
+    model: Any = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)).requires_grad_(False)
+    small = to_nearest(torch.randn(32, 64), "e4m3", None, torch.float32)
+    factors, rows = torch.linspace(0.5, 2.0, 64), torch.randn(3, 64)
+
+    few_bits.put(model, {"0": replace(small, row_factors=factors)})
+    few_bits.put(model, {"0": replace(small, row_factors=factors)})
+    torch.testing.assert_close(model(rows), (rows * factors) @ small.dequantised(torch.float32).T)
+
+    few_bits.put(model, {"0": small})
+    torch.testing.assert_close(model(rows), rows @ small.dequantised(torch.float32).T)
+
+
 def test_the_reference_has_the_same_numbers_one_type_wider() -> None:
     loaded = made("int4_weights")
     wide = load_reference(form(), "fp16", CPU, 0)

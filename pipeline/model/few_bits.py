@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VALUES, SCALES, FACTORS = "few_bits_values", "few_bits_scales", "few_bits_factors"
+HOOK = "few_bits_hook"
 
 
 def put(model: PreTrainedModel, weights: Mapping[str, QuantisedWeight]) -> None:
-    """Have the layers of ``model`` that ``weights`` names, linear ones and embeddings, multiply and look up these.
+    """Have the layers of ``model`` that ``weights`` names, linear ones and embeddings, multiply and look up these, in
+    the place of what was put into them before.
 
     One that two names share stays shared."""
     made: dict[int, nn.Parameter] = {}
@@ -33,10 +35,13 @@ def put(model: PreTrainedModel, weights: Mapping[str, QuantisedWeight]) -> None:
         if id(each) not in made:
             made[id(each)] = nn.Parameter(each.to(device).dequantised(dtype), requires_grad=False)
         layer.weight = made[id(each)]
+        if (hook := vars(layer).pop(HOOK, None)) is not None:
+            hook.remove()
+        layer._buffers.pop(FACTORS, None)
         if each.row_factors is not None:
             layer.register_buffer(FACTORS, each.row_factors.to(device))
         if each.row_factors is not None or each.row_scale is not None:
-            layer.register_forward_pre_hook(partial(_rows, scale=each.row_scale))
+            vars(layer)[HOOK] = layer.register_forward_pre_hook(partial(_rows, scale=each.row_scale))
 
 
 def _rows(layer: nn.Module, given: tuple[Tensor, ...], scale: float | None) -> tuple[Tensor, ...]:
