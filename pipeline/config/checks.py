@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from passes.errors import UserError
 from passes.precision import FEW_BITS, PRECISIONS
 from pipeline.config.lengths import GRANULE, positions
 from pipeline.config.quantize import check_quantize
+from pipeline.config.refusals import at_least, one_of
 from pipeline.config.schema import (
     ASSUMPTIONS,
     BACKEND_OPTIONS,
@@ -29,17 +29,6 @@ from pipeline.config.schema import (
 )
 from pipeline.config.verification import check_verification
 from pipeline.host import gguf_header
-
-
-def one_of(key: str, value: object, allowed: Iterable[object]) -> None:
-    allowed = list(allowed)
-    if value not in allowed:
-        raise UserError(f"{key}={value}: allowed are {', '.join(map(str, allowed))}")
-
-
-def at_least(key: str, value: float, least: float) -> None:
-    if value < least:
-        raise UserError(f"{key}={value}: must be at least {least}")
 
 
 def check(config: Config) -> None:

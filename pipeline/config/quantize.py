@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from passes.errors import UserError
 from passes.precision import BASES, FEW_BITS, number_type
+from pipeline.config.refusals import at_least, one_of
 
 
 @dataclass
@@ -70,11 +70,15 @@ def check_quantize(precision: str, asked: QuantizeConfig, backend: str, strategy
         )
     base = number_type(precision, asked.base)
     every = [each for one in FEW_BITS.values() for each in one.methods]
-    _one_of("quantize.base", asked.base, BASES)
-    _one_of("quantize.method", asked.method, few.methods if len(few.methods) > 1 else every)
-    _one_of("quantize.block", asked.block, few.blocks or (asked.block,))
-    _one_of("quantize.prompt", asked.prompt, (precision, base))
-    _one_of("quantize.step", asked.step, (precision, base))
+    for key, value, allowed in (
+        ("base", asked.base, BASES),
+        ("method", asked.method, few.methods if len(few.methods) > 1 else every),
+        ("block", asked.block, few.blocks or (asked.block,)),
+        ("prompt", asked.prompt, (precision, base)),
+        ("step", asked.step, (precision, base)),
+    ):
+        if value is not None:
+            one_of(f"quantize.{key}", value, dict.fromkeys(allowed))
     if asked.prompt == asked.step == base:
         raise UserError(
             f"quantize.prompt={base} quantize.step={base}: then no engine has smaller weights; set precision={base}"
@@ -82,8 +86,7 @@ def check_quantize(precision: str, asked: QuantizeConfig, backend: str, strategy
     calibration = asked.calibration
     for key, value, least in (("samples", calibration.samples, 1), ("length", calibration.length, 2),
                               ("seed", calibration.seed or 0, 0)):  # fmt: skip
-        if value < least:
-            raise UserError(f"quantize.calibration.{key}={value}: must be at least {least}")
+        at_least(f"quantize.calibration.{key}", value, least)
     if calibration.text is not None and not Path(calibration.text).is_file():
         raise UserError(
             f"quantize.calibration.text={calibration.text}: no such file; name a text file, or null for our own text"
@@ -105,8 +108,3 @@ def idle_of_quantize(precision: str, asked: QuantizeConfig, cached: bool) -> dic
     if not cached:
         found |= dict.fromkeys(("quantize.prompt", "quantize.step"), "cache=none has one engine for both")
     return found
-
-
-def _one_of(key: str, value: object, allowed: Collection[object]) -> None:
-    if value is not None and value not in allowed:
-        raise UserError(f"{key}={value}: allowed are {', '.join(map(str, dict.fromkeys(allowed)))}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from passes.errors import UserError
 from passes.precision import FEW_BITS
+from pipeline.config.refusals import at_least
 
 
 @dataclass
@@ -32,8 +33,7 @@ class VerifyConfig:
 
 def check_verification(asked: VerifyConfig) -> None:
     """Raises :class:`UserError` for what cannot be asked."""
-    if asked.samples < 1:
-        raise UserError(f"verify.samples={asked.samples}: must be at least 1")
+    at_least("verify.samples", asked.samples, 1)
     allowed = asked.max_perplexity_increase
     if allowed is not None and not 0 <= allowed < float("inf"):  # NaN is in no range
         raise UserError(
