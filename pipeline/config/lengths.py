@@ -57,8 +57,12 @@ def longest_sequence(shape: ShapeConfig, generate: GenerateShape | None) -> int:
 
 def capacity_of(cache: CacheConfig, longest: int) -> int:
     """Tokens that ``cache`` has room for: a whole number of chunks, or of granules."""
-    granule = cache.chunk or GRANULE
-    return -(-(cache.capacity or longest) // granule) * granule
+    return in_granules(cache.capacity or longest, cache.chunk or GRANULE)
+
+
+def in_granules(places: int, granule: int = GRANULE) -> int:
+    """At least ``places``, a multiple of ``granule``."""
+    return -(-places // granule) * granule
 
 
 def settle(settings: DictConfig) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from passes.errors import UserError, whole_message
-from pipeline.config.lengths import GRANULE, capacity_of
+from pipeline.config.lengths import capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.call_form import InputSpec
@@ -100,11 +100,6 @@ class CacheShape:
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
         return [torch.zeros(spec.shape(0), dtype=self.dtype, device=device) for spec in self.specs()]
-
-
-def in_granules(places: int) -> int:
-    """At least ``places``, a multiple of :data:`GRANULE`."""
-    return -(-places // GRANULE) * GRANULE
 
 
 def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, longest: int) -> CacheShape:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from passes.errors import AS_IT_IS, RunError
 from passes.graph.cache_ops import cache_update
 from passes.proof.calls import written_out
 from pipeline.config.schema import ShapeConfig
+from pipeline.trace.cache_layers import HandedIn, caches, of_known_sizes, read, results, stored
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
 from pipeline.trace.step_checks import is_the_model, reads_first_row
@@ -31,8 +31,8 @@ from pipeline.trace.step_checks import is_the_model, reads_first_row
 WITHOUT = f"try cache=none; {AS_IT_IS}"
 
 
-class _Layer(CacheLayerMixin):
-    """A layer of a cache that is handed in: where it is written, and what attention is given to read.
+class _Layer(HandedIn):
+    """Where the layer is written, and it is written, and what attention is given to read.
 
     ``position`` [batch]: where a decode step writes (``whole``), or the place of a prompt's last token; ``ring``: the
     places of a layer that keeps the latest tokens alone.
@@ -47,24 +47,18 @@ class _Layer(CacheLayerMixin):
         ring: int | None,
         full: bool = False,
     ) -> None:
-        super().__init__()
-        self.keys, self.values, self.position, self.whole, self.ring = keys, values, position, whole, ring
-        self.full = full
+        super().__init__(keys, values)
+        self.position, self.whole, self.ring, self.full = position, whole, ring, full
         self.is_sliding = ring is not None  # transformers asks the first such layer how many keys its mask is of
-        self.is_initialized = True
-
-    def lazy_initialization(self, *_: Any) -> None:
-        raise AssertionError("a cache that is handed in is there from the start")
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        batch, heads, length, size = value_states.shape
-        channels = value_states.transpose(2, 3).reshape(batch, heads * size, length, 1)
+        channels = stored(value_states)
         if self.whole:
             assert self.keys is not None and self.values is not None
             ring = self.ring is not None
             self.keys = cache_update(self.keys, key_states, self.position, ring)
             self.values = cache_update(self.values, channels, self.position, ring)
-            return self.keys, self.values.view(batch, heads, size, -1).transpose(2, 3)
+            return self.keys, read(self.values, value_states)
         kept = [x if self.ring is None else latest(x, self.position, self.ring) for x in (key_states, channels)]
         if self.keys is not None and self.values is not None:
             start = torch.zeros_like(self.position)
@@ -94,11 +88,6 @@ def latest(x: Tensor, last: Tensor, places: int) -> Tensor:
     if len(x) == 1:
         return x.index_select(2, tokens[0])
     return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
-    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-    return (logits, *keys, *values)
 
 
 def _mask_of_rows(
@@ -194,7 +183,7 @@ class PrefillForm(nn.Module):
             logits_to_keep=1 if last is None else last,
         )
         logits = output.logits
-        return _results(logits if last is None else own_rows(logits), cache)
+        return results(logits if last is None else own_rows(logits), cache)
 
 
 class DecodeForm(nn.Module):
@@ -229,7 +218,7 @@ class DecodeForm(nn.Module):
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return _results(output.logits, cache)
+        return results(output.logits, cache)
 
 
 def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, device: torch.device) -> Traced:
@@ -243,10 +232,9 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
         inputs["last"] = torch.zeros(cache.batch, dtype=torch.int64, device=device)
     if cache.mode == "in_engine":
         specs += cache.specs()
-        inputs |= _caches(cache, device)
+        inputs |= caches(cache, device)
     if shape.kind == "dynamic":
-        fixed = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
-        dynamic = fixed | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
+        dynamic = of_known_sizes(inputs) | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
     return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
 
 
@@ -262,14 +250,14 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
         "input_ids": torch.zeros(cache.batch, 1, dtype=torch.int64, device=device),
         "position": torch.full((cache.batch,), 3, dtype=torch.int64, device=device),
     }
-    inputs |= _caches(cache, device)
+    inputs |= caches(cache, device)
     try:
         program = exported(form, inputs, None, WITHOUT)
     except NumberFromData:
         form.says_full = True
         program = exported(form, inputs, None, WITHOUT)
     if (form.says_full or written_out(program.graph_module)) and not is_the_model(
-        program, form.model, _caches(cache, device)
+        program, form.model, caches(cache, device)
     ):
         raise RunError(
             "export",
@@ -283,8 +271,3 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
             "rows, and rows of a batch differ; set shape.batch=1",
         )
     return Traced(program, specs)
-
-
-def _caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:
-    tensors, count = cache.tensors(device), len(cache.layers)
-    return {"keys": tensors[:count], "values": tensors[count:]}

@@ -15,36 +15,34 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import Cache, PreTrainedModel
-from transformers.cache_utils import CacheLayerMixin
 
 from passes.errors import RunError
 from passes.graph.cache_ops import cache_read, cache_update
+from pipeline.trace.cache_layers import HandedIn, caches, of_known_sizes, read, results, stored
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.cached_forms import WITHOUT
 from pipeline.trace.call_form import InputSpec, Traced, exported, own_rows
 
 
-class _Layer(CacheLayerMixin):
+class _Layer(HandedIn):
     """A layer of a cache that is written at ``position`` [batch], and of which attention is given the first ``places``
     [1, S] to read, the last of them just written."""
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, places: Tensor, length: int) -> None:
-        super().__init__()
-        self.keys, self.values, self.position, self.places, self.length = keys, values, position, places, length
-        self.is_initialized = True
+    keys: Tensor
+    values: Tensor
 
-    def lazy_initialization(self, *_: Any) -> None:
-        raise AssertionError("a cache that is handed in is there from the start")
+    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, places: Tensor, length: int) -> None:
+        super().__init__(keys, values)
+        self.position, self.places, self.length = position, places, length
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        batch, heads, length, size = value_states.shape
-        channels = value_states.transpose(2, 3).reshape(batch, heads * size, length, 1)
+        channels = stored(value_states)
         self.keys = cache_update(self.keys, key_states, self.position)
         self.values = cache_update(self.values, channels, self.position)
         keys, values = (cache_read(cache, self.places) for cache in (self.keys, self.values))
-        return keys, values.view(batch, heads, size, -1).transpose(2, 3)
+        return keys, read(values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.places.shape[1], 0
@@ -77,8 +75,7 @@ class ChunkForm(nn.Module):
         position = own[:, 0].expand(batch)
         cache = Cache(layers=[_Layer(k, v, position, places, length) for k, v in zip(keys, values, strict=True)])
         output = self.model(input_ids=input_ids, position_ids=own, cache=cache, use_cache=True, logits_to_keep=last)
-        written = (layer.keys for layer in cache.layers), (layer.values for layer in cache.layers)
-        return (own_rows(output.logits), *written[0], *written[1])
+        return results(own_rows(output.logits), cache)
 
 
 def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.device) -> Traced:
@@ -103,10 +100,8 @@ def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.de
         "last": torch.zeros(batch, dtype=torch.int64, device=device),
         "places": torch.arange(seen, device=device).unsqueeze(0),
     }
-    tensors, count = cache.tensors(device), len(cache.layers)
-    inputs |= {"keys": tensors[:count], "values": tensors[count:]}
+    inputs |= caches(cache, device)
     dynamic: dict[str, Any] | None = None
     if chunk < capacity:
-        dynamic = {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
-        dynamic["places"] = {1: Dim("seen", min=chunk, max=capacity)}
+        dynamic = of_known_sizes(inputs) | {"places": {1: Dim("seen", min=chunk, max=capacity)}}
     return Traced(exported(form, inputs, dynamic, WITHOUT), specs)

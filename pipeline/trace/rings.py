@@ -17,7 +17,8 @@ from passes.proof.calls import find_calls
 from passes.proof.mask import OffsetWindow
 from passes.proof.masks import Proof, Status, prover_of
 from passes.proof.op_kinds import VIEW_LIKE
-from pipeline.trace.cache_shape import CacheShape, in_granules
+from pipeline.config.lengths import in_granules
+from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.cached_forms import DecodeForm, trace_decode
 
 LAYOUTS = (*VIEW_LIKE, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)

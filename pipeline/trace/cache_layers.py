@@ -1,0 +1,53 @@
+"""What the programs over a KV cache that is handed in have in common: its layers, and how it goes in and comes out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from pipeline.trace.cache_shape import CacheShape
+
+
+class HandedIn(CacheLayerMixin):
+    """A layer whose ``keys`` and ``values`` are tensors as :class:`CacheShape` has them, and no growing ones."""
+
+    def __init__(self, keys: Tensor | None, values: Tensor | None) -> None:
+        super().__init__()
+        self.keys, self.values = keys, values
+        self.is_initialized = True
+
+    def lazy_initialization(self, *_: Any) -> None:
+        raise AssertionError("a cache that is handed in is there from the start")
+
+
+def stored(values: Tensor) -> Tensor:
+    """``values`` [batch, heads, length, size] as the cache has them: [batch, heads * size, length, 1]."""
+    batch, heads, length, size = values.shape
+    return values.transpose(2, 3).reshape(batch, heads * size, length, 1)
+
+
+def read(values: Tensor, like: Tensor) -> Tensor:
+    """Back from :func:`stored`, with the heads and channels of ``like``."""
+    batch, heads, _, size = like.shape
+    return values.view(batch, heads, size, -1).transpose(2, 3)
+
+
+def results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
+    """``logits``, every layer's keys, every layer's values."""
+    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+    return (logits, *keys, *values)
+
+
+def caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:
+    """Empty ones, by the names of a program's arguments."""
+    tensors, count = cache.tensors(device), len(cache.layers)
+    return {"keys": tensors[:count], "values": tensors[count:]}
+
+
+def of_known_sizes(inputs: dict[str, Any]) -> dict[str, Any]:
+    """torch.export's word for that, of every one of ``inputs``."""
+    return {name: [None] * len(value) if isinstance(value, list) else None for name, value in inputs.items()}
