@@ -1,8 +1,7 @@
 """Whole decoder layers at one token, each part in one of several forms, as networks for :mod:`benchmarks.kernels`.
 
 A form is three words with dots between them, ``PRODUCTS.ATTENTION.KEPT``; ``PRODUCTS@xN`` adds up N
-pieces of the inputs side by side before their sum is taken, ``@N`` pieces of N inputs, and ``ATTENTION@N`` N pieces of
-the keys:
+pieces of the inputs side by side before their sum is taken, and ``ATTENTION@N`` N pieces of the keys:
 
 *products*: ``plain`` is matrix products; ``eight`` the same of eight rows, seven of them zero; ``mix`` multiplies
 siblings (query, key and value; gate and up) as matrix products and the others element by element, with sums; ``merged``
@@ -102,7 +101,7 @@ class StepNet(Net):
     def __init__(self, model: str, form: str, keys: int) -> None:
         super().__init__()
         products, self.attention, self.flags = form.split(".")
-        self.products, _, self.pieces = products.partition("@")
+        self.products, _, self.pieces = products.partition("@x")
         self.attention, _, self.key_pieces = self.attention.partition("@")
         self.keys = keys
         self.heads, self.kv_heads, self.size = HEADS[model]
@@ -191,7 +190,7 @@ class StepNet(Net):
         """What is to be added up for row [1, in] times weight [out, in], fp32: [out, in], or the sums of its pieces
         [out, width] where there is a width."""
         inner = weight.shape[1]
-        width = inner // int(self.pieces[1:]) if self.pieces.startswith("x") else int(self.pieces or inner)
+        width = inner // int(self.pieces or 1)
         return self.side_by_side(
             self.whole_terms(self.slice(row, (0, at), (1, width)), np.ascontiguousarray(weight[:, at : at + width]))
             for at in range(0, inner, width)

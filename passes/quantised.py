@@ -94,9 +94,14 @@ def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype
         raise ValueError("it has weights that are no finite numbers")
     blocks = weight.float().reshape(channels, -1, block or inner)
     highest, lowest = LARGEST[kind], LOWEST.get(kind, LARGEST[kind])
-    parts, exponents = torch.frexp(torch.maximum(blocks.amax(-1) / highest, -blocks.amin(-1) / lowest))
-    scales = torch.ldexp(parts.to(dtype).float(), exponents).clamp(min=LEAST)
+    scales = numbers_of(dtype, torch.maximum(blocks.amax(-1) / highest, -blocks.amin(-1) / lowest)).clamp(min=LEAST)
     return QuantisedWeight(kind, rounded(blocks / scales[..., None], kind).reshape(channels, inner), scales)
+
+
+def numbers_of(dtype: torch.dtype, scales: Tensor) -> Tensor:
+    """``scales`` float32, rounded to numbers of ``dtype`` times a power of two."""
+    parts, exponents = torch.frexp(scales)
+    return torch.ldexp(parts.to(dtype).float(), exponents)
 
 
 def rounded(numbers: Tensor, kind: Kind) -> Tensor:

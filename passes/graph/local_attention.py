@@ -213,24 +213,18 @@ def windowed_in_aten(
 ) -> Tensor:
     """What :func:`windowed` computes, in torch's own words, whose mask is of every query and key."""
     q, k = _places(query, key)
-    return _masked(query, key, value, (k <= q) & (q - k < width), scale)
+    return InTorch(scale).attention(query, key, value, (k <= q) & (q - k < width)).contiguous()
 
 
 def chunked_in_aten(query: Tensor, key: Tensor, value: Tensor, size: int, scale: float) -> Tensor:
     """What :func:`chunked` computes, in torch's own words, whose mask is of every query and key."""
     q, k = _places(query, key)
-    return _masked(query, key, value, (k <= q) & (k // size == q // size), scale)
+    return InTorch(scale).attention(query, key, value, (k <= q) & (k // size == q // size)).contiguous()
 
 
 def _places(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
     length, keys = query.shape[2], key.shape[2]
     return torch.arange(length, device=query.device)[:, None] + (keys - length), torch.arange(keys, device=query.device)
-
-
-def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    grouped = query.shape[1] != key.shape[1]
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=grouped)
-    return out.contiguous()
 
 
 WINDOWED = torch.ops.proved_attention.windowed.default

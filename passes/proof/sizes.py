@@ -34,6 +34,17 @@ def ranges_of_inputs(graph: Graph) -> dict[str, tuple[int, int]]:
     return _bounds(found)
 
 
+def bounds_of(size: Any) -> tuple[int | None, int | None]:
+    """Least and most of ``size``, a number or a symbol of a traced graph; None for a side that has no bound."""
+    if not isinstance(size, torch.SymInt):
+        return size, size
+    if size.node.shape_env is None:
+        return None, None
+    found = size.node.shape_env.bound_sympy(size.node.expr)
+    least, most = (int(side) if side.is_Integer else None for side in (found.lower, found.upper))
+    return least, most
+
+
 def _bounds(intervals: Mapping[Any, Any]) -> dict[str, tuple[int, int]]:
     return {
         str(symbol): (

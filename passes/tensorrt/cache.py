@@ -70,8 +70,13 @@ def _read(stack: Stack, ctx: Any, node: Node, cache: Any, places: Any) -> Any:
 
 def _compared(ctx: Any, node: Node, position: Any, batch: int, capacity: int, operation: Any) -> Any:
     """``place operation position[b]`` for every place of the cache: bool [batch, capacity]."""
-    places = as_tensor(ctx, torch.arange(capacity, dtype=torch.int64).unsqueeze(0), f"{node.name} [places]")
-    return ctx.net.add_elementwise(places, reshaped(ctx.net, position, (batch, 1)), operation).get_output(0)
+    place = reshaped(ctx.net, position, (batch, 1))
+    return ctx.net.add_elementwise(_places(ctx, node, capacity), place, operation).get_output(0)
+
+
+def _places(ctx: Any, node: Node, capacity: int) -> Any:
+    """[1, capacity] int64."""
+    return as_tensor(ctx, torch.arange(capacity, dtype=torch.int64).unsqueeze(0), f"{node.name} [places]")
 
 
 def _round(stack: Stack, ctx: Any, node: Node, position: Any, capacity: int) -> Any:
@@ -96,8 +101,7 @@ def _unseen(stack: Stack, ctx: Any, node: Node, position: Any, batch: int, capac
     def binary(a: Any, b: Any, kind: Any) -> Any:
         return ctx.net.add_elementwise(a, b, kind).get_output(0)
 
-    places = as_tensor(ctx, torch.arange(capacity, dtype=torch.int64).unsqueeze(0), f"{node.name} [places]")
-    behind = binary(_round(stack, ctx, node, place, capacity), places, kinds.SUB)
+    behind = binary(_round(stack, ctx, node, place, capacity), _places(ctx, node, capacity), kinds.SUB)
     later = binary(behind, number(0), kinds.LESS)  # of the turn before
     age = ctx.net.add_select(later, binary(behind, number(capacity), kinds.SUM), behind).get_output(0)
     too_old = binary(age, number(width - 1), kinds.GREATER)

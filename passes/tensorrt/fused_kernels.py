@@ -21,6 +21,7 @@ import torch
 from passes.errors import message_line
 from passes.precision import PRECISIONS
 from passes.private.of_torch_tensorrt import builder_config
+from passes.proof.sizes import bounds_of
 from passes.tensorrt.versions import Stack, stderr_held, tensorrt_errors
 
 _log = logging.getLogger(__name__)
@@ -98,10 +99,9 @@ def extent(size: int, traced: Any) -> Extent:
         return size, size
     if isinstance(traced, tuple):
         return traced
-    if isinstance(traced, torch.SymInt) and traced.node.shape_env is not None:
-        bounds = traced.node.shape_env.bound_sympy(traced.node.expr)
-        if bounds.lower.is_Integer and bounds.upper.is_Integer and bounds.upper < 2**31:  # TensorRT has no longer ones
-            least, most = int(bounds.lower), int(bounds.upper)
+    if isinstance(traced, torch.SymInt):
+        least, most = bounds_of(traced)
+        if least is not None and most is not None and most < 2**31:  # TensorRT has no longer ones
             return least if least > 2 else 1, most  # torch.export writes 2 where it only means "no constant"
     return UNBOUNDED
 

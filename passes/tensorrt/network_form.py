@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from passes.proof.op_kinds import RESHAPES
+from passes.proof.sizes import bounds_of
 
 aten = torch.ops.aten
 
@@ -114,13 +115,6 @@ def _as_first_of_topk(node: Node) -> None:
     graph.erase_node(node)
 
 
-def _bounds(size: Any) -> tuple[Any, Any]:
-    if not isinstance(size, torch.SymInt) or size.node.shape_env is None:
-        return size, size
-    found = size.node.shape_env.bound_sympy(size.node.expr)
-    return found.lower, found.upper
-
-
 def _of_whole_numbers(node: Node) -> bool:
     for side in node.args[:2]:
         value = side.meta["val"] if isinstance(side, Node) else side
@@ -139,10 +133,14 @@ def _cast_first(node: Node) -> None:
             node.update_arg(place, cast)
 
 
+def _reaches(least: int | None, most: int | None) -> bool:
+    return least is not None and most is not None and least >= most
+
+
 def _choose_greater(node: Node) -> None:
     values = [each.meta["val"] if isinstance(each, Node) else each for each in node.args]
-    (least, most), (other_least, other_most) = (_bounds(each) for each in values)
-    greater = 0 if least >= other_most else 1 if other_least >= most else None
+    (least, most), (other_least, other_most) = (bounds_of(each) for each in values)
+    greater = 0 if _reaches(least, other_most) else 1 if _reaches(other_least, most) else None
     if greater is None:
         return
     chosen = node.args[greater]

@@ -18,6 +18,7 @@ from torch.fx import Node
 from passes.errors import RunError
 from passes.graph import ops
 from passes.graph.local_attention import WINDOWED
+from passes.proof.sizes import bounds_of
 
 MOST = 2**31 - 1
 """Elements at most of a tensor that is no mask: an int32 counts them."""
@@ -75,14 +76,5 @@ def _largest(node: Node) -> list[int]:
 
 def _sizes(node: Any) -> list[int]:
     value = node.meta.get("val")
-    sizes = [_most(size) for size in value.shape] if isinstance(value, torch.Tensor) else [None]
+    sizes = [bounds_of(size)[1] for size in value.shape] if isinstance(value, torch.Tensor) else [None]
     return [0] if None in sizes else sizes  # type: ignore[return-value]
-
-
-def _most(size: Any) -> int | None:
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    if size.node.shape_env is None:
-        return None
-    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
-    return int(upper) if upper.is_Integer else None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from passes.precision import FEW_BITS, Kind
-from passes.quantised import QuantisedWeight
-from pipeline.model.stored.grid import Grid
+from passes.quantised import QuantisedWeight, numbers_of
+from pipeline.model.stored.grid import Grid, in_groups
 
 BLOCKS = next(few.blocks for few in FEW_BITS.values() if few.kind == "int4")
 LIMITS = {"int8": (-128, 127), "int4": (-8, 7)}
@@ -22,11 +21,11 @@ def held(grid: Grid, kind: Kind, dtype: torch.dtype) -> QuantisedWeight | None:
     is still to be measured where the checkpoint has none.
     """
     count, inner = grid.scales.shape[1], grid.values.shape[1]
-    if inner % count or not torch.equal(grid.groups, torch.arange(inner) // (inner // count)):
+    if inner % count or not torch.equal(grid.groups, in_groups(inner, count)):
         return None
     if not bool((grid.scales > 0).all()) or (grid.row_factors is not None and not bool((grid.row_factors > 0).all())):
         return None
-    values, scales = grid.values, _numbers_of(dtype, grid.scales.float())
+    values, scales = grid.values, numbers_of(dtype, grid.scales.float())
     if kind == "e4m3":
         if values.dtype != torch.float8_e4m3fn or count != 1:
             return None
@@ -48,8 +47,3 @@ def held(grid: Grid, kind: Kind, dtype: torch.dtype) -> QuantisedWeight | None:
             scales = scales.repeat_interleave(inner // count // block, 1)
     factors = None if grid.row_factors is None else grid.row_factors.float()
     return QuantisedWeight(kind, values.contiguous(), scales, factors, grid.row_scale if kind == "e4m3" else None)
-
-
-def _numbers_of(dtype: torch.dtype, scales: Tensor) -> Tensor:
-    parts, exponents = torch.frexp(scales)
-    return torch.ldexp(parts.to(dtype).float(), exponents)
