@@ -27,10 +27,11 @@ ON_CPU = None if GPU else "torch"
 
 
 def default_job(cwd: Path, longest: int) -> tuple[str, str]:
-    """The README's command in ``cwd``; what it found, and what it showed."""
+    """The README's command in ``cwd``; what it found, and what it showed.  Its engine is built, whatever the store of
+    this user has of earlier tests."""
     short = [f"shape.opt={longest}", f"shape.max={longest}", "shape.exact=[]"] if longest != 2048 else []
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "tracking.log_model=graph", *short],
+        [sys.executable, "-m", "pipeline", "tracking.log_model=graph", f"store.folder={cwd / 'store'}", *short],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(CONF.parent)},
         stdin=subprocess.DEVNULL,
