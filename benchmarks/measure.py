@@ -23,6 +23,12 @@ PARTS: dict[str, list[list[str]]] = {
     "prompts": [["experiment=prefill"], ["experiment=prefill", "row=prefill/dynamic", "shape.exact=[]"]],
     "lengths": [["experiment=prompt_lengths"]],
     "batches": [["experiment=batches"]],
+    "windows": [["experiment=windows"]],
+    "long": [["experiment=long_prompts"]],
+    "precisions": [
+        ["experiment=precision"],
+        ["experiment=precision", "model=llama3_1b,qwen3_0_6b", "model.weights=random", "verify.quality=false"],
+    ],
     "passes": [["experiment=without_passes"]],
     "smollm2": [["model=smollm2_135m", "precision=fp16,bf16"]],
 }
@@ -45,8 +51,9 @@ def sweeps(parts: Iterable[str], more: Iterable[str]) -> list[list[str]]:
 def name_of(report: Mapping[str, Any]) -> str:
     """What a report's file is called: ``llama3_1b-detect_causal-fp16-generate-in_engine``, and how it differs."""
     config = report["config"]
-    backend, shape, strategy = config["backend"]["name"], config["shape"], config["strategy"]
-    parts = [config["model"]["name"], strategy["name"] if backend == "tensorrt" else backend, config["precision"]]
+    backend, shape, strategy = config["backend"], config["shape"], config["strategy"]
+    ours = backend["name"] == "tensorrt"
+    parts = [config["model"]["name"], strategy["name"] if ours else backend["name"], config["precision"]]
     if (generate := config["benchmark"].get("generate")) is not None:
         parts += ["generate", config["cache"]["name"]]
         parts += [f"batch{generate['batch']}"] if generate["batch"] > 1 else []
@@ -55,6 +62,8 @@ def name_of(report: Mapping[str, Any]) -> str:
         parts += (
             ["range"] if shape["kind"] == "dynamic" and not shape["exact"] and strategy["name"] != "upstream" else []
         )
+    parts += [backend["attention"]] if backend.get("attention") else []
+    parts += [f"chunk{config['cache']['chunk']}"] if config["cache"].get("chunk") else []
     parts += [f"without_{name}" for name in strategy.get("without") or []]
     return "-".join(parts)
 

@@ -175,6 +175,8 @@ def way_of(report: Mapping[str, Any]) -> Way:
             options.append(f"strategy.unproven={strategy['unproven']}")
         if strategy.get("assume"):
             options.append(f"strategy.assume=[{','.join(strategy['assume'])}]")
+    if backend.get("attention"):
+        options.append(f"backend.attention={backend['attention']}")
     if config["precision"] in FEW_BITS:
         asked = {key: value for key, value in config["quantize"].items() if key != "calibration" and value}
         options += [f"quantize.{key}={value}" for key, value in asked.items()]

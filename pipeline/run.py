@@ -86,6 +86,7 @@ def _load(record: Record) -> Loaded:
     record.note(*model.notes)
     limits.check_fit(model, config.shape, config.benchmark.generate, config.seed, config.runs_at_one_length)
     limits.check_range(model, config.precision, config.seed)
+    limits.check_attention(model, config.backend)
     asked = (config.cache, config.shape, config.benchmark.generate)
     cache = programs.cache_of(model.model, *asked) if builds else None
     if config.looks_into_store:

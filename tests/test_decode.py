@@ -30,6 +30,7 @@ from pipeline.generate.rows import aligned
 from pipeline.generate.sampling import Sampling
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.rivals.generation import EagerGenerator
+from pipeline.rivals.kernels import Kernels
 from pipeline.trace import cached_forms
 from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import Traced
@@ -84,7 +85,7 @@ def test_a_cache_is_handed_over_without_a_word_of_deprecation(name: str, recwarn
         cached_forms.PrefillForm(model, cache.rings)(tokens)
         cached_forms.DecodeForm(model, cache.rings)(tokens[:, :1], torch.tensor([3]), *caches)
         for kind in ("none", "static", "dynamic"):
-            rival = EagerGenerator(model, kind, None, cudnn=False)
+            rival = EagerGenerator(model, kind, None, Kernels(model))
             rival.prepare(tokens, 2)
             rival.prefill()
             rival.decode()

@@ -26,7 +26,8 @@ def composed(experiment: str) -> list[Config]:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "count"), [("prompt_lengths", 15), ("batches", 6), ("precision", 4), ("long_prompts", 4)]
+    ("experiment", "count"),
+    [("prompt_lengths", 15), ("batches", 6), ("precision", 4), ("long_prompts", 4), ("windows", 8)],
 )
 def test_the_plan_of_an_experiment_has_every_job_and_creates_nothing(
     experiment: str, count: int, cwd: Path, capsys: pytest.CaptureFixture[str]
@@ -61,6 +62,20 @@ def test_a_long_prompt_runs_in_one_pass_and_in_chunks_over_a_cache_that_holds_it
         assert (job.cache.name, job.model.name, job.precision) == ("in_engine", "llama3_1b", "fp16")
         assert job.benchmark.shapes == [BenchmarkShape(batch=1, input_length=32768)]
         assert capacity_of(job.cache, longest_sequence(job.shape, None)) > 32768
+
+
+def test_a_window_is_timed_in_blocks_and_with_its_mask_and_so_are_pytorchs() -> None:
+    jobs = composed("windows")
+
+    ways = {
+        (job.backend.attention or job.backend.mode, job.strategy.name)[job.backend.name == "tensorrt"] for job in jobs
+    }
+    assert ways == {"detect_causal", "mask_input", "reduce-overhead", "flex_attention"}
+    for job in jobs:
+        assert (job.shape.kind, job.shape.max, job.precision, job.model.weights) == ("static", 8192, "fp16", "random")
+        assert job.benchmark.shapes == [BenchmarkShape(batch=1, input_length=8192)]
+        assert job.model.architecture["sliding_window"] < 8192
+    assert {job.model.name for job in jobs} == {"gemma3_270m", "mistral_7b"}
 
 
 def test_a_batch_is_that_of_its_engine_of_its_prompt_and_of_its_generation() -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
 from conftest import CONF
+from omegaconf import OmegaConf
 
 from benchmarks import measure
-from pipeline.__main__ import _main
+from pipeline.__main__ import _main, compose_config
 
 ROOT = CONF.parent
 
@@ -28,12 +30,29 @@ def test_reports_that_are_kept_have_the_names_that_the_command_gives() -> None:
     assert [measure.name_of(report) for report in newest.values()] == [path.stem for path in newest]
 
 
-@pytest.mark.parametrize("part", sorted({*measure.PARTS} - {"lengths", "batches"}))  # those: tests/test_experiments.py
+ELSEWHERE = {"lengths", "batches", "windows", "long"}  # in tests/test_experiments.py
+
+
+@pytest.mark.parametrize("part", sorted(set(measure.PARTS) - ELSEWHERE))
 def test_every_sweep_is_one_that_the_pipeline_takes(part: str, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = [] if part == "smollm2" else ["model=qwen3_0_6b"]
+    one = [] if part in ("smollm2", "precisions") else ["model=qwen3_0_6b"]
     for settings in measure.sweeps([part], ["sweep.builders=4", *one]):
         assert _main([*settings, "dry_run=true"]) == 0, capsys.readouterr().err
     assert list(cwd.iterdir()) == []
+
+
+def test_every_job_of_a_part_is_kept_under_a_name_of_its_own() -> None:
+    for part in ("windows", "long", "precisions"):
+        names = []
+        for settings in measure.PARTS[part]:
+            asked = dict(setting.split("=") for setting in settings)
+            grid = OmegaConf.load(CONF / "experiment" / f"{asked['experiment']}.yaml").hydra.sweeper.params
+            axes = {**grid, **{key: value for key, value in asked.items() if key != "experiment"}}
+            for values in product(*(axis.split(",") for axis in axes.values())):
+                job = [f"{key}={value}" for key, value in zip(axes, values, strict=True)]
+                config = compose_config([f"experiment={asked['experiment']}", *job]).to_dict()
+                names.append(measure.name_of({"config": config}))
+        assert len(names) == len(set(names)) > 3, part
 
 
 def test_what_is_over_is_kept_once_under_its_name_and_its_engines_go(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ TINY_MOE = {
     "q_lora_rank": 16,
     "kv_lora_rank": 16,
 }
-SHIPPED = ("smollm2_135m", "gemma3_270m", "llama3_1b", "qwen2_5_0_5b", "qwen3_0_6b")
+SHIPPED = ("smollm2_135m", "gemma3_270m", "llama3_1b", "mistral_7b", "qwen2_5_0_5b", "qwen3_0_6b")
 
 
 def nothing(_: str) -> None: ...
@@ -82,6 +82,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ("smollm2_135m", 134_515_008),
         ("gemma3_270m", 268_098_176),
         ("llama3_1b", 1_235_814_400),
+        ("mistral_7b", 7_241_732_096),
         ("qwen2_5_0_5b", 494_032_768),
         ("qwen3_0_6b", 596_049_920),
     ],

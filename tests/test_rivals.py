@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from typing import Any
 
 import pytest
 import tiny
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from pipeline.config.schema import BackendConfig, CacheConfig
+from pipeline.model import limits
+from pipeline.model.load import LoadedModel
 from pipeline.rivals.generation import CompiledGenerator, EagerGenerator, rival_generator
+from pipeline.rivals.kernels import Kernels, kernels_of
 
 LENGTH, NEW = 9, 7
 COMPILED = partial(torch.compile, backend="aot_eager", dynamic=False, fullgraph=True)  # Inductor takes a minute here
@@ -38,8 +42,8 @@ def expected(name: str, tokens: Tensor, padded: Tensor | None, new: int = NEW) -
 def generator(name: str, backend: str, cache: str, capacity: int | None = None):
     model = tiny.model(name)
     if backend == "eager":
-        return EagerGenerator(model, cache, capacity, cudnn=False)
-    return CompiledGenerator(model, cache, capacity, False, COMPILED, graphs=True)
+        return EagerGenerator(model, cache, capacity, Kernels(model))
+    return CompiledGenerator(model, cache, capacity, Kernels(model), COMPILED, graphs=True)
 
 
 def run(made, new: int = NEW) -> Tensor:
@@ -80,7 +84,7 @@ def test_a_model_with_a_window_keeps_what_its_window_needs() -> None:
     window = {"sliding_window": 5}
     model = tiny.model("mistral", **window)
     tokens = tiny.tokens(1, LENGTH)
-    made = [EagerGenerator(model, cache, None, cudnn=False) for cache in ("none", "static")]
+    made = [EagerGenerator(model, cache, None, Kernels(model)) for cache in ("none", "static")]
     for each in made:
         each.prepare(tokens, NEW)
 
@@ -128,10 +132,47 @@ def test_what_cannot_be_compiled_fails_the_run_as_torch_compile() -> None:
 
         return torch.compile(run, backend="eager", fullgraph=True)
 
-    made = CompiledGenerator(tiny.model("llama"), "none", None, False, broken, graphs=False)
+    model = tiny.model("llama")
+    made = CompiledGenerator(model, "none", None, Kernels(model), broken, graphs=False)
     with pytest.raises(RunError) as caught:
         made.prepare(tiny.tokens(1, LENGTH), NEW)
     assert caught.value.kind == "torch_compile"
+
+
+def test_flex_attention_is_that_of_a_pass_and_the_model_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks leave out what a window does not see; what compares it is PyTorch's own way."""
+    from transformers.integrations import flex_attention
+
+    seen: list[object] = []
+    real = flex_attention.compile_friendly_flex_attention
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs.get("block_mask"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(flex_attention, "compile_friendly_flex_attention", noted)
+    model = tiny.model("mistral", sliding_window=5)
+    tokens = tiny.tokens(2, LENGTH)
+    backend = BackendConfig("torch_compile", mode="default", attention="flex_attention")
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # transformers compiles it, for a minute
+        own = model(tokens).logits
+        with kernels_of(backend, model)():
+            found = model(tokens).logits
+        again = model(tokens).logits
+
+    assert len(seen) == model.config.num_hidden_layers and None not in seen
+    torch.testing.assert_close(found, own, rtol=1e-4, atol=1e-5)
+    assert torch.equal(own, again)
+
+
+def test_flex_attention_of_a_model_that_has_none_is_refused() -> None:
+    def check(name: str) -> None:
+        loaded = LoadedModel(tiny.model(name), None, name, "a test", None, None, 0, "random")
+        limits.check_attention(loaded, BackendConfig("torch_compile", mode="default", attention="flex_attention"))
+
+    check("llama")
+    with pytest.raises(UserError, match=r"backend.attention=flex_attention: GPT2LMHeadModel has none"):
+        check("gpt2")
 
 
 def test_the_settings_choose_the_generator() -> None:

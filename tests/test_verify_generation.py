@@ -9,6 +9,7 @@ from torch import Tensor
 
 from passes.errors import RunError
 from pipeline.rivals.generation import EagerGenerator
+from pipeline.rivals.kernels import Kernels
 from pipeline.verify.tokens import gate, judge_generation, last_positions
 
 LENGTH, NEW = 9, 8
@@ -16,7 +17,8 @@ EPS = torch.finfo(torch.bfloat16).eps / 2
 
 
 def generated(precision: str, tokens: Tensor, padding: Tensor | None = None, name: str = "qwen3") -> Tensor:
-    made = EagerGenerator(tiny.model(name, precision), "dynamic", None, cudnn=False)
+    model = tiny.model(name, precision)
+    made = EagerGenerator(model, "dynamic", None, Kernels(model))
     made.prepare(tokens, NEW, padding)
     return made.tokens()
 

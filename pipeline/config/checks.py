@@ -12,6 +12,7 @@ from pipeline.config.quantize import check_quantize
 from pipeline.config.refusals import at_least, one_of
 from pipeline.config.schema import (
     ASSUMPTIONS,
+    ATTENTIONS,
     BACKEND_OPTIONS,
     BACKENDS,
     CACHES,
@@ -155,6 +156,8 @@ def _check_backend(config: Config) -> None:
             )
     if backend.name == "torch_compile":
         one_of("backend.mode", backend.mode, COMPILE_MODES)
+    if backend.attention is not None:
+        one_of("backend.attention", backend.attention, ATTENTIONS)
     if backend.optimization_level is not None:
         one_of("backend.optimization_level", backend.optimization_level, range(6))
     if backend.workspace_gib is not None and backend.workspace_gib <= 0:

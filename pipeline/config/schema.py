@@ -36,6 +36,7 @@ BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that h
     "fused_rows": ("tensorrt",),
     "mode": ("torch_compile",),
     "cudnn_attention": ("eager", "torch_compile"),
+    "attention": ("torch_compile",),
     "plugin_library": ("plugin",),
 }
 BACKENDS = ("tensorrt", "eager", "torch_compile", "plugin")
@@ -47,6 +48,7 @@ CACHES: dict[str, tuple[str, ...]] = {  # `cache` -> the backends that have it
 }
 EXPORT_FORMATS = ("pt2",)
 LOGGED_MODELS = ("engine", "graph", "none")
+ATTENTIONS = ("flex_attention",)
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -106,6 +108,9 @@ class BackendConfig:
     kernel; null: yes."""
     cudnn_attention: bool | None = None
     """eager and torch_compile: let torch choose cuDNN's attention kernels."""
+    attention: str | None = None
+    """torch_compile only: ``flex_attention``, whose blocks leave out what a window does not see; null: the model's own,
+    which is ``scaled_dot_product_attention`` where it has that."""
     plugin_library: str | None = None
     """plugin only: the library of TensorRT-Edge-LLM's attention plugin."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from pipeline.private.of_transformers import attention_named, attention_of, looks_attention_up
+from pipeline.private.of_transformers import attention_named, attention_of, configs_of, looks_attention_up
 
 CHANNELS = 8
 """Fused kernels want head sizes that are multiples of it."""
@@ -44,7 +44,7 @@ def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     functions: AttentionInterface = ALL_ATTENTION_FUNCTIONS
     functions["sdpa"] = _attention
     try:
-        with attention_named(model, "sdpa"):
+        with attention_named(configs_of(model), "sdpa"):
             yield
     finally:
         del functions["sdpa"]  # the local entry; the library's own stands behind it

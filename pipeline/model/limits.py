@@ -6,10 +6,11 @@ import torch
 
 from passes.errors import UserError
 from passes.precision import PRECISIONS
-from pipeline.config.schema import GenerateShape, ShapeConfig
+from pipeline.config.schema import BackendConfig, GenerateShape, ShapeConfig
 from pipeline.model.load import LoadedModel
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.model.text import token_batch, tokens_for
+from pipeline.private.of_transformers import has_flex_attention
 
 TRIED = 8
 """Tokens of the trial whether a model fits fp16: Gemma 3 overflows at the second, and a CPU takes 0.4 s for them."""
@@ -40,6 +41,13 @@ def check_fit(
             "has for longer ones; set shape=dynamic"
         )
     token_batch(loaded.tokenizer, described.vocab_size, 1, 1, seed)
+
+
+def check_attention(loaded: LoadedModel, backend: BackendConfig) -> None:
+    """Raises :class:`UserError` where the model cannot compute attention by the function that ``backend`` names."""
+    model = type(loaded.model)
+    if backend.attention == "flex_attention" and not has_flex_attention(model):
+        raise UserError(f"backend.attention={backend.attention}: {model.__name__} has none; set backend.attention=null")
 
 
 def check_range(loaded: LoadedModel, precision: str, seed: int) -> None:

@@ -3,7 +3,7 @@ experts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -29,20 +29,32 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(attribute(model.config, "_attn_implementation"))
 
 
-@contextmanager
-def attention_named(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """``model`` and the models within compute attention by the function ``name`` while the block runs, although their
-    class says that they cannot."""
+def has_flex_attention(model: type) -> bool:
+    """Whether models of this class can compute attention by ``flex_attention``."""
+    return bool(attribute(model, "_supports_flex_attn"))
+
+
+_ATTENTION = "_attn_implementation_internal"
+
+
+def configs_of(model: PreTrainedModel) -> list[Any]:
+    """The configs of ``model`` and of the models within, each once, that name a function of attention."""
     configs = {id(each.config): each.config for each in model.modules() if hasattr(each, "config")}
-    field = "_attn_implementation_internal"
-    before = [(config, attribute(config, field)) for config in configs.values() if hasattr(config, field)]
+    return [config for config in configs.values() if hasattr(config, _ATTENTION)]
+
+
+@contextmanager
+def attention_named(configs: Iterable[Any], name: str) -> Iterator[None]:
+    """The models of ``configs`` (:func:`configs_of`) compute attention by the function ``name`` while the block runs,
+    although their class says that they cannot."""
+    before = [(config, attribute(config, _ATTENTION)) for config in configs]
     try:
         for config, _ in before:
-            setattr(config, field, name)
+            setattr(config, _ATTENTION, name)
         yield
     finally:
         for config, was in before:
-            setattr(config, field, was)
+            setattr(config, _ATTENTION, was)
 
 
 def gated(experts: Any, inner: Tensor) -> Tensor:

@@ -19,7 +19,8 @@ from passes.errors import UserError
 from passes.private import of_torch
 from pipeline.config.schema import BackendConfig, CacheConfig
 from pipeline.generate.protocol import behind_caller
-from pipeline.rivals.prompt import cudnn_attention, torch_compile_errors
+from pipeline.rivals.kernels import Kernels, kernels_of
+from pipeline.rivals.prompt import torch_compile_errors
 from pipeline.trace.call_form import make_inputs
 
 if TYPE_CHECKING:
@@ -42,12 +43,12 @@ class Compile(Protocol):
 def rival_generator(model: PreTrainedModel, backend: BackendConfig, cache: CacheConfig) -> Generator:
     """The generator of ``backend`` (eager, torch_compile) with ``cache`` (none, dynamic, static), on the model's
     device."""
-    kind, capacity, cudnn = cache.name, cache.capacity, bool(backend.cudnn_attention)
+    kind, capacity, kernels = cache.name, cache.capacity, kernels_of(backend, model)
     if backend.name == "eager":
-        return EagerGenerator(model, kind, capacity, cudnn)
+        return EagerGenerator(model, kind, capacity, kernels)
     assert backend.mode is not None
     compiled = partial(torch.compile, mode=backend.mode, dynamic=False)
-    return CompiledGenerator(model, kind, capacity, cudnn, compiled, graphs=backend.mode in GRAPH_MODES)
+    return CompiledGenerator(model, kind, capacity, kernels, compiled, graphs=backend.mode in GRAPH_MODES)
 
 
 class _TorchGenerator:
@@ -60,11 +61,11 @@ class _TorchGenerator:
     _first_runs = 1
     """Generations after which nothing is compiled or captured any more."""
 
-    def __init__(self, model: PreTrainedModel, cache: str, capacity: int | None, cudnn: bool) -> None:
+    def __init__(self, model: PreTrainedModel, cache: str, capacity: int | None, kernels: Kernels) -> None:
         self.model = model
         self.generation = 0
         self.stream: Any = torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
-        self._kind, self._capacity_asked, self._cudnn = cache, capacity, cudnn
+        self._kind, self._capacity_asked, self._kernels = cache, capacity, kernels
         self._shape: tuple[int, ...] = ()
         self._cache: Cache | None = None
         self._chosen = 0
@@ -182,7 +183,7 @@ class EagerGenerator(_TorchGenerator):
         if self._padded:
             seen = self._capacity if self._kind == "static" else end
             placing = {"attention_mask": self._real[:, :seen], "position_ids": self._positions[:, first:end]}
-        with cudnn_attention(self._cudnn):
+        with self._kernels():
             logits = self.model(
                 input_ids=self._sequence[:, first:end], logits_to_keep=1, **self._keeping(), **placing
             ).logits
@@ -202,11 +203,11 @@ class CompiledGenerator(_TorchGenerator):
         model: PreTrainedModel,
         cache: str,
         capacity: int | None,
-        cudnn: bool,
+        kernels: Kernels,
         compile: Compile,
         graphs: bool,
     ) -> None:
-        super().__init__(model, cache, capacity, cudnn)
+        super().__init__(model, cache, capacity, kernels)
         self._compile, self._graphs = compile, graphs and model.device.type == "cuda"
         self._first_runs = 3 if self._graphs else 1  # warm up, capture, replay
 
@@ -253,7 +254,7 @@ class CompiledGenerator(_TorchGenerator):
             self._prompt, self._step = self._compile(prompt), self._compile(step)
 
     def prefill(self) -> None:
-        with torch.no_grad(), cudnn_attention(self._cudnn):
+        with torch.no_grad(), self._kernels():
             if self._kind == "static":
                 self._rewind()
             self._last.fill_(self._length - 1)
@@ -262,7 +263,7 @@ class CompiledGenerator(_TorchGenerator):
         self._chosen = 1
 
     def decode(self) -> None:
-        with torch.no_grad(), cudnn_attention(self._cudnn):
+        with torch.no_grad(), self._kernels():
             torch.compiler.cudagraph_mark_step_begin()
             self._step()
         self._chosen += 1

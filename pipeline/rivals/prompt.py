@@ -11,18 +11,8 @@ from torch import Tensor
 from passes.errors import RunError, message_line
 from passes.private.of_torch import compile_error
 from pipeline.config.schema import BackendConfig
+from pipeline.rivals.kernels import kernels_of
 from pipeline.trace.call_form import CallForm, make_inputs
-
-
-@contextmanager
-def cudnn_attention(allowed: bool) -> Iterator[None]:
-    """On Hopper torch prefers cuDNN attention, which plans anew for every length; a rival may do without."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(allowed)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @contextmanager
@@ -43,7 +33,7 @@ class TorchRunner:
         self.names = names
         self.generation = 0
         self.stream = torch.cuda.Stream()
-        self._cudnn = bool(backend.cudnn_attention)
+        self._kernels = kernels_of(backend, form.model)
         self._forward = form
         if backend.name == "torch_compile":
             assert backend.mode is not None
@@ -62,10 +52,10 @@ class TorchRunner:
 
     def enqueue(self) -> None:
         """Launch one forward pass on the current stream."""
-        with torch.no_grad(), cudnn_attention(self._cudnn):
+        with torch.no_grad(), self._kernels():
             self._forward(**self._inputs)
 
     def __call__(self, inputs: dict[str, Tensor]) -> Tensor:
         """Logits [batch, 1 or length, vocabulary]."""
-        with torch.no_grad(), cudnn_attention(self._cudnn), torch_compile_errors():
+        with torch.no_grad(), self._kernels(), torch_compile_errors():
             return self._forward(**{name: tensor.cuda() for name, tensor in inputs.items()}).clone()
