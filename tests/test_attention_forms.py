@@ -31,10 +31,12 @@ def made(name: str) -> load.LoadedModel:
     return load.load(config, "fp32", CPU, 0, lambda _: None)
 
 
-def prompt(model: load.LoadedModel) -> Any:
-    """Its program for a prompt of 2 to 40 tokens, whose logits are asked for at every place."""
+def prompt(model: load.LoadedModel, *more: str) -> Any:
+    """Its program for a prompt of 2 to 40 tokens, whose logits are asked for at every place; with the inputs ``more``
+    beside the tokens."""
     config = settings("llama")
     config.shape.min, config.shape.max = 2, 40
+    config.model.inputs = ["input_ids", *more]
     return call_form.trace(CallForm(model.model, "all"), config.model, config.shape, CPU).program
 
 
@@ -59,6 +61,17 @@ def test_sinks_are_a_key_of_their_own_and_masks_stay_proved() -> None:
     for length in (2, 16, 17, 40):  # the window is 16
         ids = tokens(length)
         torch.testing.assert_close(done.program.module()(input_ids=ids), model.model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_a_mask_behind_sinks_that_padding_keeps_stays() -> None:
+    """Whether it could go was asked after the call had been written anew, of a call that was no longer there.  It could
+    not: that every row sees a key is proved of a mask at the lower right, and not taken on somebody's word."""
+    program = prompt(made("gpt_oss"), "attention_mask")
+
+    kept = rewrite(program, "detect_causal", "mask", needed=False)
+
+    assert [(call.conditions, call.could_go) for call in kept.calls if call.conditions] == [(("no_padding",), False)]
+    assert [call.action for call in kept.calls] == ["native_mask"] * 2
 
 
 @pytest.mark.parametrize("name", ["gemma2", pytest.param("bloom", marks=pytest.mark.slow),

@@ -20,6 +20,7 @@ from torch.fx import Node
 from passes.graph.blank_rows import every_row_sees_a_key
 from passes.graph.complex_numbers import write_out
 from passes.graph.driver import Pass
+from passes.graph.lowerings import without_mask
 from passes.graph.lowerings.lowering import Action, BackEnd
 from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
@@ -35,6 +36,8 @@ class Attention:
     call: AttentionCall
     proof: Proof
     decision: Decision
+    could_go: bool
+    """The mask stays, and would go if the conditions of its proof were asserted."""
     native_gqa: bool = False
     """Whether keys and values are no longer repeated for each query head."""
 
@@ -73,8 +76,17 @@ def proved(work: Work) -> int:
     work.written_out = written_out(work.program.graph_module)
     for call in find_calls(work.program.graph_module, work.needed):
         proof = work.prover.prove(call)
-        work.attention.append(Attention(call, proof, work.decide(call, proof, work.unproven, work.back_end)))
+        decision = work.decide(call, proof, work.unproven, work.back_end)
+        could_go = decision.lowering.applies_mask and _goes_if_asserted(call, proof, work.back_end)
+        work.attention.append(Attention(call, proof, decision, could_go))
     return 0
+
+
+def _goes_if_asserted(call: AttentionCall, proof: Proof, back_end: BackEnd) -> bool:
+    if proof.conditional is None:
+        return False
+    asserted = replace(proof, mask=proof.conditional, status=Status.ASSUMED)
+    return without_mask(call, asserted, back_end) is not None
 
 
 def complex_written_out(work: Work) -> int:

@@ -51,7 +51,7 @@ def rewrite(
     work = Work(program, strategy(name), unproven, assume, back_end, needed)
     done = driver.run(PASSES, work, lambda each: each.program.graph_module, without)
     assumed = {condition for each in work.attention if each.is_assumed for condition in each.proof.conditions}
-    calls = [record(each, back_end) for each in work.attention]
+    calls = [record(each) for each in work.attention]
     return Rewritten(work.program, calls, done, sorted(assumed), work.written_out)
 
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch.export import ExportedProgram
 
-from passes.graph.lowerings import without_mask
-from passes.graph.lowerings.lowering import BackEnd
 from passes.graph.passes import Attention
 from passes.graph.records import CallRecord, PassRecord
-from passes.proof.masks import Status
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,9 @@ class Rewritten:
         }
 
 
-def record(attention: Attention, back_end: BackEnd) -> CallRecord:
+def record(attention: Attention) -> CallRecord:
     """The row of one call once every pass is done with it."""
     call, proof, decision = attention.call, attention.proof, attention.decision
-    could_go = False
-    if decision.lowering.applies_mask and proof.conditional is not None:
-        asserted = replace(proof, mask=proof.conditional, status=Status.ASSUMED)
-        could_go = without_mask(call, asserted, back_end) is not None
     return CallRecord(
         index=call.index,
         name=call.name,
@@ -64,7 +57,7 @@ def record(attention: Attention, back_end: BackEnd) -> CallRecord:
         proof="unproved" if decision.unproved else proof.status.value,
         depends_on=proof.depends_on,
         conditions=proof.conditions,
-        could_go=could_go,
+        could_go=attention.could_go,
         counterexample=None if proof.counterexample is None else proof.counterexample.describe(),
         action=decision.lowering.action.value,
         reason=decision.reason,
