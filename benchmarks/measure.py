@@ -99,6 +99,7 @@ def main() -> int:
     if asked.to is None:
         parser.error("say where the reports go")
     worst = 0
+    WORK.mkdir(parents=True, exist_ok=True)
     for command in commands:
         child = subprocess.Popen(command)
         while True:

@@ -99,7 +99,8 @@ def _handles_signals(pid: int) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """This process's own, in which the checkout and whatever was on the path before can be imported."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), BEFORE]))}
 
 
@@ -108,7 +109,7 @@ def start(cwd: Path, *arguments: str) -> Command:
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeline", *arguments],
         cwd=cwd,
-        env=_environment(),
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -130,7 +131,7 @@ class Warm:
     def __init__(self) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-c", FORKS],
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

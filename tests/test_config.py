@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from commands import environment
 from conftest import CONF
 
 from passes.errors import UserError
@@ -34,7 +34,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pipeline", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -406,9 +406,8 @@ def test_a_mistake_is_found_without_heavy_imports(tmp_path: Path) -> None:
         "heavy = {'torch', 'transformers', 'mlflow', 'matplotlib', 'tensorrt', 'z3', 'numpy', 'pynvml'}\n"
         "print(sorted(heavy & set(sys.modules)))\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=60
     )
 
     assert done.stdout.splitlines() == ["verify.lengths=9999: outside the profile shape.min=2..shape.max=2048", "[]"]

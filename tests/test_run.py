@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import signal
 import subprocess
@@ -15,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONF, TINY_LLAMA, save_tiny_llama
+from commands import environment
+from conftest import TINY_LLAMA, save_tiny_llama
 from rich.console import Console
 from runs import APART, DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, outcome_in
 
@@ -543,7 +543,7 @@ def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "pipeline", f"store.folder={cwd}/engines", *arguments],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+        env=environment(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

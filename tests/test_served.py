@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CONF
+from commands import environment
 from runs import DONE, GPU, artifacts, mlflow_run, outcome_in
 from serving import Server, asked, served, several_at_once
 
@@ -33,7 +32,7 @@ def default_job(cwd: Path, longest: int) -> tuple[str, str]:
     done = subprocess.run(
         [sys.executable, "-m", "pipeline", "tracking.log_model=graph", f"store.folder={cwd / 'store'}", *short],
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(CONF.parent)},
+        env=environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

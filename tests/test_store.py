@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from commands import environment
 from conftest import CONF, save_tiny_llama
 from imports import imports, room
 from rich.console import Console
@@ -538,7 +539,7 @@ def test_a_run_waits_for_the_process_that_builds_its_engine_and_then_takes_it(
         second = subprocess.Popen(
             [sys.executable, "-m", "pipeline", *settings, f"tracking.uri={store}", f"output={tmp_path}/runs"],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

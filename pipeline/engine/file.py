@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,15 +59,27 @@ def write_engine(
     write_text((folder / engine.file).with_suffix(".json"), json.dumps(manifest, indent=2) + "\n")
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest beside the engine file ``path``; raises :class:`UserError` where there is none."""
+    with _there(path):
+        manifest: dict[str, Any] = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return manifest
+
+
+@contextmanager
+def _there(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        beside = path.with_suffix(".json").name
+        raise UserError(f"{error.filename}: not there; an engine is {path.name} with {beside} beside it") from None
+
+
 def read_engine(path: Path) -> tuple[dict[str, Any], bytes]:
     """The manifest beside the engine file ``path``, and its bytes; raises :class:`UserError` if its hash is another."""
-    manifest_path = path.with_suffix(".json")
-    try:
-        manifest, data = json.loads(manifest_path.read_text()), path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{error.filename}: not there; an engine is {path.name} with {manifest_path.name} beside it"
-        ) from None
+    manifest = read_manifest(path)
+    with _there(path):
+        data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
     return manifest, data

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, CacheConfig, ModelConfig, ShapeConfig
-from pipeline.engine.file import check_target, read_engine
+from pipeline.engine.file import check_target, read_engine, read_manifest
 from pipeline.engine.runner import Engine, open_engine
 from pipeline.engine.session import GraphSession, Session
 from pipeline.generate.prompts import PromptRunner
@@ -104,14 +105,17 @@ def _without_cache(engine: Engine, loaded: LoadedModel, wanted: Wanted, cuda_gra
 def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None = None) -> CachedGenerator:
     """The generator of a run with a KV cache, from the engines in its ``folder``; raises :class:`UserError` where
     there is none, or no GPU.  ``kernels``: where the kernels that they compile are kept."""
-    manifest, data = read_engine(folder / "engine.trt")
+    prompts, steps = folder / "engine.trt", folder / "decode.trt"
+    manifest = read_manifest(prompts)
     if not manifest.get("cache"):
         raise UserError(f"{folder}: its engine has no KV cache; make one with cache=in_engine")
-    check_target(folder / "engine.trt", manifest)
+    check_target(prompts, manifest)
     cache = CacheShape.of(manifest["cache"])
     stack, decode_kernels = load_stack(), None if kernels is None else kernels.with_name(f"decode-{kernels.name}")
-    prefill = Session(stack, data, kernels)
-    decode = Session(stack, read_engine(folder / "decode.trt")[1], decode_kernels)
+    with ThreadPoolExecutor(2) as pool:  # hashing takes as long as loading
+        read = [pool.submit(read_engine, path) for path in (prompts, steps)]
+        prefill = Session(stack, read.pop(0).result()[1], kernels)
+        decode = Session(stack, read.pop(0).result()[1], decode_kernels)
     turns = [decode] if cache.mode == "in_engine" else [decode, decode.twin()]
     return CachedGenerator(prefill, turns, cache, decode.shape("output0")[-1], torch.device("cuda"), cuda_graph)
 
