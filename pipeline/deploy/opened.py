@@ -6,10 +6,13 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from passes.errors import UserError
 from pipeline.deploy import described as descriptions
@@ -43,19 +46,24 @@ def open_model(data: Path, on_cpu: str | None, uri: str, progress: Callable[[str
         from pipeline.deploy import of_engine
 
         of_engine.check_machine(found)
-        with _engines(found, data, uri) as folder:
-            writer = of_engine.writer(found, folder)
-    else:
-        from pipeline.deploy import of_graph
+    with ThreadPoolExecutor(1) as beside:  # a fifth of a second, while engines are read
+        tokenizer = beside.submit(_tokenizer(data))
+        if on_cpu is None:
+            with _engines(found, data, uri) as folder:
+                writer = of_engine.writer(found, folder)
+        else:
+            from pipeline.deploy import of_graph
 
-        writer = of_graph.writer(found, progress)
-    return Opened(Answerer(_tokenizer(data), writer, found.settings), found.model.name)
+            writer = of_graph.writer(found, progress)
+    return Opened(Answerer(tokenizer.result(), writer, found.settings), found.model.name)
 
 
-def _tokenizer(data: Path):  # type: ignore[no-untyped-def]
+def _tokenizer(data: Path) -> Callable[[], Any]:
+    """What loads it; what that imports is imported here, by one thread."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(data / descriptions.TOKENIZER, trust_remote_code=False, local_files_only=True)
+    place = data / descriptions.TOKENIZER
+    return partial(AutoTokenizer.from_pretrained, place, trust_remote_code=False, local_files_only=True)
 
 
 @contextmanager
