@@ -49,15 +49,19 @@ class Way(NamedTuple):
     strategy: str
     """Empty where it has no part, as in a rival's run."""
     options: tuple[str, ...]
-    """What else was asked of ours, and is not what one gets without asking."""
+    """What else was asked for, and is not what one gets without asking."""
     cache: str
     lengths: str
     """``one``, or ``every`` length up to the longest."""
     precision: str
 
+    @property
+    def is_ours(self) -> bool:
+        return self.backend == "tensorrt"
+
     def label(self, kind: str, among: Collection[Way] = ()) -> str:
         """What a row is called in Markdown, in a table of ways ``among``: how it differs from the others."""
-        ours = self.backend == "tensorrt"
+        ours = self.is_ours
         parts = [f"`{self.strategy}`" if ours else RIVALS[self.backend]]
         if self.mode not in ("", BEST_MODE):
             parts[0] += f" ({self.mode})"

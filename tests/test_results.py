@@ -108,6 +108,16 @@ def test_a_speed_up_is_the_rivals_time_over_ours_and_needs_both() -> None:
     assert races(real("llama3_1b-mask_input"), own, compiled) == {}
 
 
+def test_a_rival_runs_by_its_best_settings_and_ours_by_what_one_gets_without_asking() -> None:
+    ours, compiled = real("llama3_1b-detect_causal"), real("llama3_1b-torch_compile")
+    better, asked = timed(compiled, 0.5), timed(ours, 0.5)
+    better["config"]["backend"]["attention"] = "flex_attention"
+    asked["config"]["strategy"]["without"] = ["scale"]
+
+    assert races(ours, compiled, better)[COMPILE, "detect_causal"] == races(ours, better)[COMPILE, "detect_causal"]
+    assert races(ours, asked, compiled) == races(ours, compiled)
+
+
 def test_rows_of_other_lengths_do_not_race() -> None:
     ours, own = real("llama3_1b-detect_causal"), real("llama3_1b-upstream")
     own["config"]["shape"] = {"kind": "dynamic", "batch": 1, "min": 2, "opt": 2048, "max": 2048, "exact": []}
