@@ -78,7 +78,8 @@ def eager(name: str) -> Any:
 
 
 def cache_of(config: Config, made: LoadedModel) -> CacheShape | None:
-    return programs.cache_of(made.model, config.cache, config.shape, config.benchmark.generate)
+    whole = programs.cache_of(made.model, config.cache, config.shape, config.benchmark.generate)
+    return programs.with_rings(made.model, whole)
 
 
 def networks(

@@ -47,7 +47,7 @@ def made(
     name: str, width: int, mode: str = "in_engine", batch: int = 1
 ) -> tuple[CacheShape, dict[str, Rewritten], Any]:
     lm, shape = model(name, width), ShapeConfig("dynamic", batch, 2, 64, 200)
-    cache = programs.cache_of(lm, CacheConfig(mode, capacity=LONGEST), shape, None)
+    cache = programs.with_rings(lm, programs.cache_of(lm, CacheConfig(mode, capacity=LONGEST), shape, None))
     assert cache is not None
     form = ModelConfig(name, weights="random", inputs=["input_ids"], logits="last", architecture={})
     traced = {part: trace() for part, trace in programs.parts(lm, form, shape, cache).items()}

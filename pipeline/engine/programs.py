@@ -19,10 +19,9 @@ from pipeline.config.lengths import longest_sequence
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.engine.sections import Attention, attention_of
 from pipeline.model import few_bits
-from pipeline.trace import cached_forms, call_form, chunk_form
+from pipeline.trace import cached_forms, call_form, chunk_form, rings
 from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
-from pipeline.trace.rings import with_rings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,11 +41,16 @@ class Program:
 def cache_of(
     model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, generate: GenerateShape | None
 ) -> CacheShape | None:
-    """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one."""
+    """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one.  Nothing
+    is traced: every layer keeps every token, until it is proved that fewer do (:func:`with_rings`)."""
     if cache.name == "none":
         return None
-    kept = cache_shape(model, cache, shape, longest_sequence(shape, generate))
-    return kept if kept.chunk is not None else with_rings(model, kept)  # a chunk reads what it sees in its order
+    return cache_shape(model, cache, shape, longest_sequence(shape, generate))
+
+
+def with_rings(model: PreTrainedModel, cache: CacheShape | None) -> CacheShape | None:
+    """``cache`` as the engines that are built have it, see :mod:`pipeline.trace.rings`; raises what tracing raises."""
+    return None if cache is None else rings.with_rings(model, cache)
 
 
 def parts(
