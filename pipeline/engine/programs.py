@@ -75,7 +75,7 @@ def parts(
     prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
     prompts: Callable[[], Traced] = partial(traced, cached_forms.trace_prefill, prefill, cache, shape)
     if cache.chunk is not None:
-        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model), cache, cache.chunk)
+        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model, cache.rings), cache, cache.chunk)
     return {"engine": prompts, "decode": partial(traced, cached_forms.trace_decode, decode, cache)}
 
 

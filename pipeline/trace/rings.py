@@ -3,7 +3,8 @@
 The decode step is traced over a cache that keeps everything, and the mask of each layer proved there
 (:mod:`passes.proof.masks`): where it is the window of the last ``width`` tokens, whatever the token's place, what is
 older is read by nothing, now or later.  A ring of so many places then does, and a prompt that is longer leaves its last
-tokens there.  A layer whose mask is anything else keeps every token.
+tokens there.  A layer whose mask is anything else keeps every token.  All rings are of the widest window: transformers
+asks one layer how many keys the masks of all of them have.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ LAYOUTS = (*VIEW_LIKE, torch.ops.aten.transpose.int, torch.ops.aten.permute.defa
 
 
 def with_rings(model: PreTrainedModel, cache: CacheShape) -> CacheShape:
-    """``cache`` with a ring in every layer for which one was proved to do and is smaller; raises what tracing raises.
+    """``cache`` with a ring in every layer for which one was proved to do, if it is smaller; raises what tracing
+    raises.
 
     Whether it is worth a trace is asked of transformers' own cache: of a model without a window nothing is traced.
     """
@@ -34,11 +36,8 @@ def with_rings(model: PreTrainedModel, cache: CacheShape) -> CacheShape:
     if not any(width is not None and in_granules(width) < cache.capacity for width in widths):
         return cache
     found = windows_of(DecodeForm(model, cache.rings), cache, model.device)
-    return cache.with_rings([None if width is None else _places(width, cache) for width in found])
-
-
-def _places(width: int, cache: CacheShape) -> int | None:
-    return places if (places := in_granules(width)) < cache.capacity else None
+    places = in_granules(max((width for width in found if width is not None), default=cache.capacity))
+    return cache if places >= cache.capacity else cache.with_rings(places, [width is not None for width in found])
 
 
 def windows_of(form: DecodeForm, cache: CacheShape, device: torch.device) -> list[int | None]:

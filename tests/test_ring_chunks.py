@@ -1,0 +1,143 @@
+"""Prompts in chunks over a cache whose layers with a window keep the latest tokens alone."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from test_chunks import ragged
+from test_local_models import HEADS
+from tiny import CPU, SIZES, tokens
+from torch import Tensor
+
+from passes.graph.cache_ops import UPDATE
+from passes.graph.local_attention import WINDOWED
+from pipeline.config.schema import CacheConfig, ModelConfig, ShapeConfig, StrategyConfig
+from pipeline.engine import programs
+from pipeline.generate.with_cache import CachedGenerator
+from pipeline.model.load import load
+from pipeline.trace.cache_shape import CacheShape
+from pipeline.trace.largest import at_most
+from pipeline.verify.candidate import graph_generator
+
+CHUNK, LONGEST = 128, 700
+HYBRID = ["sliding_attention", "full_attention"]
+MODELS: dict[str, dict[str, Any]] = {
+    "gemma3_text": {
+        "num_hidden_layers": 2, "layer_types": HYBRID, "query_pre_attn_scalar": 16, "num_key_value_heads": 1,
+    },
+    "mistral": {},
+}  # fmt: skip
+
+
+def architecture(name: str, width: int) -> dict[str, Any]:
+    return {**SIZES, **HEADS, **MODELS[name], "sliding_window": width, "model_type": name}
+
+
+@functools.cache
+def model(name: str, width: int) -> Any:
+    config = ModelConfig(
+        name, weights="random", inputs=["input_ids"], logits="last", architecture=architecture(name, width)
+    )
+    return load(config, "fp32", CPU, 0, lambda _: None).model
+
+
+@functools.cache
+def made(
+    name: str, width: int, batch: int = 1, chunk: int = CHUNK, strategy: str = "detect_causal"
+) -> tuple[CacheShape, dict[str, programs.Program], CachedGenerator]:
+    lm, shape = model(name, width), ShapeConfig("dynamic", batch, 2, 600, 600)
+    whole = programs.cache_of(lm, CacheConfig("in_engine", LONGEST, chunk), shape, None)
+    cache = programs.with_rings(lm, whole)
+    assert cache is not None
+    form = ModelConfig(name, weights="random", inputs=["input_ids"], logits="last", architecture={})
+    parts = programs.parts(lm, form, shape, cache)
+    rewritten = {part: programs.rewritten(trace(), StrategyConfig(strategy)) for part, trace in parts.items()}
+    return cache, rewritten, graph_generator(rewritten, cache, SIZES["vocab_size"], "fp32")
+
+
+def expected(name: str, width: int, row: Tensor, decoded: int) -> Tensor:
+    """Logits [1, decoded + 1, vocabulary] behind the last tokens of ``row`` [length], in one pass without a cache."""
+    with torch.no_grad():
+        return model(name, width)(input_ids=row.unsqueeze(0)).logits[:, -decoded - 1 :]
+
+
+LENGTHS = [(45, 40), (128, 3), (135, 7), (260, 4), (391, 20), (513, 129), (640, 5), (700, 180)]
+"""Of a text, and how many of its tokens run one by one behind the prompt."""
+WIDTHS = [("gemma3_text", 100, 128), ("mistral", 200, 128), ("mistral", 100, 384)]
+
+
+@pytest.mark.parametrize(("name", "width", "chunk"), WIDTHS)
+def test_logits_are_those_of_the_whole_sequence_at_every_length(name: str, width: int, chunk: int) -> None:
+    cache, _, generator = made(name, width, chunk=chunk)
+    assert cache.rings[0] == -(-width // 128) * 128 and cache.chunk == chunk
+    for length, decoded in LENGTHS:
+        ids = tokens(1, length, seed=length)
+        found = generator.forced_logits(ids, None, decoded)
+        torch.testing.assert_close(found, expected(name, width, ids[0], decoded), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "width"), [("gemma3_text", 100), pytest.param("mistral", 200, marks=pytest.mark.slow)]
+)
+def test_rows_that_end_in_different_chunks_keep_each_its_own_ring(name: str, width: int) -> None:
+    """What follows a row in its last chunk, and in the chunks of longer rows, would lie where its latest tokens are."""
+    lengths, decoded = (640, 45, 171, 300, 424, 168), 40
+    ids, padding = ragged(lengths)
+    logits = made(name, width, batch=len(lengths))[2].forced_logits(ids, padding, decoded)
+    for row, length in enumerate(lengths):
+        wanted = expected(name, width, ids[row, -length:], decoded)
+        torch.testing.assert_close(logits[row : row + 1], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prompt_behind_another_sees_nothing_of_it() -> None:
+    _, _, generator = made("gemma3_text", 100)
+    for length in (690, 30, 260):
+        ids = tokens(1, length, seed=length)
+        found = generator.forced_logits(ids, None, 5)
+        torch.testing.assert_close(found, expected("gemma3_text", 100, ids[0], 5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["lowering", "decompose"])
+def test_so_with_every_strategy(strategy: str) -> None:
+    _, _, generator = made("gemma3_text", 100, strategy=strategy)
+    for length, decoded in ((135, 7), (640, 5)):
+        ids = tokens(1, length, seed=length)
+        found = generator.forced_logits(ids, None, decoded)
+        torch.testing.assert_close(found, expected("gemma3_text", 100, ids[0], decoded), rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_with_a_ring_sees_its_window_in_blocks_and_holds_no_more_of_a_longer_text() -> None:
+    cache, rewritten, _ = made("gemma3_text", 100)
+    assert (cache.capacity, cache.rings, cache.near) == (768, (128, None), 256)
+    chunk = rewritten["engine"]
+    assert [(call.mask, call.proof, call.action) for call in chunk.attention.calls] == [
+        ("sliding_window", "proved", "native_window"),
+        ("causal_lower_right", "proved", "native_causal"),
+    ]
+    assert [spec.name for spec in chunk.inputs if spec.dynamic] == ["places", "near"]
+    (near,) = (spec for spec in chunk.inputs if spec.name == "near")
+    assert (near.min, near.max) == (CHUNK, 256)
+    graph = chunk.program.graph
+    (layer,) = graph.find_nodes(op="call_function", target=WINDOWED)
+    assert at_most(layer) <= 4 * 2 * CHUNK * 16, "of the blocks, whatever the capacity"
+    assert [node.meta["val"].shape[2] for node in graph.find_nodes(op="call_function", target=UPDATE)] == [
+        128, 128, 768, 768,
+    ]  # fmt: skip
+
+
+def test_a_window_as_long_as_the_cache_is_read_where_it_lies() -> None:
+    cache, rewritten, _ = made("mistral", 800)
+    assert cache.rings == (None,) and cache.near is None
+    assert {spec.name for spec in rewritten["engine"].inputs} == {"input_ids", "last", "places", "keys_0", "values_0"}
+
+
+def test_a_chunk_as_long_as_the_cache_has_rings_too() -> None:
+    cache, _, generator = made("mistral", 100, chunk=768)
+    assert (cache.capacity, cache.rings, cache.near) == (768, (128,), 768)
+    for length in (90, 700):
+        ids = tokens(1, length, seed=length)
+        found = generator.forced_logits(ids, None, 9)
+        torch.testing.assert_close(found, expected("mistral", 100, ids[0], 9), rtol=1e-4, atol=1e-5)
