@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from runs import DONE, GPU, do
 from test_chunks import ragged
 from test_local_models import HEADS
 from tiny import CPU, SIZES, tokens
@@ -141,3 +144,40 @@ def test_a_chunk_as_long_as_the_cache_has_rings_too() -> None:
         ids = tokens(1, length, seed=length)
         found = generator.forced_logits(ids, None, 9)
         torch.testing.assert_close(found, expected("mistral", 100, ids[0], 9), rtol=1e-4, atol=1e-5)
+
+
+RUNS = {
+    "a hybrid": ("gemma3_text", ["shape.batch=1"]),
+    "rows of different lengths": ("mistral", ["shape.batch=3", "benchmark.generate.batch=3"]),
+}
+
+
+@pytest.mark.parametrize("name", ["a hybrid", pytest.param("rows of different lengths", marks=pytest.mark.slow)])
+def test_a_run_is_built_and_verified_and_the_next_finds_its_engine_without_a_trace(
+    name: str, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, overrides = RUNS[name]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(architecture(family, 100)))
+    settings = [
+        "model.weights=random", "shape.max=400", "cache=in_engine", f"cache.chunk={CHUNK}", "benchmark=generate",
+        "benchmark.generate.input_length=390", "benchmark.generate.output_length=8", "benchmark.min_generations=3",
+        "benchmark.min_seconds=0.1", "store.enabled=true", f"store.folder={tmp_path / 'engines'}", *overrides,
+    ]  # fmt: skip
+    traced = []
+    export = torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *given, **how: traced.append(given) or export(*given, **how))
+
+    first = do(store, tmp_path / "first", tmp_path / "model", *settings)
+    assert (first.report["status"], first.report["failure"]) == (DONE, None)
+    assert first.report["engine"]["profiles"] == [[128, 512, 512]]
+    assert first.report["verify"]["executed"] == ("engine" if GPU else "graph")
+    assert first.report["verify"]["generation"]["passed"]
+    held = CacheShape.of(json.loads((first.folder / "engine.json").read_text())["cache"])
+    assert held.rings[0] == 128 and held.chunk == CHUNK
+    assert len(traced) == 3, "a step over every token, to prove the rings; a chunk; a step"
+
+    again = do(store, tmp_path / "again", tmp_path / "model", *settings)
+    assert again.report["store"]["hit"] and again.report["status"] == DONE and len(traced) == 3
+    assert "export" not in again.report["stages_s"]
+    assert CacheShape.of(json.loads((again.folder / "decode.json").read_text())["cache"]) == held
