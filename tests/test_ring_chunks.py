@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import model_config
 from runs import DONE, GPU, do
 from test_chunks import ragged
 from test_local_models import HEADS
@@ -20,10 +21,11 @@ from passes.graph.local_attention import WINDOWED
 from pipeline.config.schema import CacheConfig, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.engine import programs
 from pipeline.generate.with_cache import CachedGenerator
-from pipeline.model.load import load
+from pipeline.model.load import LoadedModel, load
+from pipeline.model.text import token_batch
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.largest import at_most
-from pipeline.verify.candidate import graph_generator
+from pipeline.verify.candidate import graph_generator, vocabulary_of
 
 CHUNK, LONGEST = 128, 700
 HYBRID = ["sliding_attention", "full_attention"]
@@ -39,32 +41,40 @@ def architecture(name: str, width: int) -> dict[str, Any]:
     return {**SIZES, **HEADS, **MODELS[name], "sliding_window": width, "model_type": name}
 
 
-@functools.cache
-def model(name: str, width: int) -> Any:
-    config = ModelConfig(
-        name, weights="random", inputs=["input_ids"], logits="last", architecture=architecture(name, width)
-    )
-    return load(config, "fp32", CPU, 0, lambda _: None).model
+Made = tuple[CacheShape, dict[str, programs.Program], CachedGenerator]
+
+
+def form_of(name: str, width: int) -> ModelConfig:
+    described = architecture(name, width)
+    return ModelConfig(name, weights="random", inputs=["input_ids"], logits="last", architecture=described)
 
 
 @functools.cache
-def made(
-    name: str, width: int, batch: int = 1, chunk: int = CHUNK, strategy: str = "detect_causal"
-) -> tuple[CacheShape, dict[str, programs.Program], CachedGenerator]:
-    lm, shape = model(name, width), ShapeConfig("dynamic", batch, 2, 600, 600)
-    whole = programs.cache_of(lm, CacheConfig("in_engine", LONGEST, chunk), shape, None)
-    cache = programs.with_rings(lm, whole)
+def loaded(name: str, width: int) -> LoadedModel:
+    return load(form_of(name, width), "fp32", CPU, 0, lambda _: None)
+
+
+@functools.cache
+def made(name: str, width: int, batch: int = 1, chunk: int = CHUNK, strategy: str = "detect_causal") -> Made:
+    asked = CacheConfig("in_engine", LONGEST, chunk)
+    return over(loaded(name, width), form_of(name, width), asked, batch, StrategyConfig(strategy))
+
+
+def over(lm: LoadedModel, form: ModelConfig, asked: CacheConfig, batch: int, strategy: StrategyConfig) -> Made:
+    """The cache of ``lm`` that is ``asked`` for, and what fills it and generates with it."""
+    shape = ShapeConfig("dynamic", batch, 2, 600, 600)
+    cache = programs.with_rings(lm.model, programs.cache_of(lm.model, asked, shape, None))
     assert cache is not None
-    form = ModelConfig(name, weights="random", inputs=["input_ids"], logits="last", architecture={})
-    parts = programs.parts(lm, form, shape, cache)
-    rewritten = {part: programs.rewritten(trace(), StrategyConfig(strategy)) for part, trace in parts.items()}
-    return cache, rewritten, graph_generator(rewritten, cache, SIZES["vocab_size"], "fp32")
+    parts = programs.parts(lm.model, form, shape, cache)
+    rewritten = {part: programs.rewritten(trace(), strategy) for part, trace in parts.items()}
+    return cache, rewritten, graph_generator(rewritten, cache, vocabulary_of(lm), "fp32")
 
 
 def expected(name: str, width: int, row: Tensor, decoded: int) -> Tensor:
     """Logits [1, decoded + 1, vocabulary] behind the last tokens of ``row`` [length], in one pass without a cache."""
     with torch.no_grad():
-        return model(name, width)(input_ids=row.unsqueeze(0)).logits[:, -decoded - 1 :]
+        found: Any = loaded(name, width).model(input_ids=row.unsqueeze(0))
+    return found.logits[:, -decoded - 1 :]
 
 
 LENGTHS = [(45, 40), (128, 3), (135, 7), (260, 4), (391, 20), (513, 129), (640, 5), (700, 180)]
@@ -181,3 +191,20 @@ def test_a_run_is_built_and_verified_and_the_next_finds_its_engine_without_a_tra
     assert again.report["store"]["hit"] and again.report["status"] == DONE and len(traced) == 3
     assert "export" not in again.report["stages_s"]
     assert CacheShape.of(json.loads((again.folder / "decode.json").read_text())["cache"]) == held
+
+
+@pytest.mark.slow  # real weights, 18 layers
+def test_real_gemma_in_chunks_over_its_rings_is_gemma() -> None:
+    form = model_config("gemma3_270m")
+    gemma: Any = load(form, "fp32", CPU, 0, print)
+    cache, rewritten, generator = over(
+        gemma, form, CacheConfig("in_engine", 1024, 256), 1, StrategyConfig("detect_causal")
+    )
+    assert cache.rings == (*[512] * 5, None) * 3
+    actions = [call.action for call in rewritten["engine"].attention.calls]
+    assert actions == [*["native_window"] * 5, "native_causal"] * 3
+    for length, decoded in ((700, 20), (1000, 12)):
+        ids = token_batch(gemma.tokenizer, gemma.model.config.vocab_size, 1, length, 0)
+        with torch.no_grad():
+            wanted = gemma.model(input_ids=ids, logits_to_keep=decoded + 1).logits
+        torch.testing.assert_close(generator.forced_logits(ids, None, decoded), wanted, rtol=1e-4, atol=1e-3)
