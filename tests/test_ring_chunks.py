@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from passes.graph.cache_ops import UPDATE
 from passes.graph.local_attention import WINDOWED
+from passes.graph.rewrite import in_aten
 from pipeline.config.schema import CacheConfig, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.engine import programs
 from pipeline.generate.with_cache import CachedGenerator
@@ -139,6 +141,24 @@ def test_a_layer_with_a_ring_sees_its_window_in_blocks_and_holds_no_more_of_a_lo
     assert [node.meta["val"].shape[2] for node in graph.find_nodes(op="call_function", target=UPDATE)] == [
         128, 128, 768, 768,
     ]  # fmt: skip
+
+
+def test_a_chunk_in_torchs_own_words_computes_the_same() -> None:
+    """What ``export.format=[pt2]`` writes, of a layer that sees every token and of one with a ring."""
+    cache, rewritten, _ = made("gemma3_text", 100)
+    chunk = rewritten["engine"]
+    plain = in_aten(copy.deepcopy(chunk.program))
+    draw = torch.Generator().manual_seed(0)
+    held = [torch.randn(each.shape, generator=draw) for each in cache.tensors(CPU)]
+    for number, real in ((0, CHUNK), (3, 50)):
+        places = torch.arange((number + 1) * CHUNK).unsqueeze(0)
+        given = {
+            "input_ids": tokens(1, CHUNK), "last": torch.tensor([real - 1]), "places": places,
+            "keys": held[:2], "values": held[2:], "real": torch.tensor([real]), "near": places[:, -256:],
+        }  # fmt: skip
+        with torch.no_grad():
+            for found, wanted in zip(plain.module()(**given), chunk.program.module()(**given), strict=True):
+                torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_window_as_long_as_the_cache_is_read_where_it_lies() -> None:
