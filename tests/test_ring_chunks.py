@@ -8,16 +8,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import network_in_torch
 import pytest
+import tiny
 import torch
 from conftest import model_config
 from runs import DONE, GPU, do
 from test_chunks import ragged
+from test_local_attention import interpreted
 from test_local_models import HEADS
-from tiny import CPU, SIZES, tokens
+from tiny import CPU, SIZES, program_of, tokens
 from torch import Tensor
 
-from passes.graph.cache_ops import UPDATE
+from passes.graph.cache_ops import UPDATE, cache_read
 from passes.graph.local_attention import WINDOWED
 from passes.graph.rewrite import in_aten
 from pipeline.config.schema import CacheConfig, ModelConfig, ShapeConfig, StrategyConfig
@@ -115,7 +118,7 @@ def test_a_prompt_behind_another_sees_nothing_of_it() -> None:
         torch.testing.assert_close(found, expected("gemma3_text", 100, ids[0], 5), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["lowering", "decompose"])
+@pytest.mark.parametrize("strategy", ["decompose", pytest.param("lowering", marks=pytest.mark.slow)])
 def test_so_with_every_strategy(strategy: str) -> None:
     _, _, generator = made("gemma3_text", 100, strategy=strategy)
     for length, decoded in ((135, 7), (640, 5)):
@@ -141,6 +144,17 @@ def test_a_layer_with_a_ring_sees_its_window_in_blocks_and_holds_no_more_of_a_lo
     assert [node.meta["val"].shape[2] for node in graph.find_nodes(op="call_function", target=UPDATE)] == [
         128, 128, 768, 768,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_the_layers_of_a_network_read_as_many_places_as_there_are_tokens(last: bool) -> None:
+    inputs = [torch.arange(96.0).view(2, 3, 8, 2), torch.arange(8).unsqueeze(0)]
+    how = (None, {1: tiny.length(2, 8)})
+    program = program_of(lambda cache, places: cache_read(cache, places, last), *inputs, dynamic=how)
+    made, _ = interpreted(program, inputs, [False, True], least=2)
+    for count in (2, 3, 8):
+        (out,) = network_in_torch.run(made.ctx.net, [inputs[0], inputs[1][:, :count]])
+        assert out.equal(inputs[0][:, :, -count:] if last else inputs[0][:, :, :count])
 
 
 def test_a_chunk_in_torchs_own_words_computes_the_same() -> None:
