@@ -157,8 +157,7 @@ def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], Loaded
     config = record.config
     with record.stage("export"), collector_paused():
         model, small = loaded.model.model, loaded.model.quantised
-        cache = programs.with_rings(model, loaded.wanted.cache)
-        parts = programs.parts(model, config.model, config.shape, cache, small)
+        cache, parts = programs.with_rings(model, config.model, config.shape, loaded.wanted.cache, small)
         traced = {name: trace() for name, trace in parts.items()}
         for name, each in traced.items():
             record.put_graph(name, "graph_before.txt", each.program.graph)

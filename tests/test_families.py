@@ -78,8 +78,7 @@ def eager(name: str) -> Any:
 
 
 def cache_of(config: Config, made: LoadedModel) -> CacheShape | None:
-    whole = programs.cache_of(made.model, config.cache, config.shape, config.benchmark.generate)
-    return programs.with_rings(made.model, whole)
+    return programs.cache_of(made.model, config.cache, config.shape, config.benchmark.generate)
 
 
 def networks(
@@ -88,7 +87,8 @@ def networks(
     """The networks of tiny model ``name`` in fp16, by the names of :func:`pipeline.engine.programs.parts`."""
     config, stack, made = settings(name, cache, inputs), load_stack(), loaded(name, "fp16")
     found = {}
-    for part, trace in programs.parts(made.model, config.model, config.shape, cache_of(config, made)).items():
+    _, traces = programs.with_rings(made.model, config.model, config.shape, cache_of(config, made))
+    for part, trace in traces.items():
         if part in parts:
             traced = trace()
             program = rewrite(traced.program, "detect_causal", "mask").program

@@ -68,9 +68,8 @@ def made(name: str, width: int, batch: int = 1, chunk: int = CHUNK, strategy: st
 def over(lm: LoadedModel, form: ModelConfig, asked: CacheConfig, batch: int, strategy: StrategyConfig) -> Made:
     """The cache of ``lm`` that is ``asked`` for, and what fills it and generates with it."""
     shape = ShapeConfig("dynamic", batch, 2, 600, 600)
-    cache = programs.with_rings(lm.model, programs.cache_of(lm.model, asked, shape, None))
+    cache, parts = programs.with_rings(lm.model, form, shape, programs.cache_of(lm.model, asked, shape, None))
     assert cache is not None
-    parts = programs.parts(lm.model, form, shape, cache)
     rewritten = {part: programs.rewritten(trace(), strategy) for part, trace in parts.items()}
     return cache, rewritten, graph_generator(rewritten, cache, vocabulary_of(lm), "fp32")
 

@@ -48,9 +48,22 @@ def cache_of(
     return cache_shape(model, cache, shape, longest_sequence(shape, generate))
 
 
-def with_rings(model: PreTrainedModel, cache: CacheShape | None) -> CacheShape | None:
-    """``cache`` as the engines that are built have it, see :mod:`pipeline.trace.rings`; raises what tracing raises."""
-    return None if cache is None else rings.with_rings(model, cache)
+def with_rings(
+    model: PreTrainedModel,
+    form: ModelConfig,
+    shape: ShapeConfig,
+    cache: CacheShape | None,
+    quantised: Mapping[str, QuantisedWeight] = MappingProxyType({}),
+) -> tuple[CacheShape | None, dict[str, Callable[[], Traced]]]:
+    """``cache`` as engines are built for it, with rings where they are proved to do (:mod:`pipeline.trace.rings`), and
+    the :func:`parts` over it, of which none is traced that was traced for the proof; raises what tracing raises."""
+    made = parts(model, form, shape, cache, quantised)
+    if cache is None:
+        return cache, made
+    proved, step = rings.with_rings(model, cache, made["decode"])
+    if step is not None:
+        return proved, made | {"decode": lambda: step}
+    return proved, parts(model, form, shape, proved, quantised)
 
 
 def parts(
