@@ -71,6 +71,7 @@ class _Ring:
         return _Ring(near, order, latest(position + real - 1, places) - oldest)
 
     def written(self, cache: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        # An engine updates the ring where it lies: what is written hangs on ``tokens``, so the ring is read before.
         tokens = torch.cat([cache.index_select(2, self.order), new], 2)
         start = torch.zeros_like(self.left[:, 0])
         return cache_update(cache, taken(tokens, self.left), start), cache_read(tokens, self.seen, True)
