@@ -120,7 +120,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
             record.note(*engines.notes)
             record.display.done("store", place.seconds, f"hit {place.key[:12]}, built {kept.built}")
         else:
-            made_from = _rewrite(record, loaded)
+            made_from, loaded = _rewrite(record, loaded)
             engines = _build(record, folder, loaded, stack, place, made_from)
 
         if kept is not None and not on_gpu:
@@ -138,7 +138,7 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
         kept_of = partial(reuse.Kept, engines, verification, judged_as)
         place.keep(kept_of(record.report.stages_s, record.report.quality), record.note)
     if config.exports:  # the store keeps no graphs
-        _export(record, folder, stack, made_from or _rewrite(record, loaded), engines, verification)
+        _export(record, folder, stack, made_from or _rewrite(record, loaded)[0], engines, verification)
     record.note(*log.leave(folder, config, loaded.model, engines, verification, loaded.environment))
     if not on_gpu:
         return "not_executed"
@@ -148,14 +148,16 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     return "ok"
 
 
-def _rewrite(record: Record, loaded: Loaded) -> dict[str, Program]:
-    """export → strategy, for each of the run's programs."""
+def _rewrite(record: Record, loaded: Loaded) -> tuple[dict[str, Program], Loaded]:
+    """export → strategy, for each of the run's programs; returns them, and ``loaded`` with the KV cache that they have.
+
+    Layers that need not keep every token are found here, where the store has no engine: to find them is a trace."""
     from pipeline.engine import programs
 
-    config, cache = record.config, loaded.wanted.cache
+    config = record.config
     with record.stage("export"), collector_paused():
         model, small = loaded.model.model, loaded.model.quantised
-        parts = programs.parts(model, config.model, config.shape, cache, small)
+        cache, parts = programs.with_rings(model, config.model, config.shape, loaded.wanted.cache, small)
         traced = {name: trace() for name, trace in parts.items()}
         for name, each in traced.items():
             record.put_graph(name, "graph_before.txt", each.program.graph)
@@ -168,7 +170,7 @@ def _rewrite(record: Record, loaded: Loaded) -> dict[str, Program]:
             record.put_graph(name, "graph_after.txt", made[name].program.graph)
             record.put_attention(name, made[name].attention)
         record.detail = " + ".join(str(each.attention.summary) for each in made.values())
-    return made
+    return made, replace(loaded, wanted=replace(loaded.wanted, cache=cache))
 
 
 def _build(

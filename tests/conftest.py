@@ -24,7 +24,7 @@ HEAVIEST = (
     "test_front_door.py", "test_endings.py", "test_generation_engine.py", "test_config.py", "test_compile.py",
     "test_mask_catalogue.py", "test_store.py", "test_assume.py", "test_masks.py", "test_soundness.py",
     "test_profiles.py", "test_unread.py", "test_tracking.py", "test_native_attention.py", "test_packaging.py",
-    "test_symbolic.py", "test_families.py",
+    "test_symbolic.py", "test_families.py", "test_ring_chunks.py",
 )  # fmt: skip
 """Those that take half a minute and more, the longest first, so that no worker is still at one of them when the others
 have nothing left to do."""

@@ -33,7 +33,6 @@ from pipeline.record.console import described
 from pipeline.sweep.estimate import device_bytes
 from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import CallForm, InputSpec, trace
-from pipeline.trace.chunk_form import ChunkForm, trace_chunk
 from pipeline.trace.largest import MOST, at_most, refuse_larger
 from pipeline.verify.cases import DECODED, lengths
 
@@ -279,16 +278,6 @@ def test_a_chunk_that_cannot_be_is_refused_in_one_line(settings: list[str], name
         compose_config(settings)
 
     assert named in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_cache_that_does_not_keep_every_token_is_refused() -> None:
-    model = tiny.model("llama")
-    cache = cache_shape(model, CacheConfig("in_engine", chunk=CHUNK), SHAPE, LONGEST)
-    (keys, values), other = cache.layers
-    short = tuple((*sizes[:2], CHUNK, sizes[3]) for sizes in (keys, values))
-    with pytest.raises(RunError, match=r"cache.chunk=128: a layer of LlamaForCausalLM keeps fewer tokens") as caught:
-        trace_chunk(ChunkForm(model), replace(cache, layers=(short, other)), CHUNK, CPU)  # type: ignore[arg-type]
-    assert caught.value.kind == "chunked_cache"
 
 
 # Sizes, by arithmetic

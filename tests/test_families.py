@@ -87,7 +87,8 @@ def networks(
     """The networks of tiny model ``name`` in fp16, by the names of :func:`pipeline.engine.programs.parts`."""
     config, stack, made = settings(name, cache, inputs), load_stack(), loaded(name, "fp16")
     found = {}
-    for part, trace in programs.parts(made.model, config.model, config.shape, cache_of(config, made)).items():
+    _, traces = programs.with_rings(made.model, config.model, config.shape, cache_of(config, made))
+    for part, trace in traces.items():
         if part in parts:
             traced = trace()
             program = rewrite(traced.program, "detect_causal", "mask").program

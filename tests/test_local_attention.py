@@ -137,7 +137,8 @@ def _spec(stack: Any, name: str, x: Tensor, dynamic: bool, least: int) -> Any:
     given = stack.torch_tensorrt.Input
     if not dynamic:
         return given(shape=tuple(x.shape), dtype=x.dtype, name=name)
-    shortest = (*x.shape[:2], least, x.shape[3])
+    axis = 2 if x.dim() == 4 else 1  # of [batch, heads, length, size], or of a number for each token
+    shortest = (*x.shape[:axis], least, *x.shape[axis + 1 :])
     return given(min_shape=shortest, opt_shape=tuple(x.shape), max_shape=tuple(x.shape), dtype=x.dtype, name=name)
 
 

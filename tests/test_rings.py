@@ -47,10 +47,11 @@ def made(
     name: str, width: int, mode: str = "in_engine", batch: int = 1
 ) -> tuple[CacheShape, dict[str, Rewritten], Any]:
     lm, shape = model(name, width), ShapeConfig("dynamic", batch, 2, 64, 200)
-    cache = programs.cache_of(lm, CacheConfig(mode, capacity=LONGEST), shape, None)
-    assert cache is not None
     form = ModelConfig(name, weights="random", inputs=["input_ids"], logits="last", architecture={})
-    traced = {part: trace() for part, trace in programs.parts(lm, form, shape, cache).items()}
+    whole = programs.cache_of(lm, CacheConfig(mode, capacity=LONGEST), shape, None)
+    cache, parts = programs.with_rings(lm, form, shape, whole)
+    assert cache is not None
+    traced = {part: trace() for part, trace in parts.items()}
     rewritten = {part: rewrite(each.program, "detect_causal", "mask") for part, each in traced.items()}
     sessions = {
         part: GraphSession(rewritten[part].program.module(), tuple(spec.name for spec in each.inputs))
@@ -78,6 +79,14 @@ def test_a_ring_of_a_whole_window_needs_no_more_than_the_position() -> None:
 
 def test_a_window_as_long_as_the_cache_keeps_every_token() -> None:
     assert made("mistral", 384)[0].rings == (None,)
+
+
+def test_a_step_of_which_no_ring_was_proved_is_not_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of the model's own begin anew: no number of the latest tokens is all that is seen."""
+    traced, export = [], torch.export.export
+    monkeypatch.setattr(torch.export, "export", lambda *given, **how: traced.append(given) or export(*given, **how))
+    cache, _, _ = made("llama4_text", 100)
+    assert cache.rings == (None, None) and len(traced) == 2, "a step and a prompt"
 
 
 QUICK = [("gemma3_text", 100, "in_engine"), ("mistral", 128, "static")]

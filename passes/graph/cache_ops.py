@@ -1,7 +1,7 @@
 """The project's own ops for a KV cache of fixed capacity: what a program that generates writes into its graph.
 
 ``proved_attention::cache_update`` puts new keys or values in their place in the cache; ``proved_attention::cache_read``
-gives its first places, for a chunk of a prompt.
+gives its first places or its last, for a chunk of a prompt.
 ``proved_attention::cached`` is the attention of one new token over the cache: which keys it may see hangs on the
 token's position alone, so the mask is not in the graph.  A strategy writes it where the mask that Hugging Face makes
 was proved to say the same (:class:`passes.proof.mask.Placed`).
@@ -39,21 +39,23 @@ def _(cache: Tensor, new: Tensor, position: Tensor, ring: bool = False) -> Tenso
 
 
 @torch.library.custom_op("proved_attention::cache_read", mutates_args=())
-def cache_read(cache: Tensor, places: Tensor) -> Tensor:
-    """The first S places of ``cache`` [B, H, capacity, D], as ``places`` [1, S] is long; nothing else of it is read.
+def cache_read(cache: Tensor, places: Tensor, last: bool = False) -> Tensor:
+    """The first S places of ``cache`` [B, H, capacity, D], or its ``last``, as ``places`` [1, S] is long; nothing else
+    of it is read.
 
     A tensor of its own, and no slice: whether a slice lies contiguous hangs on whether S is the capacity, and what
     torch.export traces would hold for every other S alone."""
-    return read_in_aten(cache, places)
+    return read_in_aten(cache, places, last)
 
 
-def read_in_aten(cache: Tensor, places: Tensor) -> Tensor:
+def read_in_aten(cache: Tensor, places: Tensor, last: bool = False) -> Tensor:
     """What :func:`cache_read` computes, in torch's own words."""
-    return torch.slice_copy(cache, 2, 0, places.shape[1])
+    start = cache.shape[2] - places.shape[1] if last else 0
+    return torch.slice_copy(cache, 2, start, start + places.shape[1])
 
 
 @cache_read.register_fake
-def _(cache: Tensor, places: Tensor) -> Tensor:
+def _(cache: Tensor, places: Tensor, last: bool = False) -> Tensor:
     return cache.new_empty((*cache.shape[:2], places.shape[1], cache.shape[3]))
 
 

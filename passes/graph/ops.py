@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 CAUSAL_KINDS = ("none", "upper_left", "lower_right")
 
@@ -44,8 +45,9 @@ def native(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causa
 
 def native_in_aten(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: str, scale: float) -> Tensor:
     """What :func:`native` computes, in torch's own words."""
-    # is_causal has a fast kernel, but torch's is upper-left only.
-    is_causal = causal == "upper_left" or (causal == "lower_right" and query.shape[2] == key.shape[2])
+    # is_causal has a fast kernel, but torch's is upper-left only; a chunk's keys are as many as its queries at times.
+    square = bool(statically_known_true(query.shape[2] == key.shape[2]))
+    is_causal = causal == "upper_left" or (causal == "lower_right" and square)
     if causal != "none":
         mask = None if is_causal else causal_mask(causal, query.shape[2], key.shape[2], query.device)
     out = torch.nn.functional.scaled_dot_product_attention(

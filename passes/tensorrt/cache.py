@@ -53,18 +53,24 @@ def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...], in_place:
     return ctx.net.add_select(here, new, cache).get_output(0)
 
 
-def _read(stack: Stack, ctx: Any, node: Node, cache: Any, places: Any) -> Any:
-    """``cache`` [batch, heads, capacity, size] up to as many places as ``places`` [1, S] has."""
-    net, sizes = ctx.net, list(cache.shape)
-    layer = net.add_slice(cache, (0,) * 4, (*sizes[:2], max(places.shape[1], 0), sizes[3]), (1,) * 4)
+def _read(stack: Stack, ctx: Any, node: Node, cache: Any, places: Any, last: bool = False) -> Any:
+    """As many places of ``cache`` [batch, heads, capacity, size] as ``places`` [1, S] has, the first or the last."""
+    net, sizes, known = ctx.net, list(cache.shape), max(places.shape[1], 0)
+    start = sizes[2] - known if last else 0
+    layer = net.add_slice(cache, (0, 0, start, 0), (*sizes[:2], known, sizes[3]), (1,) * 4)
     if places.shape[1] < 0:
-        outer, count, inner = (
-            as_tensor(ctx, torch.tensor(sizes[:2]), f"{node.name} [outer]"),
-            net.add_slice(net.add_shape(places).get_output(0), (1,), (1,), (1,)).get_output(0),
-            as_tensor(ctx, torch.tensor(sizes[3:]), f"{node.name} [inner]"),
-        )
-        layer.set_input(2, net.add_concatenation([outer, count, inner]).get_output(0))
-    layer.name = f"{node.name} [first places]"
+        count = net.add_slice(net.add_shape(places).get_output(0), (1,), (1,), (1,)).get_output(0)
+
+        def along(before: list[int], rows: Any, behind: list[int]) -> Any:
+            first, end = (as_tensor(ctx, torch.tensor(each), f"{node.name} {each}") for each in (before, behind))
+            return net.add_concatenation([first, rows, end]).get_output(0)
+
+        layer.set_input(2, along(sizes[:2], count, sizes[3:]))
+        if last:
+            whole = as_tensor(ctx, torch.tensor(sizes[2:3]), f"{node.name} [capacity]")
+            rest = net.add_elementwise(whole, count, stack.trt.ElementWiseOperation.SUB).get_output(0)
+            layer.set_input(1, along([0, 0], rest, [0]))
+    layer.name = f"{node.name} [{'last' if last else 'first'} places]"
     return layer.get_output(0)
 
 

@@ -39,8 +39,8 @@ def writer(described: Described, progress: Callable[[str], None]) -> Writer:
             f"{described.model.sha256}"
         )
     cache = programs.cache_of(loaded.model, config.cache, config.shape, config.benchmark.generate)
+    cache, parts = programs.with_rings(loaded.model, config.model, config.shape, cache, loaded.quantised)
     made: dict[str, programs.Program] = {}
-    parts = programs.parts(loaded.model, config.model, config.shape, cache, loaded.quantised)
     for name, trace in parts.items():
         progress(f"tracing {name}")
         made[name] = programs.rewritten(trace(), config.strategy)

@@ -19,10 +19,9 @@ from pipeline.config.lengths import longest_sequence
 from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.engine.sections import Attention, attention_of
 from pipeline.model import few_bits
-from pipeline.trace import cached_forms, call_form, chunk_form
+from pipeline.trace import cached_forms, call_form, chunk_form, rings
 from pipeline.trace.cache_shape import CacheShape, cache_shape
 from pipeline.trace.call_form import InputSpec, Traced
-from pipeline.trace.rings import with_rings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,11 +41,29 @@ class Program:
 def cache_of(
     model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, generate: GenerateShape | None
 ) -> CacheShape | None:
-    """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one."""
+    """The KV cache that a run's engines share, large enough for what it is to ``generate``; None without one.  Nothing
+    is traced: every layer keeps every token, until it is proved that fewer do (:func:`with_rings`)."""
     if cache.name == "none":
         return None
-    kept = cache_shape(model, cache, shape, longest_sequence(shape, generate))
-    return kept if kept.chunk is not None else with_rings(model, kept)  # a chunk reads what it sees in its order
+    return cache_shape(model, cache, shape, longest_sequence(shape, generate))
+
+
+def with_rings(
+    model: PreTrainedModel,
+    form: ModelConfig,
+    shape: ShapeConfig,
+    cache: CacheShape | None,
+    quantised: Mapping[str, QuantisedWeight] = MappingProxyType({}),
+) -> tuple[CacheShape | None, dict[str, Callable[[], Traced]]]:
+    """``cache`` as engines are built for it, with rings where they are proved to do (:mod:`pipeline.trace.rings`), and
+    the :func:`parts` over it, of which none is traced that was traced for the proof; raises what tracing raises."""
+    made = parts(model, form, shape, cache, quantised)
+    if cache is None:
+        return cache, made
+    proved, step = rings.with_rings(model, cache, made["decode"])
+    if step is not None:
+        return proved, made | {"decode": lambda: step}
+    return proved, parts(model, form, shape, proved, quantised)
 
 
 def parts(
@@ -71,7 +88,7 @@ def parts(
     prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
     prompts: Callable[[], Traced] = partial(traced, cached_forms.trace_prefill, prefill, cache, shape)
     if cache.chunk is not None:
-        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model), cache, cache.chunk)
+        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model, cache.rings), cache, cache.chunk)
     return {"engine": prompts, "decode": partial(traced, cached_forms.trace_decode, decode, cache)}
 
 

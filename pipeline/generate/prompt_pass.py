@@ -58,7 +58,7 @@ class ChunkedPrompts:
 
     The last chunk is filled up behind the prompts, so that the sizes that the program meets are multiples of the chunk,
     the same for prompts of any length.  What is written there into the cache is not seen, and the tokens that are
-    generated take its place.
+    generated take its place; a ring is told how many of a chunk's tokens are real.
     """
 
     def __init__(self, program: Runs, cache: CacheShape, caches: Sequence[Tensor], chunk: int) -> None:
@@ -67,7 +67,7 @@ class ChunkedPrompts:
     def bind(self, batch: int, length: int, logits: Tensor) -> None:
         count, device = -(-length // self._chunk), logits.device
         self._tokens = torch.zeros(count, batch, self._chunk, dtype=torch.int64, device=device)
-        self._last = torch.zeros(count, batch, dtype=torch.int64, device=device)
+        self._last, self._real = (torch.zeros(count, batch, dtype=torch.int64, device=device) for _ in range(2))
         self._ends = torch.zeros(count, batch, 1, 1, dtype=torch.bool, device=device)
         # Padding has no position of its own: a model has embeddings up to its longest sequence and no further.
         places = torch.arange(count * self._chunk, device=device).clamp(max=self._cache.longest - 1)
@@ -82,6 +82,7 @@ class ChunkedPrompts:
         self._tokens.copy_(whole.view(batch, count, chunk).transpose(0, 1))
         last, number = lengths - 1, torch.arange(count, device=lengths.device).unsqueeze(1)
         self._last.copy_((last - number * chunk).clamp(0, chunk - 1))
+        self._real.copy_((lengths - number * chunk).clamp(0, chunk))
         self._ends.copy_((last // chunk == number)[:, :, None, None])
 
     def run(self, stream: torch.cuda.Stream | None) -> None:
@@ -93,6 +94,8 @@ class ChunkedPrompts:
     def _bind_chunk(self, number: int) -> None:
         seen = self._places[:, : (number + 1) * self._chunk]
         own = {"input_ids": self._tokens[number], "last": self._last[number], "places": seen}
+        if self._cache.near is not None:
+            own |= {"real": self._real[number], "near": seen[:, -self._cache.near :]}
         self._program.bind(own | self._fixed)
 
 

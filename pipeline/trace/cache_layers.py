@@ -36,6 +36,20 @@ def read(values: Tensor, like: Tensor) -> Tensor:
     return values.view(batch, heads, size, -1).transpose(2, 3)
 
 
+def latest(last: Tensor, places: int) -> Tensor:
+    """[batch, places], what a ring holds: at place i of row b the latest token up to ``last[b]`` whose number is i
+    modulo ``places``, below 0 where there is none."""
+    place = last.unsqueeze(1)
+    return place - torch.remainder(place - torch.arange(places, device=last.device), places)
+
+
+def taken(x: Tensor, tokens: Tensor) -> Tensor:
+    """[batch, heads, places, size] of ``x`` [batch, heads, length, size]: of row b those at ``tokens[b]`` [places]."""
+    if len(x) == 1:
+        return x.index_select(2, tokens[0])
+    return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
 def results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
     """``logits``, every layer's keys, every layer's values."""
     keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]

@@ -53,15 +53,22 @@ class CacheShape:
 
     @property
     def rings(self) -> tuple[int | None, ...]:
-        """Of each layer the places of its ring; None where it keeps every token."""
+        """Of each layer the places of its ring, the same for all that have one; None where it keeps every token."""
         places = [keys[2] for keys, _ in self.layers]
         return tuple(count if count < self.capacity else None for count in places)
 
-    def with_rings(self, rings: Sequence[int | None]) -> CacheShape:
-        """This cache with rings of so many places in the layers that have a number."""
+    @property
+    def near(self) -> int | None:
+        """How many tokens at most a chunk of a prompt is given of layers with a ring: those before it that are there,
+        and its own.  None where there are no rings, or no chunks."""
+        places = next((ring for ring in self.rings if ring is not None), None)
+        return None if places is None or self.chunk is None else min(places + self.chunk, self.capacity)
+
+    def with_rings(self, places: int, where: Sequence[bool]) -> CacheShape:
+        """This cache with rings of so many ``places`` in the layers ``where`` that is true."""
         layers = tuple(
-            tuple(shape if places is None else (*shape[:2], places, shape[3]) for shape in layer)
-            for places, layer in zip(rings, self.layers, strict=True)
+            tuple((*shape[:2], places, shape[3]) if ring else shape for shape in layer)
+            for ring, layer in zip(where, self.layers, strict=True)
         )
         return replace(self, layers=layers)  # type: ignore[arg-type]
 

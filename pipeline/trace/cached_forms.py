@@ -23,7 +23,7 @@ from passes.errors import AS_IT_IS, RunError
 from passes.graph.cache_ops import cache_update
 from passes.proof.calls import written_out
 from pipeline.config.schema import ShapeConfig
-from pipeline.trace.cache_layers import HandedIn, caches, of_known_sizes, read, results, stored
+from pipeline.trace.cache_layers import HandedIn, caches, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
 from pipeline.trace.step_checks import is_the_model, reads_first_row
@@ -59,7 +59,10 @@ class _Layer(HandedIn):
             self.keys = cache_update(self.keys, key_states, self.position, ring)
             self.values = cache_update(self.values, channels, self.position, ring)
             return self.keys, read(self.values, value_states)
-        kept = [x if self.ring is None else latest(x, self.position, self.ring) for x in (key_states, channels)]
+        kept = [key_states, channels]
+        if self.ring is not None:
+            tokens = latest(self.position, self.ring).clamp(min=0)
+            kept = [taken(x, tokens) for x in kept]
         if self.keys is not None and self.values is not None:
             start = torch.zeros_like(self.position)
             kept = [cache_update(self.keys, kept[0], start), cache_update(self.values, kept[1], start)]
@@ -77,17 +80,6 @@ class _Layer(HandedIn):
 
     def get_max_length(self) -> int:
         return self.keys.shape[2] if self.whole else -1  # type: ignore[union-attr]
-
-
-def latest(x: Tensor, last: Tensor, places: int) -> Tensor:
-    """[B, H, places, D] of ``x`` [B, H, L, D]: at place i of row b the latest token up to ``last[b]`` whose number is i
-    modulo ``places``, and anything where there is none."""
-    place = last.unsqueeze(1)
-    tokens = place - torch.remainder(place - torch.arange(places, device=x.device), places)
-    tokens = tokens.clamp(min=0)
-    if len(x) == 1:
-        return x.index_select(2, tokens[0])
-    return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def _mask_of_rows(

@@ -5,47 +5,97 @@ themselves: the first S of them, of which the chunk's own are the last.  So one 
 prompt that the cache holds, in memory that does not grow with the prompt; its mask hangs on sizes alone, and is proved
 lower-right causal at every S.  The last chunk of a prompt is filled up behind its tokens, where causality hides it:
 there is no other length than the chunk's, and so nothing that is compiled for a prompt's.
+
+Of a layer with a ring the queries see what the ring holds, in the order of the tokens, and the chunk's own behind it:
+the last M tokens up to the chunk's end, or all there are.  Again the mask hangs on sizes alone.  The ring then takes
+the latest of a row's own tokens; what fills the last chunk up, and what follows a row that has ended, leaves no trace.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 from transformers import Cache, PreTrainedModel
 
-from passes.errors import RunError
 from passes.graph.cache_ops import cache_read, cache_update
-from pipeline.trace.cache_layers import HandedIn, caches, of_known_sizes, read, results, stored
+from pipeline.trace.cache_layers import HandedIn, caches, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.cached_forms import WITHOUT
 from pipeline.trace.call_form import InputSpec, Traced, exported, own_rows
 
 
-class _Layer(HandedIn):
-    """A layer of a cache that is written at ``position`` [batch], and of which attention is given the first ``places``
-    [1, S] to read, the last of them just written."""
+class _Kept(Protocol):
+    """What layers of one kind keep of a chunk, and what it sees of them."""
 
-    is_sliding = False
+    @property
+    def seen(self) -> Tensor:
+        """[1, S], one for each token that is seen, the last of them the chunk's own."""
+
+    def written(self, cache: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        """``cache`` [batch, heads, places, size] behind the chunk, whose tokens are ``new`` [batch, heads, chunk,
+        size]; and those that it sees, [batch, heads, S, size]."""
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """Every token, at the place of its number: the chunk's from ``position`` [batch] on."""
+
+    seen: Tensor
+    position: Tensor
+
+    def written(self, cache: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        cache = cache_update(cache, new, self.position)
+        return cache, cache_read(cache, self.seen)
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """The latest tokens: ``order`` [places] has them by age, the oldest first; of these and the chunk's behind them
+    ``left`` [batch, places] are in the ring when the chunk has run."""
+
+    seen: Tensor
+    order: Tensor
+    left: Tensor
+
+    @staticmethod
+    def of(places: int, near: Tensor, position: Tensor, real: Tensor) -> _Ring:
+        """Of a chunk that begins at ``position`` [batch], the same for all rows; ``near``: see :attr:`_Kept.seen`;
+        ``real``: see :meth:`ChunkForm.forward`."""
+        order = torch.remainder(position[:1] + torch.arange(places, device=near.device), places)
+        oldest = position.unsqueeze(1) - places
+        return _Ring(near, order, latest(position + real - 1, places) - oldest)
+
+    def written(self, cache: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+        # An engine updates the ring where it lies: what is written hangs on ``tokens``, so the ring is read before.
+        tokens = torch.cat([cache.index_select(2, self.order), new], 2)
+        start = torch.zeros_like(self.left[:, 0])
+        return cache_update(cache, taken(tokens, self.left), start), cache_read(tokens, self.seen, True)
+
+
+class _Layer(HandedIn):
+    """A layer of a cache behind a chunk of ``length`` tokens, the last of ``places`` [1, S]."""
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, keys: Tensor, values: Tensor, position: Tensor, places: Tensor, length: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, kept: _Kept, places: Tensor, length: int) -> None:
         super().__init__(keys, values)
-        self.position, self.places, self.length = position, places, length
+        self.kept, self.places, self.length = kept, places, length
+        self.is_sliding = isinstance(kept, _Ring)  # transformers asks the first such layer how many keys its mask is of
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        channels = stored(value_states)
-        self.keys = cache_update(self.keys, key_states, self.position)
-        self.values = cache_update(self.values, channels, self.position)
-        keys, values = (cache_read(cache, self.places) for cache in (self.keys, self.values))
+        self.keys, keys = self.kept.written(self.keys, key_states)
+        self.values, values = self.kept.written(self.values, stored(value_states))
         return keys, read(values, value_states)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.places.shape[1], 0
+        count = self.kept.seen.shape[1]
+        return count, self.places.shape[1] - count if self.is_sliding else 0
 
     def get_seq_length(self) -> int:
         return self.places.shape[1] - self.length
@@ -57,51 +107,62 @@ class _Layer(HandedIn):
 class ChunkForm(nn.Module):
     """A chunk of each prompt in, the logits behind one token of each and the caches with the chunk in them out."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
+        """``rings``: see :class:`CacheShape`."""
         super().__init__()
         self.model = model
+        self.rings = tuple(rings)
 
     def forward(
-        self, input_ids: Tensor, last: Tensor, places: Tensor, keys: list[Tensor], values: list[Tensor]
+        self,
+        input_ids: Tensor,
+        last: Tensor,
+        places: Tensor,
+        keys: list[Tensor],
+        values: list[Tensor],
+        real: Tensor | None = None,
+        near: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """``input_ids`` [batch, chunk]; ``last`` [batch], the place in the chunk of the token behind which each row's
         logits are asked for; ``places`` [1, S], 0 .. S - 1: the tokens' positions, the last ``chunk`` of them this
-        chunk's; the caches.
+        chunk's; the caches.  Where there are rings, ``real`` [batch], how many of the chunk's tokens are the row's own,
+        and ``near`` [1, M], the last of ``places``: those of the tokens before it that a ring holds, and of its own.
 
         Returns logits [batch, 1, vocabulary] and the caches.
         """
         batch, length = input_ids.shape
         own = places[:, -length:]
         position = own[:, 0].expand(batch)
-        cache = Cache(layers=[_Layer(k, v, position, places, length) for k, v in zip(keys, values, strict=True)])
+        kept: dict[int | None, _Kept] = {None: _Whole(places, position)}
+        if real is not None and near is not None:
+            (ring,) = {each for each in self.rings if each is not None}
+            kept[ring] = _Ring.of(ring, near, position, real)
+        layers = zip(keys, values, self.rings, strict=True)
+        cache = Cache(layers=[_Layer(k, v, kept[each], places, length) for k, v, each in layers])
         output = self.model(input_ids=input_ids, position_ids=own, cache=cache, use_cache=True, logits_to_keep=last)
         return results(own_rows(output.logits), cache)
 
 
 def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.device) -> Traced:
-    """The program of ``form`` for chunks of ``chunk`` tokens, of which the capacity of ``cache`` is a multiple; raises
-    :class:`RunError` of kind ``chunked_cache`` where a layer keeps fewer tokens than that, since a chunk reads them in
-    their order."""
+    """The program of ``form`` for chunks of ``chunk`` tokens, of which the capacity of ``cache`` is a multiple."""
     batch, capacity = cache.batch, cache.capacity
-    if any(sizes[2] != capacity for layer in cache.layers for sizes in layer):
-        raise RunError(
-            "chunked_cache", f"cache.chunk={chunk}: a layer of {type(form.model).__name__} keeps fewer tokens than "
-            f"cache.capacity={capacity}; leave cache.chunk out"
-        )  # fmt: skip
-    specs = (
+    specs = [
         InputSpec("input_ids", batch, chunk, chunk, chunk),
         InputSpec.places(batch),
         InputSpec("places", 1, chunk, capacity, capacity),
         *cache.specs(),
-    )
-    seen = capacity if chunk == capacity else chunk + 11  # no bound of the range, so that it is not specialised
+    ]
+    seen = chunk if chunk == capacity else chunk + 17  # no bound of the range, so that it is not specialised
     inputs: dict[str, Any] = {
         "input_ids": torch.zeros(batch, chunk, dtype=torch.int64, device=device),
         "last": torch.zeros(batch, dtype=torch.int64, device=device),
         "places": torch.arange(seen, device=device).unsqueeze(0),
     }
     inputs |= caches(cache, device)
-    dynamic: dict[str, Any] | None = None
-    if chunk < capacity:
-        dynamic = of_known_sizes(inputs) | {"places": {1: Dim("seen", min=chunk, max=capacity)}}
-    return Traced(exported(form, inputs, dynamic, WITHOUT), specs)
+    if (most := cache.near) is not None:
+        specs.append(InputSpec("real", batch, 1, 1, 1, sizes=(batch,)))
+        specs.append(InputSpec("near", 1, chunk, most, most))
+        inputs["real"] = torch.ones(batch, dtype=torch.int64, device=device)
+        inputs["near"] = inputs["places"][:, : min(chunk + 11, seen)].clone()
+    dims = {spec.name: {1: Dim(f"seen_{spec.name}", min=spec.min, max=spec.max)} for spec in specs if spec.dynamic}
+    return Traced(exported(form, inputs, of_known_sizes(inputs) | dims if dims else None, WITHOUT), tuple(specs))

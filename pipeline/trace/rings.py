@@ -3,12 +3,16 @@
 The decode step is traced over a cache that keeps everything, and the mask of each layer proved there
 (:mod:`passes.proof.masks`): where it is the window of the last ``width`` tokens, whatever the token's place, what is
 older is read by nothing, now or later.  A ring of so many places then does, and a prompt that is longer leaves its last
-tokens there.  A layer whose mask is anything else keeps every token.
+tokens there.  A layer whose mask is anything else keeps every token.  All rings are of the widest window: transformers
+asks one layer how many keys the masks of all of them have.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 from transformers import DynamicCache, PreTrainedModel
 
@@ -19,32 +23,34 @@ from passes.proof.masks import Proof, Status, prover_of
 from passes.proof.op_kinds import VIEW_LIKE
 from pipeline.config.lengths import in_granules
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.cached_forms import DecodeForm, trace_decode
+from pipeline.trace.call_form import Traced
 
 LAYOUTS = (*VIEW_LIKE, torch.ops.aten.transpose.int, torch.ops.aten.permute.default)
 """The same tokens, laid out in another way."""
 
 
-def with_rings(model: PreTrainedModel, cache: CacheShape) -> CacheShape:
-    """``cache`` with a ring in every layer for which one was proved to do and is smaller; raises what tracing raises.
+def with_rings(
+    model: PreTrainedModel, cache: CacheShape, step: Callable[[], Traced]
+) -> tuple[CacheShape, Traced | None]:
+    """``cache`` with a ring in every layer for which one was proved to do, if it is smaller; and the decode step over
+    it, where it has been traced.  ``step`` traces that over ``cache`` as it is; raises what it raises.
 
     Whether it is worth a trace is asked of transformers' own cache: of a model without a window nothing is traced.
     """
     widths = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=model.config).layers]
     if not any(width is not None and in_granules(width) < cache.capacity for width in widths):
-        return cache
-    found = windows_of(DecodeForm(model, cache.rings), cache, model.device)
-    return cache.with_rings([None if width is None else _places(width, cache) for width in found])
+        return cache, None
+    traced = step()
+    found = windows_of(traced.program, cache)
+    places = in_granules(max((width for width in found if width is not None), default=cache.capacity))
+    if places >= cache.capacity:
+        return cache, traced
+    return cache.with_rings(places, [width is not None for width in found]), None
 
 
-def _places(width: int, cache: CacheShape) -> int | None:
-    return places if (places := in_granules(width)) < cache.capacity else None
-
-
-def windows_of(form: DecodeForm, cache: CacheShape, device: torch.device) -> list[int | None]:
-    """Of each layer of ``cache``, which keeps every token, how many of the latest all its attention is proved to see;
-    None where that is not so, or where anything else reads it."""
-    program = trace_decode(form, cache, device).program
+def windows_of(program: ExportedProgram, cache: CacheShape) -> list[int | None]:
+    """Of each layer of ``cache``, which keeps every token, how many of the latest all its attention is proved to see in
+    ``program``, the decode step; None where that is not so, or where anything else reads it."""
     prover = prover_of(program)
     widths = {
         call.node: _width(prover.prove(call), cache.batch) for call in find_calls(program.graph_module, needed=False)

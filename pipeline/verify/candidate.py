@@ -62,6 +62,7 @@ class Wanted:
 
     shape: ShapeConfig
     cache: CacheShape | None
+    """None: there is none.  That of engines is in their manifest, from which it is read."""
     one_length: bool
     """Shorter sequences run in an engine of a single length too, see
     :attr:`pipeline.config.schema.Config.runs_at_one_length`."""
