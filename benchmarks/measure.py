@@ -27,7 +27,13 @@ PARTS: dict[str, list[list[str]]] = {
     "long": [["experiment=long_prompts"]],
     "precisions": [
         ["experiment=precision"],
-        ["experiment=precision", "precision=int4_weights", "quantize.block=32", "quantize.method=round,gptq"],
+        [
+            "experiment=precision",
+            "precision=int4_weights",
+            "quantize.block=32",
+            "quantize.method=round,gptq",
+            "sweep.baseline=quantize.method:round",
+        ],
         ["experiment=precision", "model=llama3_1b,qwen3_0_6b", "model.weights=random", "verify.quality=false"],
     ],
     "passes": [["experiment=without_passes"]],
