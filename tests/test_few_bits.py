@@ -220,6 +220,15 @@ def test_what_reads_one_table_reads_one_dequantisation() -> None:
     assert kinds.count(load_stack().trt.LayerType.DEQUANTIZE) == 7
 
 
+@pytest.mark.parametrize("precision", KINDS)
+def test_weights_that_are_written_out_are_multiplied_with_the_same_rows(precision: str) -> None:
+    net = network_of(precision, small=False).interpreter.ctx.net
+    kinds = [net.get_layer(i).type for i in range(net.num_layers)]
+    layer = load_stack().trt.LayerType
+    # Rows of query, key and value; of the output; of gate and up; of down.
+    assert kinds.count(layer.QUANTIZE) == kinds.count(layer.DEQUANTIZE) == (4 if precision == "fp8" else 0)
+
+
 @pytest.fixture(scope="module")
 def whole(store: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The report of a generation whose prompt runs on the same weights in fp16."""

@@ -47,6 +47,19 @@ def test_a_prompt_and_a_generation_equal_pytorch_with_the_same_weights(
         assert {"int8", "int4", "fp8"} & set(engine["weights"])
 
 
+@pytest.mark.parametrize("precision", list(FEW_BITS))
+def test_a_prompt_on_the_same_weights_written_out_equals_pytorch_too(
+    precision: str, store: str, tmp_path: Path
+) -> None:
+    model = save_tiny_llama(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    report = do(
+        store, tmp_path, model, f"precision={precision}", "quantize.prompt=fp16", *WHOLE, "benchmark=none"
+    ).report
+
+    assert report["failure"] is None and report["verify"]["executed"] == "engine" and report["verify"]["passed"]
+    assert "half" in report["engine"]["weights"] and not {"int8", "int4", "fp8"} & set(report["engine"]["weights"])
+
+
 class Product(nn.Module):
     """Rows [n, in] times a weight [out, in]."""
 

@@ -139,11 +139,12 @@ def _sizes(graph: GraphModule, weight: Node) -> tuple[int, int]:
 
 def convert(stack: Stack, ctx: Any, node: Node, args: tuple[Any, ...]) -> Any:
     """The parts of ``node``, one of :data:`CONVERTED`, from which :func:`multiply` and :func:`look_up` make layers."""
-    others = [user for user in node.users if user.target not in READERS]
     if node.target is ROWS_IN_E4M3:
         rounded = Rounded(*args)
-        return _in_e4m3(stack, ctx, node, rounded, rounded.rows) if others else rounded
-    if others:
+        if all(reads_few_bits(user) for user in node.users):
+            return rounded
+        return _in_e4m3(stack, ctx, node, rounded, rounded.rows)  # also for products with weights that are written out
+    if others := [user for user in node.users if user.target not in READERS]:
         raise RunError("conversion", f"{others[0].name} ({others[0].target}) reads a quantised weight; a product may")
     values, scales, kind, dtype = args
     return Small(kind, values.detach().cpu(), scales.detach().cpu(), dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
 from pipeline.engine.sections import Engine
-from pipeline.host.files import draft, read_hashed, write_text
+from pipeline.host.files import draft, write_text
 from pipeline.trace.call_form import InputSpec
 
 if TYPE_CHECKING:
@@ -74,12 +75,12 @@ def _there(path: Path) -> Iterator[None]:
         raise UserError(f"{error.filename}: not there; an engine is {path.name} with {beside} beside it") from None
 
 
-def read_engine(path: Path) -> tuple[dict[str, Any], bytearray]:
+def read_engine(path: Path) -> tuple[dict[str, Any], bytes]:
     """The manifest beside the engine file ``path``, and its bytes; raises :class:`UserError` if its hash is another."""
     manifest = read_manifest(path)
     with _there(path):
-        data, sha256 = read_hashed(path)
-    if sha256 != manifest["sha256"]:
+        data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
         raise UserError(f"{path.name}: its sha256 is not the manifest's; the file was changed or cut off")
     return manifest, data
 

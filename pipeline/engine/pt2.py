@@ -46,7 +46,7 @@ def export(folder: Path, programs: dict[str, Program], stack: Stack, executed: s
     for name, each in programs.items():
         manifest, data = read_engine(folder / f"{name}.trt")
         path = folder / f"{name}.pt2"
-        write_engine(path, bytes(data), manifest, each.program, stack)
+        write_engine(path, data, manifest, each.program, stack)
         files[path.name] = _described(path, ("torch", "torch_tensorrt"), manifest["target"], executed == "engine")
         del data  # gigabytes of a large model
         path = folder / ("graph.pt2" if name == "engine" else f"{name}_graph.pt2")

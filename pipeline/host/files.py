@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,8 +21,6 @@ LINKED_BYTES = 1 << 16
 NO_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EACCES, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS})
 """Answers of ``link(2)`` where two names cannot be of one file: another file system, one without links, somebody
 else's file."""
-PIECE_BYTES = 1 << 24
-"""Of a large file that is read at once."""
 TRIAL_BYTES = 1 << 16
 """More than a file system gives away without allocating, less than any report."""
 
@@ -99,17 +96,6 @@ def locked(path: Path, timeout_s: float | None = None, waiting: Callable[[], Non
         yield
     finally:
         lock.release()
-
-
-def read_hashed(path: Path) -> tuple[bytearray, str]:
-    """What is in a file, and its sha256 in hex, computed while the rest is read."""
-    data, digest, at = bytearray(path.stat().st_size), hashlib.sha256(), 0
-    view = memoryview(data)
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as hashing:
-        while count := file.readinto(view[at : at + PIECE_BYTES]):
-            hashing.submit(digest.update, view[at : at + count])
-            at += count
-    return data, digest.hexdigest()
 
 
 def sha256_of(path: Path) -> str:
