@@ -11,6 +11,8 @@ import pytest
 from commands import environment
 from serving import save_answering_llama
 
+from benchmarks import answers
+
 
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -36,8 +38,13 @@ def test_a_served_answer_is_timed_beside_one_in_process(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["tokens"] == found["tokens"]
 
 
-def test_a_run_that_left_no_model_is_one_line(tmp_path: Path) -> None:
-    done = command("benchmarks.answers", str(tmp_path), "--to", str(tmp_path / "answers.jsonl"), cwd=tmp_path)
+def test_a_run_that_left_no_model_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["answers", str(tmp_path), "--to", str(tmp_path / "answers.jsonl")])
+    with pytest.raises(SystemExit) as left:
+        answers.main()
 
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].endswith("runs with a tokenizer leave one, see tracking.log_model")
+    assert left.value.code == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith("runs with a tokenizer leave one, see tracking.log_model")
