@@ -27,13 +27,6 @@ PARTS: dict[str, list[list[str]]] = {
     "long": [["experiment=long_prompts"]],
     "precisions": [
         ["experiment=precision"],
-        [
-            "experiment=precision",
-            "precision=int4_weights",
-            "quantize.block=32",
-            "quantize.method=round,gptq",
-            "sweep.baseline=quantize.method:round",
-        ],
         ["experiment=precision", "model=llama3_1b,qwen3_0_6b", "model.weights=random", "verify.quality=false"],
     ],
     "passes": [["experiment=without_passes"]],
@@ -69,8 +62,6 @@ def name_of(report: Mapping[str, Any]) -> str:
         parts += (
             ["range"] if shape["kind"] == "dynamic" and not shape["exact"] and strategy["name"] != "upstream" else []
         )
-    quantize = config.get("quantize") or {}
-    parts += [f"{key}_{quantize[key]}" for key in ("method", "block") if quantize.get(key)]
     parts += [backend["attention"]] if backend.get("attention") else []
     parts += [f"chunk{config['cache']['chunk']}"] if config["cache"].get("chunk") else []
     parts += [f"without_{name}" for name in strategy.get("without") or []]

@@ -85,20 +85,20 @@ class FewBits:
     """Elements along the input that share a scale, where nothing else is asked for the first that divides every layer;
     none: a whole channel does."""
     methods: tuple[str, ...] = ("round",)
-    """How weights may be rounded, the default, which looks at no rows, first."""
+    """How weights may be rounded, the default first."""
     rounds_rows: bool = False
     """Whether the rows that they are multiplied with are rounded too, at scales that are measured on text."""
 
     def calibrated(self, method: str | None) -> bool:
         """Whether rows of text are looked at, with ``method`` asked for."""
-        return self.rounds_rows or method in self.methods[1:]
+        return self.rounds_rows or (method == "awq" and "awq" in self.methods)
 
 
 FEW_BITS = {
     each.name: each
     for each in (
         FewBits("int8_weights", "int8", 8),
-        FewBits("int4_weights", "int4", 4, (128, 64, 32), ("round", "awq", "gptq")),
+        FewBits("int4_weights", "int4", 4, (128, 64, 32), ("round", "awq")),
         FewBits("fp8", "e4m3", 8, rounds_rows=True),
     )
 }

@@ -93,14 +93,9 @@ def to_nearest(weight: Tensor, kind: Kind, block: int | None, dtype: torch.dtype
     if not bool(weight.isfinite().all()):
         raise ValueError("it has weights that are no finite numbers")
     blocks = weight.float().reshape(channels, -1, block or inner)
-    scales = numbers_of(dtype, widest_scales(blocks, kind))
-    return QuantisedWeight(kind, rounded(blocks / scales[..., None], kind).reshape(channels, inner), scales)
-
-
-def widest_scales(blocks: Tensor, kind: Kind) -> Tensor:
-    """Of ``blocks`` float32 [..., n] the least scales [...] at which nothing is cut off."""
     highest, lowest = LARGEST[kind], LOWEST.get(kind, LARGEST[kind])
-    return torch.maximum(blocks.amax(-1) / highest, -blocks.amin(-1) / lowest).clamp(min=LEAST)
+    scales = numbers_of(dtype, torch.maximum(blocks.amax(-1) / highest, -blocks.amin(-1) / lowest)).clamp(min=LEAST)
+    return QuantisedWeight(kind, rounded(blocks / scales[..., None], kind).reshape(channels, inner), scales)
 
 
 def numbers_of(dtype: torch.dtype, scales: Tensor) -> Tensor:

@@ -318,25 +318,20 @@ def test_layers_stay_as_they_are_by_name_or_pattern() -> None:
 
 
 def test_a_calibration_text_that_is_too_short_is_refused(tmp_path: Any) -> None:
-    from pipeline.model.calibration import texts
+    from pipeline.model.quantise import _of_file
 
     class Words:
-        bos_token_id = None
-
         def __call__(self, text: str, **_: Any) -> Any:
             return type("Encoded", (), {"input_ids": list(range(len(text.split())))})
 
     text = tmp_path / "short.txt"
     text.write_text("a few words")
     loaded = replace(load(form(), "fp16", CPU, 0, lambda _: None), tokenizer=Words())
-    asked = CalibrationConfig(text=str(text), samples=2, length=16)
-    with pytest.raises(
-        UserError, match=r"calibration.text=.*short.txt: holds 3 tokens of this model's, at least 32 are"
-    ):
-        texts(loaded, asked, 0)
+    with pytest.raises(UserError, match=r"short.txt: holds 3 tokens, and samples=2 of length=16 are 32"):
+        _of_file(str(text), loaded, 2, 16, 0)
     text.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match=r"short.txt: cannot be read \(it is no UTF-8\)"):
-        texts(loaded, asked, 0)
+    with pytest.raises(UserError, match=r"short.txt: cannot be read as UTF-8 text"):
+        _of_file(str(text), loaded, 2, 16, 0)
 
 
 def test_awq_errs_less_than_rounding_where_some_channels_are_larger_than_others() -> None:

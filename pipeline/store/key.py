@@ -17,7 +17,6 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 from passes.precision import FEW_BITS
@@ -77,10 +76,7 @@ def _quantize(config: Config) -> dict[str, Any] | None:
         found.pop(key.removeprefix("quantize."), None)
     if few.calibrated(asked.method):
         text, seed = asked.calibration.text, asked.calibration.seed
-        calibration |= {
-            "text": sha256_of(Path(text)) if text else f"Python {python_version()}",
-            "seed": config.seed if seed is None else seed,
-        }
+        calibration |= {"text": text and sha256_of(Path(text)), "seed": config.seed if seed is None else seed}
         found["calibration"] = calibration
     if found.get("method") == "awq":
         found["modelopt"] = version("nvidia-modelopt") if find_spec("modelopt") else None
