@@ -45,7 +45,7 @@ def rows(count: int, inner: int) -> Tensor:
 def both(weight: Tensor, block: int, seen: Tensor) -> tuple[QuantisedWeight, QuantisedWeight]:
     """``weight`` rounded to nearest, and by GPTQ over the rows ``seen``."""
     nearest = to_nearest(weight, "int4", block, torch.float16)
-    return nearest, gptq.made_up(weight, nearest, *gptq.ordered_factor(seen.T @ seen), torch.float16)
+    return nearest, gptq.made_up(weight, nearest, gptq.rows_of(seen, seen), torch.float16)
 
 
 def rounded_at(scales: Tensor, weight: Tensor) -> Tensor:
@@ -127,18 +127,30 @@ def test_the_logits_of_a_model_are_nearer_than_with_rounding(number_type: str) -
     assert form["gptq"] == form["round"]
 
 
-def test_layers_see_the_rows_that_those_before_them_give_once_they_are_rounded(monkeypatch: Any) -> None:
-    factors: list[Tensor] = []
-    real = gptq.ordered_factor
-    monkeypatch.setattr(gptq, "ordered_factor", lambda hessian: (factors.append(hessian), real(hessian))[1])
+def test_layers_see_the_rows_of_the_model_as_it_was_and_those_that_the_rounded_layers_before_give(
+    monkeypatch: Any,
+) -> None:
+    seen: list[tuple[Tensor, Tensor]] = []
+    real = gptq.rows_of
+    monkeypatch.setattr(gptq, "rows_of", lambda *rows: (seen.append(rows), real(*rows))[1])
     loaded = made("gptq")
-    assert len(factors) == 5  # of query, key and value; of the output; of gate and up; of down; of the head
+    assert len(seen) == 5  # of query, key and value; of the output; of gate and up; of down; of the head
 
-    rounded_model, seen = copy.deepcopy(loaded.model).float(), []
     tokens = calibration.samples(loaded, CalibrationConfig(samples=8, length=64), 0)
-    down = {"down": rounded_model.get_submodule("model.layers.0.mlp.down_proj")}
-    calibration.see_rows(rounded_model, down, [tokens], lambda _, rows: seen.append(rows.flatten(0, -2)))
-    torch.testing.assert_close(factors[3], seen[0].T @ seen[0], rtol=5e-3, atol=5e-3)
+    wide = load(tiny.config("llama", **LONG), "fp16", CPU, 0, lambda _: None)
+    for model, rows in ((wide.model, seen[3][0]), (loaded.model, seen[3][1])):
+        read, found = copy.deepcopy(model).float(), []
+        down = {"down": read.get_submodule("model.layers.0.mlp.down_proj")}
+        calibration.see_rows(read, down, [tokens], lambda _, given, found=found: found.append(given.flatten(0, -2)))
+        torch.testing.assert_close(rows, found[0], rtol=5e-3, atol=5e-4)
+
+
+def test_a_weight_is_aimed_at_what_it_answered_before() -> None:
+    weight, before = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), rows(2000, 64)
+    after = before + 0.3 * before.roll(1, 1)
+    aimed = weight @ gptq.rows_of(before, after).aim
+    errors = [float((after @ each.T - before @ weight.T).norm()) for each in (weight, aimed)]
+    assert errors[1] < 0.1 * errors[0]
 
 
 def test_a_table_that_the_head_shares_stays_int8() -> None:
@@ -154,8 +166,8 @@ def test_a_layer_that_no_row_calls_is_rounded_and_that_is_said() -> None:
     found = rounded(loaded, "gptq")
     small = found.quantised["model.layers.0.spare"]
     assert torch.equal(small.values, rounded(loaded, "round").quantised["model.layers.0.spare"].values)
-    assert found.notes[-1] == "1 of 9 layers were not called on the text of quantize.calibration and are rounded to " \
-        "nearest, model.layers.0.spare first"  # fmt: skip
+    assert found.notes[-1] == "1 of 9 layers do not multiply every row of a text and are rounded to nearest, " \
+        "model.layers.0.spare first"  # fmt: skip
 
 
 def test_what_cannot_be_had_is_said_in_one_line() -> None:

@@ -111,12 +111,12 @@ def quantised(
         for name, (weight, factors) in widened(loaded.model, others, block, tokens.split(1)).items():
             made[name] = replace(nearest(name, weight), row_factors=factors)
     elif asked.method == "gptq":
-        made |= gptq.made_up_for(loaded.model, others, made, tokens, nearest, dtype)
-        if uncalled := [name for name in others if name not in made]:
-            made |= {name: nearest(name, others[name].weight) for name in uncalled}
+        made |= gptq.made_up_for(loaded.model, others, tokens, nearest, dtype)
+        if apart := [name for name in others if name not in made]:
+            made |= {name: nearest(name, others[name].weight) for name in apart}
             notes.append(
-                f"{len(uncalled)} of {len(others)} layers were not called on the text of quantize.calibration and are "
-                f"rounded to nearest, {uncalled[0]} first"
+                f"{len(apart)} of {len(others)} layers do not multiply every row of a text and are rounded to nearest, "
+                f"{apart[0]} first"
             )
     else:
         made |= {name: nearest(name, layer.weight) for name, layer in others.items()}
