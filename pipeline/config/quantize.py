@@ -17,7 +17,7 @@ class CalibrationConfig:
 
     text: str | None = None
     """A UTF-8 file; null: docstrings of Python's standard library, other ones than quality is judged on."""
-    samples: int = 16
+    samples: int = 32
     length: int = 512
     """Tokens of each sample."""
     seed: int | None = None
