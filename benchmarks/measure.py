@@ -28,6 +28,14 @@ PARTS: dict[str, list[list[str]]] = {
     "precisions": [
         ["experiment=precision"],
         ["experiment=precision", "model=llama3_1b,qwen3_0_6b", "model.weights=random", "verify.quality=false"],
+        [
+            "experiment=precision",
+            "model=smollm2_135m,gemma3_270m",
+            "precision=int4_weights",
+            "quantize.block=32",
+            "quantize.method=round,gptq",
+            "sweep.baseline=quantize.method:round",
+        ],
     ],
     "passes": [["experiment=without_passes"]],
     "smollm2": [["model=smollm2_135m", "precision=fp16,bf16"]],
@@ -62,6 +70,9 @@ def name_of(report: Mapping[str, Any]) -> str:
         parts += (
             ["range"] if shape["kind"] == "dynamic" and not shape["exact"] and strategy["name"] != "upstream" else []
         )
+    quantize = config.get("quantize") or {}
+    parts += [f"block{quantize['block']}"] if quantize.get("block") else []
+    parts += [quantize["method"]] if quantize.get("method") else []
     parts += [backend["attention"]] if backend.get("attention") else []
     parts += [f"chunk{config['cache']['chunk']}"] if config["cache"].get("chunk") else []
     parts += [f"without_{name}" for name in strategy.get("without") or []]

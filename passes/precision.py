@@ -91,14 +91,14 @@ class FewBits:
 
     def calibrated(self, method: str | None) -> bool:
         """Whether rows of text are looked at, with ``method`` asked for."""
-        return self.rounds_rows or (method == "awq" and "awq" in self.methods)
+        return self.rounds_rows or (method in self.methods and method != self.methods[0])
 
 
 FEW_BITS = {
     each.name: each
     for each in (
         FewBits("int8_weights", "int8", 8),
-        FewBits("int4_weights", "int4", 4, (128, 64, 32), ("round", "awq")),
+        FewBits("int4_weights", "int4", 4, (128, 64, 32), ("round", "gptq", "awq")),
         FewBits("fp8", "e4m3", 8, rounds_rows=True),
     )
 }

@@ -204,7 +204,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["precision=fp8", "backend=eager"], ["precision=fp8", "backend=eager", "precision=fp16"]),
     (["precision=int8_weights", "strategy=upstream"], ["precision=int8_weights", "strategy=upstream"]),
     (["precision=int4_weights", "quantize.block=100"], ["quantize.block=100", "128, 64, 32"]),
-    (["precision=int4_weights", "quantize.method=gptq"], ["quantize.method=gptq", "round, awq"]),
+    (["precision=int4_weights", "quantize.method=best"], ["quantize.method=best", "round, gptq, awq"]),
     (["precision=int8_weights", "quantize.block=64"], ["quantize.block=64", "scale for each output channel"]),
     (["precision=int8_weights", "quantize.method=awq"], ["quantize.method=awq", "rounds to the nearest"]),
     (["precision=int8_weights", "quantize.prompt=fp16"], ["quantize.prompt=fp16", "cache=none has one engine"]),

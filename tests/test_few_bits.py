@@ -26,6 +26,7 @@ from pipeline.engine import network, programs
 from pipeline.engine.build import build_engine
 from pipeline.measure.roofline import decode_floor_s, decoder_cost, prefill_bytes, with_few_bits
 from pipeline.model import few_bits
+from pipeline.model.calibration import samples
 from pipeline.model.load import LoadedModel, load, load_reference
 from pipeline.model.quantise import quantised
 from pipeline.record.console import described
@@ -318,20 +319,21 @@ def test_layers_stay_as_they_are_by_name_or_pattern() -> None:
 
 
 def test_a_calibration_text_that_is_too_short_is_refused(tmp_path: Any) -> None:
-    from pipeline.model.quantise import _of_file
-
     class Words:
+        bos_token_id = None
+
         def __call__(self, text: str, **_: Any) -> Any:
             return type("Encoded", (), {"input_ids": list(range(len(text.split())))})
 
     text = tmp_path / "short.txt"
     text.write_text("a few words")
+    asked = CalibrationConfig(str(text), samples=2, length=16)
     loaded = replace(load(form(), "fp16", CPU, 0, lambda _: None), tokenizer=Words())
-    with pytest.raises(UserError, match=r"short.txt: holds 3 tokens, and samples=2 of length=16 are 32"):
-        _of_file(str(text), loaded, 2, 16, 0)
+    with pytest.raises(UserError, match=r"calibration.text=.*short.txt: holds 3 tokens .* at least 32 are needed"):
+        samples(loaded, asked, 0)
     text.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(UserError, match=r"short.txt: cannot be read as UTF-8 text"):
-        _of_file(str(text), loaded, 2, 16, 0)
+    with pytest.raises(UserError, match=r"calibration.text=.*short.txt: cannot be read \(it is no UTF-8\)"):
+        samples(loaded, asked, 0)
 
 
 def test_awq_errs_less_than_rounding_where_some_channels_are_larger_than_others() -> None:

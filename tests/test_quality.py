@@ -21,12 +21,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from passes.errors import RunError, UserError
 from pipeline.__main__ import _main, compose_config
+from pipeline.config.quantize import CalibrationConfig
 from pipeline.config.schema import CacheConfig, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.config.verification import VerifyConfig
 from pipeline.engine import programs
 from pipeline.model import real_text as texts
+from pipeline.model.calibration import samples
 from pipeline.model.load import LoadedModel, load
-from pipeline.model.real_text import RealText, real_text
+from pipeline.model.real_text import LETTERS, RealText, real_text
 from pipeline.record.console import described
 from pipeline.run import run
 from pipeline.verify import candidate, quality
@@ -113,6 +115,17 @@ def test_a_file_of_the_users_is_read_as_it_is(loaded: LoadedModel, tmp_path: Pat
     found = real_text(str(tmp_path / "own.txt"), loaded, 2001)
 
     assert found.source == str(tmp_path / "own.txt") and len(found.tokens) == 400 * len("Grüße. ".encode())
+
+
+def test_samples_for_calibration_are_pieces_of_the_text_that_is_not_judged(loaded: LoadedModel, text: RealText) -> None:
+    assert loaded.tokenizer is not None
+    found = samples(loaded, CalibrationConfig(samples=20, length=256), 0)
+    read = (text, real_text(None, loaded, 1, behind=LETTERS))
+    judged, behind = (loaded.tokenizer.decode(each.tokens) for each in read)
+
+    pieces = [loaded.tokenizer.decode(each) for each in found]
+    assert found.shape == (20, 256) and len(set(pieces)) == 20
+    assert all(piece in behind and piece not in judged for piece in pieces)
 
 
 @pytest.mark.parametrize(

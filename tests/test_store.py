@@ -82,6 +82,7 @@ MATTERS = [
     ["precision=int8_weights", "quantize.without=[lm_head]"],
     ["precision=int4_weights"],
     ["precision=int4_weights", "quantize.block=32"],
+    ["precision=int4_weights", "quantize.method=gptq"],
     ["precision=int4_weights", "quantize.method=awq"],
     ["precision=int4_weights", "quantize.method=awq", "quantize.calibration.samples=8"],
     ["precision=int8_weights", "cache=in_engine"],

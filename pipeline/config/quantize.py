@@ -12,11 +12,12 @@ from pipeline.config.refusals import at_least, one_of
 
 @dataclass
 class CalibrationConfig:
-    """On what text rows are looked at, where their size decides: of ``fp8``, and of ``quantize.method=awq``."""
+    """On what text rows are looked at, where their size decides: of ``fp8``, and of ``quantize.method=gptq`` and
+    ``awq``."""
 
     text: str | None = None
-    """A UTF-8 file; null: text that is part of this project."""
-    samples: int = 16
+    """A UTF-8 file; null: docstrings of Python's standard library, other ones than quality is judged on."""
+    samples: int = 32
     length: int = 512
     """Tokens of each sample."""
     seed: int | None = None
@@ -35,7 +36,8 @@ class QuantizeConfig:
     """int4_weights only: elements along the input that share a scale; null: the most of 128, 64 and 32 that divides
     every layer's."""
     method: str | None = None
-    """``round``: each weight to the nearest; ``awq``: after the channels that matter most were widened; null: round."""
+    """``round``: each weight to the nearest; ``gptq``: so that the next ones make up for what it lost; ``awq``: to the
+    nearest, after the channels that matter most were widened; null: round."""
     prompt: str | None = None
     """How the engine of a generation's prompt holds the same weights: ``precision`` or ``base``; null: the first."""
     step: str | None = None
@@ -89,7 +91,8 @@ def check_quantize(precision: str, asked: QuantizeConfig, backend: str, strategy
         at_least(f"quantize.calibration.{key}", value, least)
     if calibration.text is not None and not Path(calibration.text).is_file():
         raise UserError(
-            f"quantize.calibration.text={calibration.text}: no such file; name a text file, or null for our own text"
+            f"quantize.calibration.text={calibration.text}: no such file; name a text file, or null for Python's "
+            f"docstrings"
         )
 
 

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from passes.errors import RunError, UserError
+from passes.errors import UserError
 from passes.precision import FEW_BITS, PRECISIONS, FewBits, Kind, number_type
 from passes.quantised import LARGEST, QuantisedWeight, to_nearest
-from pipeline.model import few_bits
+from pipeline.model import calibration, few_bits, gptq
 from pipeline.model.load import LoadedModel
 from pipeline.model.load import load as load_wide
-from pipeline.model.text import tokens_for
 
 if TYPE_CHECKING:
-    from pipeline.config.quantize import CalibrationConfig, QuantizeConfig
+    from pipeline.config.quantize import QuantizeConfig
     from pipeline.config.schema import ModelConfig
 
 TABLE: Kind = "int8"
@@ -53,7 +50,7 @@ def _with_rows(loaded: LoadedModel, asked: QuantizeConfig, seed: int) -> LoadedM
     if not without:
         return loaded
     layers = {name: layer for name, layer in without.items() if isinstance(layer, nn.Linear)}
-    largest = _largest_rows(loaded, layers, _texts(loaded, asked.calibration, seed))
+    largest = calibration.largest_rows(loaded, layers, calibration.samples(loaded, asked.calibration, seed))
     made = {name: replace(loaded.quantised[name], row_scale=each / LARGEST["e4m3"]) for name, each in largest.items()}
     few_bits.put(loaded.model, made)
     said = f"{loaded.came_as} has no scales of rows: they were measured on text"
@@ -101,20 +98,33 @@ def quantised(
     made: dict[str, QuantisedWeight] = {}
     for name, table in tables.items():
         made |= dict.fromkeys((name, table), _rounded(precision, name, layers[name].weight, TABLE, None, dtype))
+    notes = _notes(few, block, asked.block, tables)
+
+    def nearest(name: str, weight: torch.Tensor) -> QuantisedWeight:
+        return _rounded(precision, name, weight, few.kind, block, dtype)
+
+    if few.calibrated(asked.method):
+        tokens = calibration.samples(loaded, asked.calibration, seed)
     if asked.method == "awq":
         from pipeline.model.awq import widened
 
-        found = widened(loaded.model, others, block, _texts(loaded, asked.calibration, seed))
-        for name, (weight, factors) in found.items():
-            made[name] = replace(_rounded(precision, name, weight, few.kind, block, dtype), row_factors=factors)
+        for name, (weight, factors) in widened(loaded.model, others, block, tokens.split(1)).items():
+            made[name] = replace(nearest(name, weight), row_factors=factors)
+    elif asked.method == "gptq":
+        made |= gptq.made_up_for(loaded.model, others, tokens, nearest, dtype)
+        if apart := [name for name in others if name not in made]:
+            made |= {name: nearest(name, others[name].weight) for name in apart}
+            notes.append(
+                f"{len(apart)} of {len(others)} layers do not multiply every row of a text and are rounded to nearest, "
+                f"{apart[0]} first"
+            )
     else:
-        for name, layer in others.items():
-            made[name] = _rounded(precision, name, layer.weight, few.kind, block, dtype)
+        made |= {name: nearest(name, layer.weight) for name, layer in others.items()}
     if few.rounds_rows:
-        largest = _largest_rows(loaded, others, _texts(loaded, asked.calibration, seed))
+        largest = calibration.largest_rows(loaded, others, tokens)
         made |= {name: replace(made[name], row_scale=each / LARGEST["e4m3"]) for name, each in largest.items()}
     few_bits.put(loaded.model, made)
-    return replace(loaded, quantised=made, notes=(*loaded.notes, *_notes(few, block, asked.block, tables)))
+    return replace(loaded, quantised=made, notes=(*loaded.notes, *notes))
 
 
 def _refuse_without_e4m3(precision: str, device: torch.device) -> None:
@@ -188,57 +198,3 @@ def _tables(model: nn.Module, layers: dict[str, nn.Linear]) -> dict[str, str]:
     """Linear layer -> embedding, where the two have one weight."""
     found = {id(each.weight): name for name, each in model.named_modules() if isinstance(each, nn.Embedding)}
     return {name: found[id(layer.weight)] for name, layer in layers.items() if id(layer.weight) in found}
-
-
-def _texts(loaded: LoadedModel, asked: CalibrationConfig, seed: int) -> Iterable[torch.Tensor]:
-    """Tokens [1, length], ``asked.samples`` times."""
-    seed = seed if asked.seed is None else asked.seed
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or asked.length
-    length = min(asked.length, limit)
-    if asked.text is None or loaded.tokenizer is None:
-        rows = tokens_for(loaded, asked.samples, length, seed)
-    else:
-        rows = _of_file(asked.text, loaded, asked.samples, length, seed)
-    return rows.split(1)
-
-
-def _of_file(path: str, loaded: LoadedModel, samples: int, length: int, seed: int) -> torch.Tensor:
-    """Pieces of the text in ``path`` that do not overlap; raises :class:`UserError` where it has not as many."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"quantize.calibration.text={path}: cannot be read as UTF-8 text ({error})") from None
-    assert loaded.tokenizer is not None
-    tokens = torch.tensor(loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
-    pieces = len(tokens) // length
-    if pieces < samples:
-        raise UserError(
-            f"quantize.calibration.text={path}: holds {len(tokens)} tokens, and samples={samples} of length={length} "
-            f"are {samples * length}; name a longer text, or ask for less"
-        )
-    chosen = torch.randperm(pieces, generator=torch.Generator().manual_seed(seed))[:samples]
-    return tokens[: pieces * length].reshape(pieces, length)[chosen].to(loaded.model.device)
-
-
-def _largest_rows(loaded: LoadedModel, layers: dict[str, nn.Linear], texts: Iterable[torch.Tensor]) -> dict[str, float]:
-    """The largest magnitude in the rows of each layer, over ``texts``, of the model as it was loaded."""
-    found = dict.fromkeys(layers, torch.finfo(torch.float16).tiny)
-
-    def look(name: str, given: tuple[torch.Tensor, ...]) -> None:
-        found[name] = max(found[name], float(given[0].abs().max()))
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        return lambda layer, given: look(name, given)
-
-    hooks = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        with torch.no_grad():
-            for tokens in texts:
-                loaded.model(input_ids=tokens, use_cache=False)
-    finally:
-        for each in hooks:
-            each.remove()
-    if not all(map(math.isfinite, found.values())):
-        worst = next(name for name, each in found.items() if not math.isfinite(each))
-        raise RunError("precision", f"the rows of {worst} are not finite on the text of quantize.calibration")
-    return found

@@ -39,15 +39,17 @@ class RealText:
     """The token that this tokenizer puts in front of a text, where it puts one."""
 
 
-def real_text(path: str | None, loaded: LoadedModel, least: int) -> RealText:
-    """The text in the file ``path``, or the docstrings of the standard library, in the tokens of ``loaded``, which has
-    a tokenizer.  Raises :class:`UserError` naming ``verify.text`` for a file that cannot be read, holds fewer than
-    ``least`` tokens, or has tokens that the model does not know."""
+def real_text(
+    path: str | None, loaded: LoadedModel, least: int, setting: str = "verify.text", behind: int = 0
+) -> RealText:
+    """The text in the file ``path``, or the docstrings of the standard library behind the first ``behind`` letters of
+    them, in the tokens of ``loaded``, which has a tokenizer.  Raises :class:`UserError` naming ``setting`` for a file
+    that cannot be read, holds fewer than ``least`` tokens, or has tokens that the model does not know."""
     assert loaded.tokenizer is not None
-    text = _docstrings() if path is None else _read(path)
+    text = _docstrings(behind) if path is None else _read(path, setting)
     encoded = loaded.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
     tokens = torch.tensor(encoded, dtype=torch.int64)
-    where = f"verify.text={'null' if path is None else path}"
+    where = f"{setting}={'null' if path is None else path}"
     if len(tokens) < least:
         raise UserError(f"{where}: holds {len(tokens)} tokens of this model's, at least {least} are needed")
     vocabulary = loaded.model.config.get_text_config().vocab_size
@@ -61,26 +63,26 @@ def real_text(path: str | None, loaded: LoadedModel, least: int) -> RealText:
     return RealText(source, hashlib.sha256(text.encode()).hexdigest(), tokens, begin if puts_one else None)
 
 
-def _read(path: str) -> str:
+def _read(path: str, setting: str) -> str:
     try:
         with Path(path).open(encoding="utf-8") as file:
             return file.read(LETTERS_OF_FILE)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8"
-        raise UserError(f"verify.text={path}: cannot be read ({reason}); name a text file") from None
+        raise UserError(f"{setting}={path}: cannot be read ({reason}); name a text file") from None
 
 
-def _docstrings() -> str:
-    """Those of the modules at the top of the standard library, in the order of their names, up to :data:`LETTERS`."""
+def _docstrings(behind: int = 0) -> str:
+    """Those of the modules at the top of the standard library, in the order of their names, :data:`LETTERS` of them."""
     found: list[str] = []
     letters = 0
     for path in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         for docstring in _docstrings_of(path):
             found.append(docstring)
             letters += len(docstring) + 2
-        if letters >= LETTERS:
+        if letters >= behind + LETTERS:
             break
-    return "\n\n".join(found)[:LETTERS]
+    return "\n\n".join(found)[behind : behind + LETTERS]
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:

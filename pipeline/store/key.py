@@ -17,6 +17,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from platform import python_version
 from typing import TYPE_CHECKING, Any
 
 from passes.precision import FEW_BITS
@@ -76,7 +77,8 @@ def _quantize(config: Config) -> dict[str, Any] | None:
         found.pop(key.removeprefix("quantize."), None)
     if few.calibrated(asked.method):
         text, seed = asked.calibration.text, asked.calibration.seed
-        calibration |= {"text": text and sha256_of(Path(text)), "seed": config.seed if seed is None else seed}
+        read = sha256_of(Path(text)) if text else f"docstrings of Python {python_version()}"
+        calibration |= {"text": read, "seed": config.seed if seed is None else seed}
         found["calibration"] = calibration
     if found.get("method") == "awq":
         found["modelopt"] = version("nvidia-modelopt") if find_spec("modelopt") else None
