@@ -21,7 +21,7 @@ NO_AXES = ("model.source", "model.revision", "model.architecture", "model.path")
 SHORT = {"model": "model.name", "strategy": "strategy.name", "backend": "backend.name", "cache": "cache.name",
          "shape": "shape.kind"}  # fmt: skip
 Axes = dict[str, str]
-USUAL = {"quantize.calibration.samples": "32", "quantize.calibration.length": "512"}
+USUAL = {"quantize.calibration.samples": "16", "quantize.calibration.length": "512"}
 """What a run has that asks for nothing else, written as an axis: no row is told from another by it."""
 
 

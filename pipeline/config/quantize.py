@@ -17,7 +17,8 @@ class CalibrationConfig:
 
     text: str | None = None
     """A UTF-8 file; null: docstrings of Python's standard library, other ones than quality is judged on."""
-    samples: int = 32
+    samples: int | None = None
+    """Pieces of the text; null: 32 with ``gptq``, which solves for more numbers, 16 else."""
     length: int = 512
     """Tokens of each sample."""
     seed: int | None = None
@@ -86,9 +87,10 @@ def check_quantize(precision: str, asked: QuantizeConfig, backend: str, strategy
             f"quantize.prompt={base} quantize.step={base}: then no engine has smaller weights; set precision={base}"
         )
     calibration = asked.calibration
-    for key, value, least in (("samples", calibration.samples, 1), ("length", calibration.length, 2),
-                              ("seed", calibration.seed or 0, 0)):  # fmt: skip
-        at_least(f"quantize.calibration.{key}", value, least)
+    for key, number, least in (("samples", calibration.samples, 1), ("length", calibration.length, 2),
+                               ("seed", calibration.seed, 0)):  # fmt: skip
+        if number is not None:
+            at_least(f"quantize.calibration.{key}", number, least)
     if calibration.text is not None and not Path(calibration.text).is_file():
         raise UserError(
             f"quantize.calibration.text={calibration.text}: no such file; name a text file, or null for Python's "

@@ -104,7 +104,8 @@ def quantised(
         return _rounded(precision, name, weight, few.kind, block, dtype)
 
     if few.calibrated(asked.method):
-        tokens = calibration.samples(loaded, asked.calibration, seed)
+        usual = calibration.SAMPLES_OF_GPTQ if asked.method == "gptq" else calibration.SAMPLES
+        tokens = calibration.samples(loaded, asked.calibration, seed, usual)
     if asked.method == "awq":
         from pipeline.model.awq import widened
 
