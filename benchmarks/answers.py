@@ -30,14 +30,21 @@ from urllib.request import Request, urlopen
 
 from passes.tensorrt.versions import load_stack
 from pipeline.deploy import described as descriptions
+from pipeline.deploy.log import DATA
 from pipeline.deploy.writers import Writer
 from pipeline.generate.greedy import chat_form
 from pipeline.generate.sampling import Sampling
 from pipeline.record.environment import environment
+from pipeline.tracking.runs import MODEL
 
 QUESTION = "Count from one to five hundred, in words."
 OPENED = 5
 STARTS_WITHIN_S = 300.0
+
+
+def data_of(folder: Path) -> Path:
+    """What :mod:`pipeline.deploy.log` wrote of the model in a run's ``folder``, where MLflow keeps it."""
+    return folder / MODEL / "data" / DATA
 
 
 def seconds_of(work: Callable[[], object]) -> float:
@@ -55,8 +62,8 @@ def opening(folder: Path) -> dict[str, float]:
 
     from pipeline.engine.session import Session
 
-    model, stack = folder / "model", load_stack()
-    engines = [folder / engine.file for engine in descriptions.read(model / "data" / "chat").engines]
+    model, stack = folder / MODEL, load_stack()
+    engines = [folder / engine.file for engine in descriptions.read(data_of(folder)).engines]
 
     def alone() -> object:
         return [Session(stack, engine.read_bytes()) for engine in engines]
@@ -103,7 +110,7 @@ def served(model: Path, on_cpu: str | None) -> Iterator[Callable[[dict[str, Any]
 
 
 def writer_of(folder: Path, on_cpu: str | None) -> Writer:
-    found = descriptions.read(folder / "model" / "data" / "chat")
+    found = descriptions.read(data_of(folder))
     if on_cpu is None:
         from pipeline.deploy import of_engine
 
@@ -117,12 +124,11 @@ def answering(folder: Path, tokens: int, requests: int, on_cpu: str | None) -> d
     """Medians of both ways in milliseconds, of the same prompt and as many tokens as the server answers with."""
     from transformers import AutoTokenizer
 
-    model = folder / "model"
-    tokenizer = AutoTokenizer.from_pretrained(model / "data" / "chat" / descriptions.TOKENIZER, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(data_of(folder) / descriptions.TOKENIZER, local_files_only=True)
     messages = [{"role": "user", "content": QUESTION}]
     prompt, writer = chat_form(tokenizer, tuple(messages)), writer_of(folder, on_cpu)
     asked: dict[str, Any] = {"messages": messages, "max_tokens": tokens, "temperature": 0}
-    with served(model, on_cpu) as ask:
+    with served(folder / MODEL, on_cpu) as ask:
         reply = ask(asked)
         stopped = reply["choices"][0]["finish_reason"] == "stop"
         written = int(reply["usage"]["completion_tokens"]) + stopped  # the token that ends it is one more step
@@ -147,7 +153,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--requests", type=int, default=11)
     asked = parser.parse_args()
-    if not (asked.folder / "model" / "data" / "chat" / descriptions.FILE).is_file():
+    if not (data_of(asked.folder) / descriptions.FILE).is_file():
         parser.error(f"{asked.folder}: left no model; runs with a tokenizer leave one, see tracking.log_model")
     found: dict[str, Any] = {"run": json.loads((asked.folder / "report.json").read_text(encoding="utf-8"))["config"]}
     found |= {"on_cpu": asked.on_cpu, "environment": asdict(environment(load_stack().versions()))}

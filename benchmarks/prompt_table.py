@@ -109,7 +109,7 @@ def sweeps(rows: Iterable[Row]) -> dict[Task, Sweep]:
 
 
 def _name(way: Way) -> str:
-    return way.strategy if way.backend == "tensorrt" else way.backend
+    return way.strategy if way.is_ours else way.backend
 
 
 def length_table(rows: Iterable[Row], environment: Mapping[str, Any]) -> str:

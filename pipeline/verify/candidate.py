@@ -114,9 +114,9 @@ def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None =
     cache = CacheShape.of(manifest["cache"])
     stack, decode_kernels = load_stack(), None if kernels is None else kernels.with_name(f"decode-{kernels.name}")
     with ThreadPoolExecutor(2) as pool:  # hashing takes as long as loading
-        read = [pool.submit(read_engine, path) for path in (prompts, steps)]
-        prefill = Session(stack, read.pop(0).result()[1], kernels)
-        decode = Session(stack, read.pop(0).result()[1], decode_kernels)
+        engines = pool.map(read_engine, (prompts, steps))
+        prefill = Session(stack, next(engines)[1], kernels)
+        decode = Session(stack, next(engines)[1], decode_kernels)
     turns = [decode] if cache.mode == "in_engine" else [decode, decode.twin()]
     return CachedGenerator(prefill, turns, cache, decode.shape("output0")[-1], torch.device("cuda"), cuda_graph)
 
