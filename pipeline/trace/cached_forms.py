@@ -107,10 +107,10 @@ def _mask_of_rows(
         return sdpa_mask(**sizes, mask_function=mask_function, device=device, use_vmap=True, **more)
     rows, heads = torch.arange(batch_size, device=device), torch.arange(1, device=device)
     queries = torch.arange(q_length, device=device) + position.unsqueeze(1)
-    keys = (torch.arange(kv_length, device=device) + kv_offset).unsqueeze(0)
     if kv_length in rings:
-        place = position.unsqueeze(1)
-        keys = place - torch.remainder(place - keys, kv_length)
+        keys = latest(position, kv_length)
+    else:
+        keys = (torch.arange(kv_length, device=device) + kv_offset).unsqueeze(0)
     keys = keys[:, None, None, :]
     mask = mask_function(rows[:, None, None, None], heads[None, :, None, None], queries[:, None, :, None], keys)
     if kv_length in rings:
