@@ -410,9 +410,28 @@ try:
 except KeyboardInterrupt:
     raise SystemExit(interrupts.exit_code(0))
 """
+IN_AN_INIT = """
+import os, signal, time
+from pipeline.host import interrupts
+class Half:
+    def __init__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+        self.owner = True
+    def __del__(self):
+        assert self.owner
+interrupts.install()
+try:
+    Half()
+except KeyboardInterrupt:
+    pass
+raise SystemExit(interrupts.exit_code(0))
+"""
 
 
-@pytest.mark.parametrize("program", [DURING_AN_IMPORT, IN_A_DEL], ids=["during an import", "in a __del__"])
+@pytest.mark.parametrize(
+    "program", [DURING_AN_IMPORT, IN_A_DEL, IN_AN_INIT], ids=["during an import", "in a __del__", "in an __init__"]
+)
 def test_ctrl_c_that_python_would_drop_ends_with_its_own_code_and_without_a_traceback(
     program: str, tmp_path: Path
 ) -> None:

@@ -3,7 +3,8 @@
 The exception of a signal rises wherever Python happens to be.  In a callback out of C++, a ``__del__``, a callback of a
 weak reference or somebody's ``except BaseException`` it is dropped, and the program goes on as if nothing had been
 said.  So the handler keeps the number, and the run asks for it between and within its stages (:func:`check`).  Where
-Python itself drops it, it says so (``sys.unraisablehook``): nothing is printed then, and it rises again.
+Python itself drops it, it says so (``sys.unraisablehook``): nothing is printed then, and it rises again.  An object
+that it cut while it was made is no whole one, and what its ``__del__`` then misses is not printed either.
 
 Imports are where that happened: torch's C++ imports numpy and takes every error for "there is no numpy", and
 ``torch.distributed`` aborts.  So no import is cut in two: the exception rises when the outermost one is done.
@@ -76,9 +77,9 @@ def install() -> None:
     show = sys.unraisablehook
 
     def dropped(what: Any) -> None:
-        if handler.asked is None or not isinstance(what.exc_value, CtrlC | SystemExit):
+        if handler.asked is None:
             show(what)
-        elif not handler.over:
+        elif isinstance(what.exc_value, CtrlC | SystemExit) and not handler.over:
             handler.later()
 
     sys.unraisablehook = dropped
