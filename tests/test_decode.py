@@ -48,8 +48,8 @@ def programs(
     shape = ShapeConfig("dynamic", batch, 2, 32, 48)
     cache = cache_shape(model, CacheConfig(mode), shape, 60)
     traced = [
-        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache.rings), cache, shape, CPU),
-        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU),
+        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache), cache, shape, CPU),
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache), cache, CPU),
     ]
     return cache, traced, [rewrite(each.program, strategy, "mask") for each in traced]
 
@@ -82,8 +82,8 @@ def test_a_cache_is_handed_over_without_a_word_of_deprecation(name: str, recwarn
     layers = cache.tensors(CPU)
     caches = layers[: len(cache.layers)], layers[len(cache.layers) :]
     with torch.no_grad():
-        cached_forms.PrefillForm(model, cache.rings)(tokens)
-        cached_forms.DecodeForm(model, cache.rings)(tokens[:, :1], torch.tensor([3]), *caches)
+        cached_forms.PrefillForm(model, cache)(tokens)
+        cached_forms.DecodeForm(model, cache)(tokens[:, :1], torch.tensor([3]), *caches)
         for kind in ("none", "static", "dynamic"):
             rival = EagerGenerator(model, kind, None, Kernels(model))
             rival.prepare(tokens, 2)
@@ -190,7 +190,7 @@ def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refuse
     )  # as a mask of the model's own making
 
     with pytest.raises(RunError, match=r"shape.batch=3: LlamaForCausalLM computes with one length") as caught:
-        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU)
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache), cache, CPU)
 
     assert caught.value.kind == "ragged_batch"
 

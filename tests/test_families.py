@@ -298,8 +298,10 @@ def test_values_of_another_head_size_take_the_native_layer(scores: int, values: 
 
 def test_a_cache_says_that_it_is_full_to_a_model_that_makes_a_bias_as_long_as_it() -> None:
     config, made = settings("falcon", "in_engine"), loaded("falcon")
-    cache, form = cache_of(config, made), cached_forms.DecodeForm(made.model, [None])
-    assert cache is not None and not form.says_full
+    cache = cache_of(config, made)
+    assert cache is not None
+    form = cached_forms.DecodeForm(made.model, cache)
+    assert not form.says_full
     step = cached_forms.trace_decode(form, cache, CPU).program.module()
     assert form.says_full
     ids, (keys, values) = torch.tensor([[5, 7, 9]]), (cache.tensors(CPU)[:1], cache.tensors(CPU)[1:])

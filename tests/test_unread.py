@@ -73,7 +73,7 @@ def test_where_every_rows_logits_are_read_every_row_is_computed() -> None:
 def test_each_prompt_of_a_batch_has_its_own_last_row() -> None:
     model, shape = tiny.model("llama"), ShapeConfig("dynamic", 3, 2, 8, 12)
     cache = cache_shape(model, CacheConfig("static"), shape, 20)
-    traced = cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache.rings), cache, shape, tiny.CPU)
+    traced = cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache), cache, shape, tiny.CPU)
     inputs = {"input_ids": tiny.tokens(3, 9), "last": torch.tensor([8, 3, 5])}
     before = traced.program.module()(**inputs)
 

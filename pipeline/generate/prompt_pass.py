@@ -37,8 +37,7 @@ class WholePrompts:
         self._last = torch.zeros(batch, dtype=torch.int64, device=logits.device)
         self._made = self._caches  # filled where they lie, or of the prompts' length and copied there
         if self._cache.mode != "in_engine":
-            filled = zip(self._caches, self._cache.rows_of_prompt(length), strict=True)
-            self._made = [cache[:, :, :rows].clone() for cache, rows in filled]
+            self._made = [part.clone() for part in self._cache.filled(self._caches, length)]
         tensors = {"input_ids": self._rows, "last": self._last, "output0": logits}
         self._program.bind(tensors | self._cache.named(self._caches) | outputs(self._made))
 
@@ -49,8 +48,8 @@ class WholePrompts:
     def run(self, stream: torch.cuda.Stream | None) -> None:
         self._program.run(stream)
         if self._made is not self._caches:
-            for cache, made in zip(self._caches, self._made, strict=True):
-                cache[:, :, : made.shape[2]].copy_(made)
+            for part, made in zip(self._cache.filled(self._caches, self._rows.shape[1]), self._made, strict=True):
+                part.copy_(made)
 
 
 class ChunkedPrompts:

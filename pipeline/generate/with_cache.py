@@ -33,7 +33,7 @@ OnTokens = Callable[[list[int]], object]
 class CachedGenerator:
     """A :class:`pipeline.generate.protocol.Generator`.
 
-    ``decode``: one program, or where the cache comes out as new tensors (``cache=static``) two that take turns.
+    ``decode``: as many programs as ``cache`` has :attr:`CacheShape.steps`, which take turns.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class CachedGenerator:
         self._prefill, self._decode = prefill, decode
         self._device, self._vocabulary = device, vocabulary
         self._use_graph = cuda_graph and device.type == "cuda"
-        self._caches = [cache.tensors(device) for _ in decode]
+        self._caches = cache.turns(device)
         self._graphs: dict[bool, list[torch.cuda.CUDAGraph]] = {}  # of a greedy step, and of one that draws
         self._replays_itself = False
         self._prompts = prompt_pass(prefill, cache, self._caches[0])
@@ -89,7 +89,7 @@ class CachedGenerator:
     def _ready(self, tokens: Tensor, new_tokens: int, padding: Tensor | None, sampling: Sampling | None) -> bool:
         """Have everything of a generation in place, steps captured; whether it was so before."""
         sampling = sampling or Sampling()
-        prompts, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
+        prompts, lengths = aligned(tokens, padding, cut=not self.cache.padded)
         self.cache.check(prompts.shape, new_tokens)
         asked = (*prompts.shape, new_tokens, sampling)
         was_ready = asked == self._prepared
@@ -248,7 +248,7 @@ class CachedGenerator:
 
         A row of no more than ``decoded`` tokens keeps one as its prompt; before its logits, those of its prompt are
         repeated."""
-        rows, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
+        rows, lengths = aligned(tokens, padding, cut=not self.cache.padded)
         rows, lengths = rows.to(self._device), lengths.to(self._device)
         length = rows.shape[1] - decoded
         self.cache.check((len(rows), length), decoded)

@@ -13,17 +13,16 @@ the latest of a row's own tokens; what fills the last chunk up, and what follows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from passes.graph.cache_ops import cache_read, cache_update
-from pipeline.trace.cache_layers import HandedIn, caches, latest, of_known_sizes, read, results, stored, taken
+from pipeline.trace.cache_layers import HandedIn, caches, in_order, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.cached_forms import WITHOUT
 from pipeline.trace.call_form import InputSpec, Traced, exported, own_rows
@@ -107,11 +106,10 @@ class _Layer(HandedIn):
 class ChunkForm(nn.Module):
     """A chunk of each prompt in, the logits behind one token of each and the caches with the chunk in them out."""
 
-    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
-        """``rings``: see :class:`CacheShape`."""
+    def __init__(self, model: PreTrainedModel, cache: CacheShape) -> None:
         super().__init__()
         self.model = model
-        self.rings = tuple(rings)
+        self.cache = cache
 
     def forward(
         self,
@@ -135,12 +133,12 @@ class ChunkForm(nn.Module):
         position = own[:, 0].expand(batch)
         kept: dict[int | None, _Kept] = {None: _Whole(places, position)}
         if real is not None and near is not None:
-            (ring,) = {each for each in self.rings if each is not None}
+            (ring,) = {each for each in self.cache.rings if each is not None}
             kept[ring] = _Ring.of(ring, near, position, real)
-        layers = zip(keys, values, self.rings, strict=True)
-        cache = Cache(layers=[_Layer(k, v, kept[each], places, length) for k, v, each in layers])
+        layers = zip(keys, values, self.cache.rings, strict=True)
+        cache = in_order(self.cache, [_Layer(k, v, kept[each], places, length) for k, v, each in layers])
         output = self.model(input_ids=input_ids, position_ids=own, cache=cache, use_cache=True, logits_to_keep=last)
-        return results(own_rows(output.logits), cache)
+        return results(own_rows(output.logits), self.cache, cache)
 
 
 def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.device) -> Traced:
