@@ -85,9 +85,9 @@ def caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:
 
 def by_name(cache: CacheShape, tensors: Sequence[Tensor]) -> dict[str, Any]:
     """``tensors`` in the order of :meth:`CacheShape.specs`, by the names of a program's arguments."""
-    count = len(cache.layers)
-    named = {"keys": list(tensors[:count]), "values": list(tensors[count : 2 * count])}
-    return named | ({"states": list(tensors[2 * count :])} if cache.states else {})
+    count, rest = len(cache.layers), cache.states_in(tensors)
+    lists = {"keys": tensors[:count], "values": tensors[count : 2 * count], "states": rest}
+    return {name: list(each) for name, each in lists.items() if each}
 
 
 def of_known_sizes(inputs: dict[str, Any]) -> dict[str, Any]:

@@ -133,6 +133,10 @@ class CacheShape:
         """``caches`` in the order of :meth:`specs`, by the names of the inputs."""
         return dict(zip([spec.name for spec in self.specs()], caches, strict=True))
 
+    def states_in(self, caches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The states among ``caches``, which are in the order of :meth:`specs`."""
+        return caches[2 * len(self.layers) :]
+
     def check(self, prompts: Sequence[int], new_tokens: int) -> None:
         """Raises :class:`UserError` for ``prompts`` [batch, length] and ``new_tokens`` more that it cannot hold."""
         batch, length = prompts
@@ -156,7 +160,7 @@ class CacheShape:
     def turns(self, device: torch.device) -> list[list[Tensor]]:
         """Empty caches as the :attr:`steps` have them in turn: what is updated where it lies is the same in all."""
         first = self.tensors(device)
-        own = 0 if self.mode == "static" else 2 * len(self.layers)
+        own = 0 if self.mode == "static" else len(first) - len(self.states)
         return [first, *([*first[:own], *map(torch.zeros_like, first[own:])] for _ in range(1, self.steps))]
 
 
@@ -164,7 +168,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     """The cache of ``model`` for generations of ``longest`` tokens in all.
 
     Raises :class:`UserError` for a model with a layer that keeps anything else than keys and values of every token, and
-    states of one size; and where it has states, for what they cannot do.
+    states of one size; and for a batch of one that has states.
     """
     capacity = capacity_of(cache, longest)
     layers, attends, states = [], [], []
@@ -180,8 +184,11 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
         if keys is not None and values is not None:
             heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
             layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
-    if states:
-        _check_states(model, cache, shape)
+    if states and shape.batch > 1:
+        raise UserError(
+            f"shape.batch={shape.batch}: {type(model).__name__} has layers whose states would take in the padding of "
+            "shorter rows; set shape.batch=1, or cache=none"
+        )
     _check_positions(model, cache.name)
     most = max((prod(sizes) for layer in layers for sizes in layer), default=0)
     if most > MOST:
@@ -196,22 +203,6 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     sizes = cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype
     where = () if all(attends) else tuple(attends)
     return CacheShape(*sizes, chunk=cache.chunk, turn=turn, attends=where, states=tuple(states))
-
-
-def _check_states(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig) -> None:
-    """Raises :class:`UserError` for padding, which would run through the states: behind the shorter rows of a batch and
-    in the last chunk of a prompt."""
-    name = type(model).__name__
-    if shape.batch > 1:
-        raise UserError(
-            f"shape.batch={shape.batch}: {name} has layers whose states would take in the padding of shorter rows; set "
-            "shape.batch=1, or cache=none"
-        )
-    if cache.chunk:
-        raise UserError(
-            f"cache.chunk={cache.chunk}: {name} has layers whose states would take in the padding of the last chunk; "
-            "leave it out"
-        )
 
 
 def _check_positions(model: PreTrainedModel, mode: str) -> None:

@@ -193,8 +193,8 @@ class DecodeForm(nn.Module):
         self,
         input_ids: Tensor,
         position: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
+        keys: list[Tensor] | None = None,
+        values: list[Tensor] | None = None,
         states: list[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
         """``input_ids`` [batch, 1]; ``position`` [batch], where each row writes; the caches, and every state.
@@ -202,7 +202,7 @@ class DecodeForm(nn.Module):
         Returns logits [batch, 1, vocabulary], the caches and the states.
         """
         rings = self.cache.rings
-        layers = zip(keys, values, rings, strict=True)
+        layers = zip(keys or [], values or [], rings, strict=True)
         attending = [_Layer(k, v, position, whole=True, ring=ring, full=self.says_full) for k, v, ring in layers]
         cache = in_order(self.cache, attending, states or [])
         with masks_of_rows(position, frozenset(ring for ring in rings if ring is not None)):

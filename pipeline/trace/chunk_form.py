@@ -4,7 +4,8 @@ A chunk of ``cache.chunk`` tokens is written into the cache, and its queries see
 themselves: the first S of them, of which the chunk's own are the last.  So one program serves every chunk of every
 prompt that the cache holds, in memory that does not grow with the prompt; its mask hangs on sizes alone, and is proved
 lower-right causal at every S.  The last chunk of a prompt is filled up behind its tokens, where causality hides it:
-there is no other length than the chunk's, and so nothing that is compiled for a prompt's.
+there is no other length than the chunk's, and so nothing that is compiled for a prompt's.  States have no place for what
+is hidden: of a model that keeps any, a chunk is full, and the tokens behind the last one are run as steps are.
 
 Of a layer with a ring the queries see what the ring holds, in the order of the tokens, and the chunk's own behind it:
 the last M tokens up to the chunk's end, or all there are.  Again the mask hangs on sizes alone.  The ring then takes
@@ -116,17 +117,18 @@ class ChunkForm(nn.Module):
         input_ids: Tensor,
         last: Tensor,
         places: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
+        keys: list[Tensor] | None = None,
+        values: list[Tensor] | None = None,
+        states: list[Tensor] | None = None,
         real: Tensor | None = None,
         near: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """``input_ids`` [batch, chunk]; ``last`` [batch], the place in the chunk of the token behind which each row's
         logits are asked for; ``places`` [1, S], 0 .. S - 1: the tokens' positions, the last ``chunk`` of them this
-        chunk's; the caches.  Where there are rings, ``real`` [batch], how many of the chunk's tokens are the row's own,
+        chunk's; the caches and every state.  Where there are rings, ``real`` [batch], how many of the chunk's tokens are the row's own,
         and ``near`` [1, M], the last of ``places``: those of the tokens before it that a ring holds, and of its own.
 
-        Returns logits [batch, 1, vocabulary] and the caches.
+        Returns logits [batch, 1, vocabulary], the caches and the states.
         """
         batch, length = input_ids.shape
         own = places[:, -length:]
@@ -135,8 +137,8 @@ class ChunkForm(nn.Module):
         if real is not None and near is not None:
             (ring,) = {each for each in self.cache.rings if each is not None}
             kept[ring] = _Ring.of(ring, near, position, real)
-        layers = zip(keys, values, self.cache.rings, strict=True)
-        cache = in_order(self.cache, [_Layer(k, v, kept[each], places, length) for k, v, each in layers])
+        layers = zip(keys or [], values or [], self.cache.rings, strict=True)
+        cache = in_order(self.cache, [_Layer(k, v, kept[each], places, length) for k, v, each in layers], states or [])
         output = self.model(input_ids=input_ids, position_ids=own, cache=cache, use_cache=True, logits_to_keep=last)
         return results(own_rows(output.logits), self.cache, cache)
 
