@@ -236,6 +236,8 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         lambda x: (x * 3).long().floor() + (x * 3).floor(),
         lambda x: (x * 9).long() / 4 + (x * 9).long() / torch.tensor(7),
         lambda x: torch.cat(x.max(1, keepdim=True), -1),
+        lambda x: x.index_put((x > 0,), torch.tensor(7.0)),
+        lambda x: x.index_put((x[..., 0] > 0,), x[0, :1] + 1),
     ],
     ids=[
         "begin",
@@ -250,6 +252,8 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         "rounded",
         "quotients",
         "largest, kept",
+        "places",
+        "rows",
     ],
 )
 def test_the_form_that_converters_need_computes_the_same(write: Any) -> None:
@@ -261,6 +265,29 @@ def test_the_form_that_converters_need_computes_the_same(write: Any) -> None:
     graph.graph.lint()
 
     assert torch.equal(graph(x), expected)
+
+
+def test_what_is_written_at_the_places_of_a_mask_is_chosen() -> None:
+    def write(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[x == 2] = 0
+        return x.index_put((x[:, 0] > 0,), x[0])
+
+    made = lowered(write, torch.randint(4, (1, 8)))
+    network_form.prepare(made.graph)
+    used = {node.target for node in made.graph.graph.nodes}
+    assert torch.ops.aten.where.self in used and torch.ops.aten.index_put.default not in used
+    assert build(compile.interpret(load_stack(), made, compile.ours())) is not None
+
+
+def test_what_is_written_place_by_place_or_added_stays_as_it_is() -> None:
+    def write(x: Tensor) -> Tensor:
+        made = x.index_put((x[:, 0, 0].long(),), torch.tensor(7.0))
+        return made.index_put((x > 0,), torch.tensor(1.0), accumulate=True).index_put((x > 0,), x.flatten())
+
+    graph = program_of(write, torch.ones(2, 3, 8)).module()
+    network_form.prepare(graph)
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.aten.index_put.default) == 3
 
 
 def test_bools_have_logical_operations_and_whole_numbers_keep_theirs() -> None:

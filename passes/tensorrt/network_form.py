@@ -5,6 +5,8 @@
 * What is written into a slice of a tensor is scattered element by element, which fails where a length is dynamic.
   Along an axis of known size it stands between what the tensor has before and behind it; into every n-th place
   (Qwen 3.5's rotary angles) it is chosen out of both.
+* What is written at the places of a mask is chosen there (Gemma 3 has no embedding of its image tokens): the layer that
+  would write it takes places, and how many those are is not known before they are seen.
 * A number that is scattered is made a constant of double precision where the sizes are known, which TensorRT has not.
 * Torch-TensorRT knows of a bitwise operation on bools only by a note that constants do not have; on bools they are the
   logical ones.
@@ -25,6 +27,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from passes.graph import weights
+from passes.graph.writing import is_one
 from passes.proof.op_kinds import RESHAPES
 from passes.proof.sizes import bounds_of
 
@@ -48,6 +51,8 @@ def prepare(graph: GraphModule) -> int:
             _write_known_sizes(node)
         elif node.target is aten.slice_scatter.default and "val" in node.meta:
             _put_between(graph, node)
+        elif node.target is aten.index_put.default and _is_one_for_all_places(node):
+            _choose_at_places(node)
         elif node.target is aten.scatter.value and "val" in node.args[2].meta:
             _spell_out_number(node)
         elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:  # then so are what it reads
@@ -105,6 +110,26 @@ def _put_between(module: GraphModule, node: Node) -> None:
         order[start:end:step] = range(size, size + len(places))  # type: ignore[misc]
         chosen = weights.put(module, f"{node.name}_order", torch.tensor(order, device=made.device))
     node.target, node.args = aten.index_select.default, (both, dim, chosen)
+
+
+def _is_one_for_all_places(node: Node) -> bool:
+    """Whether ``index_put`` writes the same thing at each place of one mask, which is over the first axes."""
+    whole, places, written, *adds = node.args
+    (mask, *others) = places  # type: ignore[misc,union-attr]
+    if others or mask is None or any(adds) or mask.meta["val"].dtype != torch.bool:
+        return False
+    own, piece = whole.meta["val"].dim() - mask.meta["val"].dim(), written.meta["val"]  # type: ignore[union-attr]
+    return bool(piece.dim() <= own or (piece.dim() == own + 1 and is_one(piece.shape[0])))
+
+
+def _choose_at_places(node: Node) -> None:
+    whole, (mask,), written = node.args[:3]  # type: ignore[misc]
+    with node.graph.inserting_before(node):
+        for _ in range(node.meta["val"].dim() - mask.meta["val"].dim()):
+            lifted = node.graph.call_function(aten.unsqueeze.default, (mask, -1))
+            lifted.meta["val"] = mask.meta["val"].unsqueeze(-1)
+            mask = lifted
+    node.target, node.args = aten.where.self, (mask, written, whole)
 
 
 def _as_first_of_topk(node: Node) -> None:
