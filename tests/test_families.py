@@ -238,6 +238,8 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         lambda x: torch.cat(x.max(1, keepdim=True), -1),
         lambda x: x.index_put((x > 0,), torch.tensor(7.0)),
         lambda x: x.index_put((x[..., 0] > 0,), x[0, :1] + 1),
+        lambda x: (x @ x.transpose(1, 2))[:, -2:],
+        lambda x: torch.ops.prims.broadcast_in_dim(x.sum(1), [3, 2, 8, 1], [1, 2]),
     ],
     ids=[
         "begin",
@@ -254,6 +256,8 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         "largest, kept",
         "places",
         "rows",
+        "last rows",
+        "axes put in",
     ],
 )
 def test_the_form_that_converters_need_computes_the_same(write: Any) -> None:
@@ -278,6 +282,19 @@ def test_what_is_written_at_the_places_of_a_mask_is_chosen() -> None:
     used = {node.target for node in made.graph.graph.nodes}
     assert torch.ops.aten.where.self in used and torch.ops.aten.index_put.default not in used
     assert build(compile.interpret(load_stack(), made, compile.ours())) is not None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.transpose(0, 1) <= x)[-1:].float(),  # a mask's last row: Gemma 4's layers that share keys
+        lambda x: (x + x.transpose(0, 1)).std(-1, keepdim=True, unbiased=False),  # Gemma 3n's sparse MLP
+    ],
+    ids=["last row", "kept axis"],
+)
+def test_what_converters_miss_where_two_lengths_are_open_is_built(function: Any) -> None:
+    made = compile.interpret(load_stack(), lowered(function, torch.rand(1, 8)), compile.ours())
+    assert build(made) is not None
 
 
 def test_what_is_written_place_by_place_or_added_stays_as_it_is() -> None:
