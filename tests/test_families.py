@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -21,7 +22,7 @@ from torch.export import export
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import architectures
+from benchmarks import architectures, families
 from passes.errors import RunError, UserError
 from passes.graph.rewrite import rewrite
 from passes.tensorrt import missing, network_form
@@ -34,6 +35,7 @@ from pipeline.engine.build import build_engine
 from pipeline.model import load
 from pipeline.model.experts import plain_experts
 from pipeline.model.load import LoadedModel
+from pipeline.model.positions import positions_of
 from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome
 from pipeline.trace import cached_forms
@@ -335,6 +337,30 @@ def test_values_of_another_head_size_take_the_native_layer(scores: int, values: 
     assert [layer.get_input(i).shape[3] for i in range(3)] == [16, 16, 16]
     assert made.interpreter.ctx.net.get_output(0).shape[-1] == values
     assert build(made) is not None
+
+
+# What a config says of more than text
+
+
+def of_family(name: str) -> ModelConfig:
+    return ModelConfig(name, weights="random", inputs=["input_ids"], architecture=families.described(name))
+
+
+def test_a_decoder_of_text_alone_is_built_of_the_part_of_a_config_that_is_about_text() -> None:
+    made = load.load(of_family("emu3"), "fp32", CPU, 0, lambda _: None).model
+    assert made.config.model_type == "emu3_text_model"
+    assert made(input_ids=torch.arange(3)[None]).logits.shape == (1, 3, families.SIZES["vocab_size"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="the package is here")
+def test_a_package_that_transformers_needs_for_a_model_is_named() -> None:
+    with pytest.raises(UserError, match=r"Gemma3nForConditionalGeneration \(.*timm.*\); install it$"):
+        load.load(of_family("gemma3n"), "fp32", CPU, 0, lambda _: None)
+
+
+@pytest.mark.parametrize(("name", "longest"), [("xlnet", None), ("gemma4", 64), ("gpt2", 64)])
+def test_a_model_may_have_positions_without_end(name: str, longest: int | None) -> None:
+    assert positions_of(AutoConfig.for_model(**families.described(name))) == longest
 
 
 # What is refused

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 from passes.errors import UserError, whole_message
 from pipeline.config.lengths import capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.model.positions import positions_of
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.cache_states import State, states_of
 from pipeline.trace.call_form import InputSpec
@@ -115,7 +116,7 @@ class CacheShape:
         ring and of a state."""
         rows = [length if places is None else places for places in self.rings] * 2
         count = len(rows)
-        return [cache[:, :, :rows[i]] if i < count else cache for i, cache in enumerate(caches)]
+        return [cache[:, :, : rows[i]] if i < count else cache for i, cache in enumerate(caches)]
 
     def specs(self) -> tuple[InputSpec, ...]:
         """Of every key cache, every value cache and every state: the inputs of a program."""
@@ -153,9 +154,7 @@ class CacheShape:
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
-        return [
-            torch.zeros(spec.shape(0), dtype=getattr(torch, spec.dtype), device=device) for spec in self.specs()
-        ]
+        return [torch.zeros(spec.shape(0), dtype=getattr(torch, spec.dtype), device=device) for spec in self.specs()]
 
     def turns(self, device: torch.device) -> list[list[Tensor]]:
         """Empty caches as the :attr:`steps` have them in turn: what is updated where it lies is the same in all."""
@@ -196,7 +195,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
             f"shape.batch={shape.batch} cache.capacity={capacity}: {most} numbers in the keys of a layer, above the "
             f"{MOST} up to which engines were seen right; set fewer rows, or a smaller capacity"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
+    positions = positions_of(model.config) or capacity
     longest, turn = min(capacity, positions), turn_of(model.config)
     if turn is not None and (shape.max <= turn or cache.chunk):  # no prompt begins, or is begun again, beyond it
         longest = min(longest, turn)
