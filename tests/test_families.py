@@ -28,7 +28,7 @@ from passes.graph.rewrite import rewrite
 from passes.tensorrt import missing, network_form
 from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
-from pipeline.config.schema import BackendConfig, Config, ModelConfig
+from pipeline.config.schema import BackendConfig, CacheConfig, Config, ModelConfig, ShapeConfig
 from pipeline.engine import network as compile
 from pipeline.engine import programs
 from pipeline.engine.build import build_engine
@@ -40,7 +40,7 @@ from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome
 from pipeline.trace import cached_forms
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.call_form import CallForm, InputSpec, exported
+from pipeline.trace.call_form import CallForm, InputSpec, exported, trace
 
 CPU = torch.device("cpu")
 SIZES = {"max_position_embeddings": 256, "n_positions": 256, "sliding_window": None}
@@ -90,9 +90,9 @@ def networks(
     config, stack, made = settings(name, cache, inputs), load_stack(), loaded(name, "fp16")
     found = {}
     _, traces = programs.with_rings(made.model, config.model, config.shape, cache_of(config, made))
-    for part, trace in traces.items():
+    for part, traced_as in traces.items():
         if part in parts:
-            traced = trace()
+            traced = traced_as()
             program = rewrite(traced.program, "detect_causal", "mask").program
             lowered = compile.lower(stack, program, traced.inputs, config.backend, "fp16")
             found[part] = compile.interpret(stack, lowered, compile.ours(cache == "in_engine"))
@@ -356,6 +356,36 @@ def test_a_decoder_of_text_alone_is_built_of_the_part_of_a_config_that_is_about_
 def test_a_package_that_transformers_needs_for_a_model_is_named() -> None:
     with pytest.raises(UserError, match=r"Gemma3nForConditionalGeneration \(.*timm.*\); install it$"):
         load.load(of_family("gemma3n"), "fp32", CPU, 0, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (
+            "dbrx",
+            r"^DbrxForCausalLM does what the numbers in a tensor decide \(for expert_idx in expert_hit:\), and no ",
+        ),
+        ("rwkv", "^RwkvForCausalLM is another program at another length: a loop over tokens, "),
+    ],
+)
+def test_what_cannot_be_traced_says_what_of_the_models_code_is_in_the_way(name: str, why: str) -> None:
+    config, shape = of_family(name), ShapeConfig("dynamic", 1, 2, 16, 32)
+    form = CallForm(load.load(config, "fp32", CPU, 0, lambda _: None).model, "last")
+    with pytest.raises(RunError, match=why):
+        trace(form, config, shape, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("reformer", r"^ReformerModelWithLMHead does not run on tokens alone \(mixed dtype.*\); set another precision"),
+        ("rwkv", "^cache=in_engine: RwkvForCausalLM keeps no keys and values; set cache=none$"),
+    ],
+)
+def test_a_cache_is_not_blamed_for_what_a_model_does_without_one(name: str, why: str) -> None:
+    made = load.load(of_family(name), "fp16", CPU, 0, lambda _: None).model
+    with pytest.raises(UserError, match=why):
+        programs.cache_of(made, CacheConfig("in_engine"), ShapeConfig("dynamic", 1, 2, 16, 32), None)
 
 
 @pytest.mark.parametrize(("name", "longest"), [("xlnet", None), ("gemma4", 64), ("gpt2", 64)])

@@ -228,10 +228,25 @@ def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that takes none raises whatever it comes upon first
+        _check_runs(model, tokens)
         said = whole_message(error)
         raise UserError(
             f"cache={mode}: {type(model).__name__} does not take a KV cache ({said}); set cache=none"
         ) from error
-    if not seen.layers:
+    if all(type(layer) in KNOWN[:2] and layer.keys is None for layer in seen.layers):
         raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values; set cache=none")
     return seen
+
+
+def _check_runs(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raises :class:`UserError` where ``model`` does not run on ``tokens`` without a cache either."""
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it comes upon first
+        raise UserError(
+            f"{type(model).__name__} does not run on tokens alone ({whole_message(error)}); set another precision, or "
+            "name another model"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from passes.errors import AS_IT_IS, RunError, first_line
 from passes.graph.prepare import prepare
@@ -139,6 +141,14 @@ def example_length(shape: ShapeConfig) -> int:
     return shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
 
 
+CALLED = re.compile(r"The following call raised this error:\s+(File .*)\s+(.*)")
+"""The place and the line of code, in what torch says of a choice that hangs on data."""
+
+
+ONE_LENGTH = ("Constraints violated", "Specializations unexpectedly required")
+"""How what torch says begins, where a trace is right for a part of the lengths alone."""
+
+
 class NumberFromData(RunError):
     """A program hangs on a number out of a tensor."""
 
@@ -164,7 +174,7 @@ def exported(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise RunError("export", f"torch.export: {first_line(error)}; {remedy}") from error
+        raise RunError("export", f"{_why(form.model, error)}; {remedy}") from error
     for node in program.graph.nodes:
         if node.target in NUMBERS_FROM_DATA and _is_read(node):
             name = type(form.model).__name__
@@ -172,6 +182,16 @@ def exported(
                 "export", f"{name} reads a number out of a tensor ({node.name}), and no engine can; {remedy}"
             )
     return program
+
+
+def _why(model: nn.Module, error: Exception) -> str:
+    """What of ``model`` torch.export could not trace, as far as its ``error`` tells."""
+    name = type(model).__name__
+    if isinstance(error, GuardOnDataDependentSymNode) and (line := CALLED.search(str(error))):
+        return f"{name} does what the numbers in a tensor decide ({line[2].strip()}), and no engine can"
+    if str(error).startswith(ONE_LENGTH):
+        return f"{name} is another program at another length: a loop over tokens, or a choice by how many there are"
+    return f"torch.export: {first_line(error)}"
 
 
 @contextmanager
