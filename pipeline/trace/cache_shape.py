@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from passes.errors import UserError, whole_message
-from pipeline.config.lengths import capacity_of
+from pipeline.config.lengths import GRANULE, capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.cache_states import State, states_of
@@ -60,7 +60,8 @@ class CacheShape:
     layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: torch.dtype
     chunk: int | None = None
-    """Tokens of a prompt that run at once over the cache, whose capacity is a multiple of it; None: all of them."""
+    """Tokens of a prompt that run at once over the cache, whose capacity is a multiple of it; None: all of them.  A
+    recurrence is always cut into pieces: how many there are is a number that no program of several lengths can have."""
     turn: int | None = None
     """Tokens that no sequence may cross once it is begun (:func:`pipeline.model.rotary.turn_of`)."""
     attends: tuple[bool, ...] = ()
@@ -86,8 +87,8 @@ class CacheShape:
 
     @property
     def padded(self) -> bool:
-        """Whether padding behind a row's tokens leaves them as they are."""
-        return self.turn is None and not self.states
+        """Whether padding behind a row's tokens changes nothing of it.  Of a single row no program is told the end."""
+        return self.turn is None and (not self.states or self.batch > 1)
 
     @property
     def rings(self) -> tuple[int | None, ...]:
@@ -115,7 +116,7 @@ class CacheShape:
         ring and of a state."""
         rows = [length if places is None else places for places in self.rings] * 2
         count = len(rows)
-        return [cache[:, :, :rows[i]] if i < count else cache for i, cache in enumerate(caches)]
+        return [cache[:, :, : rows[i]] if i < count else cache for i, cache in enumerate(caches)]
 
     def specs(self) -> tuple[InputSpec, ...]:
         """Of every key cache, every value cache and every state: the inputs of a program."""
@@ -153,9 +154,7 @@ class CacheShape:
 
     def tensors(self, device: torch.device) -> list[Tensor]:
         """Empty caches in the order of :meth:`specs`.  Zeros: what is not seen must still be a number."""
-        return [
-            torch.zeros(spec.shape(0), dtype=getattr(torch, spec.dtype), device=device) for spec in self.specs()
-        ]
+        return [torch.zeros(spec.shape(0), dtype=getattr(torch, spec.dtype), device=device) for spec in self.specs()]
 
     def turns(self, device: torch.device) -> list[list[Tensor]]:
         """Empty caches as the :attr:`steps` have them in turn: what is updated where it lies is the same in all."""
@@ -168,7 +167,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     """The cache of ``model`` for generations of ``longest`` tokens in all.
 
     Raises :class:`UserError` for a model with a layer that keeps anything else than keys and values of every token, and
-    states of one size; and for a batch of one that has states.
+    states of one size; and for what a recurrence cannot do.
     """
     capacity = capacity_of(cache, longest)
     layers, attends, states = [], [], []
@@ -179,16 +178,14 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
                 f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys; "
                 "set cache=none"
             )
-        states += states_of(number, layer)
+        states += states_of(number, layer, shape.batch)
         attends.append(keys is not None and values is not None)
         if keys is not None and values is not None:
             heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
             layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
-    if states and shape.batch > 1:
-        raise UserError(
-            f"shape.batch={shape.batch}: {type(model).__name__} has layers whose states would take in the padding of "
-            "shorter rows; set shape.batch=1, or cache=none"
-        )
+    recurs = any(state.recurs for state in states)
+    if states:
+        _check_states(model, cache, shape, recurs)
     _check_positions(model, cache.name)
     most = max((prod(sizes) for layer in layers for sizes in layer), default=0)
     if most > MOST:
@@ -202,7 +199,24 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
         longest = min(longest, turn)
     sizes = cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype
     where = () if all(attends) else tuple(attends)
-    return CacheShape(*sizes, chunk=cache.chunk, turn=turn, attends=where, states=tuple(states))
+    chunk = cache.chunk or (GRANULE if recurs else None)
+    return CacheShape(*sizes, chunk=chunk, turn=turn, attends=where, states=tuple(states))
+
+
+def _check_states(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, recurs: bool) -> None:
+    """Raises :class:`UserError` for padding that would run through the states: of rows of a batch, where they recur or
+    prompts run in chunks."""
+    name = type(model).__name__
+    if shape.batch > 1 and (recurs or cache.chunk):
+        remedy = "set shape.batch=1, or cache=none" if recurs else "leave out cache.chunk, or set shape.batch=1"
+        raise UserError(
+            f"shape.batch={shape.batch}: the states of layers of {name} would take in the padding of shorter rows; "
+            f"{remedy}"
+        )
+    if recurs and cache.name != "in_engine":
+        raise UserError(
+            f"cache={cache.name}: {name} has recurrent layers, and their prompts run in chunks; set cache=in_engine"
+        )
 
 
 def _check_positions(model: PreTrainedModel, mode: str) -> None:

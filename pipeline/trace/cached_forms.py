@@ -165,7 +165,8 @@ class PrefillForm(nn.Module):
         layers = zip(keys or none, values or none, self.cache.rings, strict=True)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         ends = positions[:, -1] if last is None else last
-        cache = in_order(self.cache, [_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers])
+        attending = [_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers]
+        cache = in_order(self.cache, attending, ends=last)
         output = self.model(
             input_ids=input_ids,
             position_ids=positions,

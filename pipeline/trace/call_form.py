@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from passes.errors import AS_IT_IS, RunError, first_line
 from passes.graph.prepare import prepare
+from passes.private import of_torch
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
 from pipeline.model.attention import plain_attention
@@ -164,6 +165,8 @@ def exported(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
+        if dynamic and of_torch.wants_one_size(error):
+            remedy = f"try shape=static, which is one length; {remedy}"
         raise RunError("export", f"torch.export: {first_line(error)}; {remedy}") from error
     for node in program.graph.nodes:
         if node.target in NUMBERS_FROM_DATA and _is_read(node):
