@@ -25,7 +25,7 @@ from passes.proof.calls import written_out
 from pipeline.config.schema import ShapeConfig
 from pipeline.trace.cache_layers import HandedIn, caches, in_order, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
+from pipeline.trace.call_form import ONE_LENGTH, InputSpec, NumberFromData, Traced, example_length, exported, own_rows
 from pipeline.trace.step_checks import is_the_model, reads_first_row
 
 WITHOUT = f"try cache=none; {AS_IT_IS}"
@@ -233,7 +233,7 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
         inputs |= given
     if shape.kind == "dynamic":
         dynamic = of_known_sizes(inputs) | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
-    return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
+    return Traced(exported(form, inputs, dynamic, WITHOUT, ONE_LENGTH), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
