@@ -293,7 +293,9 @@ def test_values_of_another_head_size_take_the_native_layer(scores: int, values: 
     assert build(made) is not None
 
 
-@pytest.mark.skipif(load_stack().flavour != "tensorrt_rtx", reason="it is TensorRT-RTX that has no kernels of the layer")
+@pytest.mark.skipif(
+    load_stack().flavour != "tensorrt_rtx", reason="it is TensorRT-RTX that has no kernels of the layer"
+)
 def test_tensorrt_has_its_layer_of_experts_for_no_gpu_that_it_builds_for() -> None:
     """The day it has, :mod:`pipeline.model.experts` has something to measure itself against."""
     trt = load_stack().trt
