@@ -99,8 +99,10 @@ def settings(family: str, form: str, output: Path) -> Config:
 
     longer = LONGER if form == "generation" and family in RECURRENT else ()
     config = compose_config([*LENGTHS, *APART, *FORMS[form], *longer, f"output={output}"])
+    # At every place: the last row of a model of one layer hangs on no other row.
+    logits = "last" if form == "generation" else "all"
     config.model = ModelConfig(
-        family, weights="random", inputs=config.model.inputs, logits="last", architecture=described(family)
+        family, weights="random", inputs=config.model.inputs, logits=logits, architecture=described(family)
     )
     return config
 
