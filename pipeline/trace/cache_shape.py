@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 from passes.errors import UserError, whole_message
 from pipeline.config.lengths import GRANULE, capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.model.positions import positions_of
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.cache_states import State, states_of
 from pipeline.trace.call_form import InputSpec
@@ -193,7 +194,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
             f"shape.batch={shape.batch} cache.capacity={capacity}: {most} numbers in the keys of a layer, above the "
             f"{MOST} up to which engines were seen right; set fewer rows, or a smaller capacity"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
+    positions = positions_of(model.config) or capacity
     longest, turn = min(capacity, positions), turn_of(model.config)
     if turn is not None and (shape.max <= turn or cache.chunk):  # no prompt begins, or is begun again, beyond it
         longest = min(longest, turn)
