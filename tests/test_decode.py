@@ -12,7 +12,6 @@ import tiny
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
-from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, PretrainedConfig
 
 from passes.errors import RunError, UserError
 from passes.graph import cache_ops
@@ -428,20 +427,3 @@ def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:
     tiny.with_fused_rows(graph)
 
     assert [node.target for node in graph.graph.nodes] == targets
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        (MambaConfig(state_size=4), "keeps other things than|keeps no keys"),
-        (FalconH1Config(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8), "keeps other things than"),
-    ],
-    ids=["state space", "hybrid"],
-)
-def test_a_model_without_a_cache_of_keys_and_values_is_refused(config: PretrainedConfig, said: str) -> None:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config.update({"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1} | heads)
-    with pytest.raises(UserError, match=said):
-        cache_shape(
-            AutoModelForCausalLM.from_config(config), CacheConfig("static"), ShapeConfig("dynamic", 1, 2, 32, 32), 60
-        )

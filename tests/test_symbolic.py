@@ -17,9 +17,9 @@ import tiny
 import torch
 import z3
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.nn.functional import pad
 
 from passes.proof import terms
 from passes.proof.calls import find_calls

@@ -150,6 +150,9 @@ NARROWED: dict[str, Rows] = {
     "behind views with sizes left open": lambda x, w, at: linear(x, w).view(-1, 2, 2).reshape(1, ROWS, -1)[:, -1:],
     "behind heads": lambda x, w, at: (linear(x, w).view(ROWS, 2, 2).mT * 2).mT.reshape(-1, SIZE)[at],
     "behind pieces": lambda x, w, at: (linear(x, w).chunk(4, -1)[0] * x.split(1, 1)[1] * w[0])[-1:],
+    "behind a piece beside one that is read whole": lambda x, w, at: (
+        linear((h := linear(x, w).chunk(2, -1))[0], w[:, :2]) + h[1].sum()
+    )[at],
     "read by two": lambda x, w, at: ((h := linear(x, w)) * linear(h, w))[at],
     "of a mean of each row": lambda x, w, at: ((h := linear(x, w)) * h.mean(-1, keepdim=True))[-1:],
     "with what is one row for all": lambda x, w, at: (linear(x, w) * x[:1] + w)[at],

@@ -114,7 +114,7 @@ def _put_between(module: GraphModule, node: Node) -> None:
         both = graph.call_function(aten.cat.default, ([whole, piece], dim))
         both.meta["val"] = torch.cat([made, piece.meta["val"]], dim)  # type: ignore[union-attr]
         order = list(range(size))
-        order[start:end:step] = range(size, size + len(places))  # type: ignore[misc]
+        order[start:end:step] = range(size, size + len(places))
         chosen = weights.put(module, f"{node.name}_order", torch.tensor(order, device=made.device))
     node.target, node.args = aten.index_select.default, (both, dim, chosen)
 

@@ -52,10 +52,15 @@ def taken(x: Tensor, tokens: Tensor) -> Tensor:
     return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def in_order(shape: CacheShape, attending: Iterable[HandedIn], states: Sequence[Tensor] | None = None) -> Cache:
+def in_order(
+    shape: CacheShape,
+    attending: Iterable[HandedIn],
+    states: Sequence[Tensor] | None = None,
+    ends: Tensor | None = None,
+) -> Cache:
     """transformers' cache of a model's layers, as ``shape`` has them: those of ``attending``, in their order, and those
-    that have ``states``, which are in theirs; where there are none yet, a text begins."""
-    layers, kept = list(attending), by_layer(shape.states, states)
+    that have ``states``, which are in theirs; where there are none yet, a text begins, and its rows end at ``ends``."""
+    layers, kept = list(attending), by_layer(shape.states, states, ends)
     numbers = [i for i, attends in enumerate(shape.attends or [True] * len(layers)) if attends]
     placed = dict(zip(numbers, layers, strict=True))
     return Cache(layers=[_joined(placed.get(i), kept.get(i)) for i in range(len(shape.attends) or len(layers))])
@@ -65,7 +70,7 @@ def _joined(layer: HandedIn | None, states: States | None) -> Any:
     """What keeps what both keep."""
     if layer is None or states is None:
         return layer or states or DummyLayer()
-    both = type(type(layer).__name__, (type(layer), States), {})
+    both: Any = type(type(layer).__name__, (type(layer), States), {})
     joined = both.__new__(both)
     vars(joined).update(vars(states) | vars(layer))
     return joined
@@ -73,7 +78,7 @@ def _joined(layer: HandedIn | None, states: States | None) -> Any:
 
 def results(logits: Tensor, shape: CacheShape, cache: Cache) -> tuple[Tensor, ...]:
     """``logits``, every layer's keys, every layer's values, every state of ``shape``."""
-    attending = [layer for layer in cache.layers if isinstance(layer, HandedIn)]
+    attending: list[Any] = [layer for layer in cache.layers if isinstance(layer, HandedIn)]
     keys, values = [layer.keys for layer in attending], [layer.values for layer in attending]
     return (logits, *keys, *values, *made(shape.states, cache))
 

@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 )
 
 from passes.errors import UserError, whole_message
-from pipeline.config.lengths import capacity_of
+from pipeline.config.lengths import GRANULE, capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
 from pipeline.model.positions import positions_of
 from pipeline.model.rotary import check_crossing, turn_of
@@ -61,7 +61,8 @@ class CacheShape:
     layers: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     dtype: torch.dtype
     chunk: int | None = None
-    """Tokens of a prompt that run at once over the cache, whose capacity is a multiple of it; None: all of them."""
+    """Tokens of a prompt that run at once over the cache, whose capacity is a multiple of it; None: all of them.  A
+    recurrence is always cut into pieces: how many there are is a number that no program of several lengths can have."""
     turn: int | None = None
     """Tokens that no sequence may cross once it is begun (:func:`pipeline.model.rotary.turn_of`)."""
     attends: tuple[bool, ...] = ()
@@ -87,8 +88,8 @@ class CacheShape:
 
     @property
     def padded(self) -> bool:
-        """Whether padding behind a row's tokens leaves them as they are."""
-        return self.turn is None and not self.states
+        """Whether padding behind a row's tokens changes nothing of it.  Of a single row no program is told the end."""
+        return self.turn is None and (not self.states or self.batch > 1)
 
     @property
     def rings(self) -> tuple[int | None, ...]:
@@ -167,7 +168,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
     """The cache of ``model`` for generations of ``longest`` tokens in all.
 
     Raises :class:`UserError` for a model with a layer that keeps anything else than keys and values of every token, and
-    states of one size; and for a batch of one that has states.
+    states of one size; and for what a recurrence cannot do.
     """
     capacity = capacity_of(cache, longest)
     layers, attends, states = [], [], []
@@ -178,16 +179,14 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
                 f"cache={cache.name}: {type(layer).__name__} of this model keeps other things than every token's keys; "
                 "set cache=none"
             )
-        states += states_of(number, layer)
+        states += states_of(number, layer, shape.batch)
         attends.append(keys is not None and values is not None)
         if keys is not None and values is not None:
             heads, channels = keys.shape[1], values.shape[1] * values.shape[3]
             layers.append(((shape.batch, heads, capacity, keys.shape[3]), (shape.batch, channels, capacity, 1)))
-    if states and shape.batch > 1:
-        raise UserError(
-            f"shape.batch={shape.batch}: {type(model).__name__} has layers whose states would take in the padding of "
-            "shorter rows; set shape.batch=1, or cache=none"
-        )
+    recurs = any(state.recurs for state in states)
+    if states:
+        _check_states(model, cache, shape, recurs)
     _check_positions(model, cache.name)
     most = max((prod(sizes) for layer in layers for sizes in layer), default=0)
     if most > MOST:
@@ -201,7 +200,24 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
         longest = min(longest, turn)
     sizes = cache.name, shape.batch, capacity, longest, tuple(layers), model.dtype
     where = () if all(attends) else tuple(attends)
-    return CacheShape(*sizes, chunk=cache.chunk, turn=turn, attends=where, states=tuple(states))
+    chunk = cache.chunk or (GRANULE if recurs else None)
+    return CacheShape(*sizes, chunk=chunk, turn=turn, attends=where, states=tuple(states))
+
+
+def _check_states(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, recurs: bool) -> None:
+    """Raises :class:`UserError` for padding that would run through the states: of rows of a batch, where they recur or
+    prompts run in chunks."""
+    name = type(model).__name__
+    if shape.batch > 1 and (recurs or cache.chunk):
+        remedy = "set shape.batch=1, or cache=none" if recurs else "leave out cache.chunk, or set shape.batch=1"
+        raise UserError(
+            f"shape.batch={shape.batch}: the states of layers of {name} would take in the padding of shorter rows; "
+            f"{remedy}"
+        )
+    if recurs and cache.name != "in_engine":
+        raise UserError(
+            f"cache={cache.name}: {name} has recurrent layers, and their prompts run in chunks; set cache=in_engine"
+        )
 
 
 def _check_positions(model: PreTrainedModel, mode: str) -> None:

@@ -25,7 +25,7 @@ from passes.proof.calls import written_out
 from pipeline.config.schema import ShapeConfig
 from pipeline.trace.cache_layers import HandedIn, caches, in_order, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
+from pipeline.trace.call_form import ONE_LENGTH, InputSpec, NumberFromData, Traced, example_length, exported, own_rows
 from pipeline.trace.step_checks import is_the_model, reads_first_row
 
 WITHOUT = f"try cache=none; {AS_IT_IS}"
@@ -165,7 +165,8 @@ class PrefillForm(nn.Module):
         layers = zip(keys or none, values or none, self.cache.rings, strict=True)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         ends = positions[:, -1] if last is None else last
-        cache = in_order(self.cache, [_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers])
+        attending = [_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers]
+        cache = in_order(self.cache, attending, ends=last)
         output = self.model(
             input_ids=input_ids,
             position_ids=positions,
@@ -232,7 +233,7 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
         inputs |= given
     if shape.kind == "dynamic":
         dynamic = of_known_sizes(inputs) | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
-    return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
+    return Traced(exported(form, inputs, dynamic, WITHOUT, ONE_LENGTH), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:

@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from passes.errors import AS_IT_IS, RunError, first_line
 from passes.graph.prepare import prepare
+from passes.private import of_torch
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
 from pipeline.model.attention import plain_attention
@@ -133,7 +134,7 @@ def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.
     if shape.kind == "dynamic":
         length = Dim("length", min=shape.min, max=shape.max)
         dynamic = {name: None if name == "last" else {1: length} for name in model.inputs}
-    return Traced(exported(form, inputs, dynamic), specs)
+    return Traced(exported(form, inputs, dynamic, of_one=ONE_LENGTH), specs)
 
 
 def example_length(shape: ShapeConfig) -> int:
@@ -144,9 +145,7 @@ def example_length(shape: ShapeConfig) -> int:
 CALLED = re.compile(r"The following call raised this error:\s+(File .*)\s+(.*)")
 """The place and the line of code, in what torch says of a choice that hangs on data."""
 
-
-ONE_LENGTH = ("Constraints violated", "Specializations unexpectedly required")
-"""How what torch says begins, where a trace is right for a part of the lengths alone."""
+ONE_LENGTH = "try shape=static, which is one length; "
 
 
 class NumberFromData(RunError):
@@ -154,11 +153,12 @@ class NumberFromData(RunError):
 
 
 def exported(
-    form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None, remedy: str = AS_IT_IS
+    form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None, remedy: str = AS_IT_IS, of_one: str = ""
 ) -> ExportedProgram:
     """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
-    ``export``, which says ``remedy``, where torch.export cannot, and :class:`NumberFromData` where what it traced hangs
-    on the data of a tensor."""
+    ``export``, which says ``remedy``, where torch.export cannot, and before it ``of_one`` where what it is told to
+    leave open would have to be one number; and :class:`NumberFromData` where what it traced hangs on the data of a
+    tensor."""
     try:
         with torch.no_grad(), quiet(), plain_experts(form.model), plain_attention(form.model), unchanged(form):
             program = torch.export.export(
@@ -174,7 +174,8 @@ def exported(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise RunError("export", f"{_why(form.model, error)}; {remedy}") from error
+        narrower = of_one if of_torch.wants_one_size(error) else ""
+        raise RunError("export", f"{_why(form.model, error)}; {narrower}{remedy}") from error
     for node in program.graph.nodes:
         if node.target in NUMBERS_FROM_DATA and _is_read(node):
             name = type(form.model).__name__
@@ -189,7 +190,7 @@ def _why(model: nn.Module, error: Exception) -> str:
     name = type(model).__name__
     if isinstance(error, GuardOnDataDependentSymNode) and (line := CALLED.search(str(error))):
         return f"{name} does what the numbers in a tensor decide ({line[2].strip()}), and no engine can"
-    if str(error).startswith(ONE_LENGTH):
+    if of_torch.wants_one_size(error):
         return f"{name} is another program at another length: a loop over tokens, or a choice by how many there are"
     return f"torch.export: {first_line(error)}"
 

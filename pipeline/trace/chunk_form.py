@@ -4,8 +4,8 @@ A chunk of ``cache.chunk`` tokens is written into the cache, and its queries see
 themselves: the first S of them, of which the chunk's own are the last.  So one program serves every chunk of every
 prompt that the cache holds, in memory that does not grow with the prompt; its mask hangs on sizes alone, and is proved
 lower-right causal at every S.  The last chunk of a prompt is filled up behind its tokens, where causality hides it:
-there is no other length than the chunk's, and so nothing that is compiled for a prompt's.  States have no place for what
-is hidden: of a model that keeps any, a chunk is full, and the tokens behind the last one are run as steps are.
+there is no other length than the chunk's, and so nothing that is compiled for a prompt's.  States have no place for
+what is hidden: of a model that keeps any, a chunk is full, and the tokens behind the last one are run as steps are.
 
 Of a layer with a ring the queries see what the ring holds, in the order of the tokens, and the chunk's own behind it:
 the last M tokens up to the chunk's end, or all there are.  Again the mask hangs on sizes alone.  The ring then takes
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 from transformers import PreTrainedModel
 
+from passes.errors import RunError
 from passes.graph.cache_ops import cache_read, cache_update
 from pipeline.trace.cache_layers import HandedIn, caches, in_order, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
@@ -125,8 +126,9 @@ class ChunkForm(nn.Module):
     ) -> tuple[Tensor, ...]:
         """``input_ids`` [batch, chunk]; ``last`` [batch], the place in the chunk of the token behind which each row's
         logits are asked for; ``places`` [1, S], 0 .. S - 1: the tokens' positions, the last ``chunk`` of them this
-        chunk's; the caches and every state.  Where there are rings, ``real`` [batch], how many of the chunk's tokens are the row's own,
-        and ``near`` [1, M], the last of ``places``: those of the tokens before it that a ring holds, and of its own.
+        chunk's; the caches and every state.  Where there are rings, ``real`` [batch], how many of the chunk's tokens
+        are the row's own, and ``near`` [1, M], the last of ``places``: those of the tokens before it that a ring holds,
+        and of its own.
 
         Returns logits [batch, 1, vocabulary], the caches and the states.
         """
@@ -165,4 +167,11 @@ def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.de
         inputs["real"] = torch.ones(batch, dtype=torch.int64, device=device)
         inputs["near"] = inputs["places"][:, : min(chunk + 11, seen)].clone()
     dims = {spec.name: {1: Dim(f"seen_{spec.name}", min=spec.min, max=spec.max)} for spec in specs if spec.dynamic}
-    return Traced(exported(form, inputs, of_known_sizes(inputs) | dims if dims else None, WITHOUT), tuple(specs))
+    program = exported(form, inputs, of_known_sizes(inputs) | dims if dims else None, WITHOUT)
+    if any(not node.users for node in program.graph.find_nodes(op="placeholder") if node.name.startswith("states_")):
+        raise RunError(
+            "export",
+            f"{type(form.model).__name__} takes several tokens at once for the begin of a text, whatever its states "
+            f"are, so that its prompts cannot be cut; {WITHOUT}",
+        )
+    return Traced(program, tuple(specs))

@@ -167,11 +167,11 @@ def _cached(
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         tokens, real = inputs["input_ids"], inputs.get("attention_mask")
-        decoded = max(min(DECODED, tokens.shape[1] - least), tokens.shape[1] - most)
+        longest = tokens.shape[1] if real is None or generator.cache.padded else int(real.sum(1).max())
+        decoded = max(min(DECODED, longest - least), longest - most, 0)
         if shape.kind == "static":
-            decoded = tokens.shape[1] - most
-        decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
-        longest = tokens.shape[1] if turn is None or real is None else int(real.sum(1).max())
+            decoded = longest - most
+        decoded = max((n for n in range(decoded + 1) if longest - n in exact), default=decoded)
         if turn is not None and longest - decoded <= turn < longest:
             decoded = longest - turn - 1  # a sequence that began before it may not cross it
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
