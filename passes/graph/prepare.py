@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -34,9 +36,10 @@ def prepare(program: ExportedProgram) -> ExportedProgram:
             if dtype != source.meta["val"].dtype:
                 node.target, node.kwargs = torch.ops.aten._to_copy.default, {"dtype": dtype}
         elif node.target is torch.ops.aten.pad.default:
-            source, sizes, mode, number = (*node.args, *("constant", None)[len(node.args) - 2 :])
+            given: tuple[Any, ...] = (*node.args, *("constant", None)[len(node.args) - 2 :])
+            padded, sizes, mode, number = given
             if mode == "constant":
-                node.target, node.args = torch.ops.aten.constant_pad_nd.default, (source, sizes, number or 0)
+                node.target, node.args = torch.ops.aten.constant_pad_nd.default, (padded, sizes, number or 0)
     program.graph_module.recompile()
     return program
 

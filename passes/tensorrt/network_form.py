@@ -121,31 +121,35 @@ def _put_between(module: GraphModule, node: Node) -> None:
 
 def _is_an_end_among_open_axes(node: Node) -> bool:
     """Whether a slice is the last n along an axis that has as many at every length, and another axis is open too."""
-    source, dim, start, end, step = node.args + (0, None, None, 1)[len(node.args) - 1 :]
-    sizes = source.meta["val"].shape  # type: ignore[union-attr]
+    default: tuple[Any, ...] = (0, None, None, 1)
+    given: tuple[Any, ...] = node.args
+    source, dim, start, end, step = given + default[len(given) - 1 :]
+    sizes = source.meta["val"].shape
     is_open = [not isinstance(size, int) for size in sizes]
-    if not (isinstance(start, int) and start < 0 and step == 1 and is_open[dim] and sum(is_open) > 1):  # type: ignore[index]
+    if not (isinstance(start, int) and start < 0 and step == 1 and is_open[dim] and sum(is_open) > 1):
         return False
     least, _ = bounds_of(sizes[dim])
-    return (end is None or end == torch.iinfo(torch.int64).max) and _reaches(least, -start)
+    return end in (None, torch.iinfo(torch.int64).max) and _reaches(least, -start)
 
 
 def _count_from_front(node: Node) -> None:
-    source, dim, start = node.args[:3]
+    given: tuple[Any, ...] = node.args
+    source, dim, start = given[:3]
     with node.graph.inserting_before(node):
         size = node.graph.call_function(aten.sym_size.int, (source, dim))
-        size.meta["val"] = source.meta["val"].shape[dim]  # type: ignore[union-attr,index]
+        size.meta["val"] = source.meta["val"].shape[dim]
         first = node.graph.call_function(operator.add, (size, start))
         first.meta["val"] = size.meta["val"] + start
     node.args = (source, dim, first, size)
 
 
 def _lift_and_expand(node: Node) -> None:
-    source, sizes, axes = node.args
+    given: tuple[Any, ...] = node.args
+    source, sizes, axes = given
     with node.graph.inserting_before(node):
-        for axis in sorted(set(range(len(sizes))) - set(axes)):  # type: ignore[arg-type]
+        for axis in sorted(set(range(len(sizes))) - set(axes)):
             lifted = node.graph.call_function(aten.unsqueeze.default, (source, axis))
-            lifted.meta["val"] = source.meta["val"].unsqueeze(axis)  # type: ignore[union-attr]
+            lifted.meta["val"] = source.meta["val"].unsqueeze(axis)
             source = lifted
     node.target, node.args = aten.expand.default, (source, sizes)
     _write_known_sizes(node)
@@ -153,16 +157,17 @@ def _lift_and_expand(node: Node) -> None:
 
 def _is_one_for_all_places(node: Node) -> bool:
     """Whether ``index_put`` writes the same thing at each place of one mask, which is over the first axes."""
-    whole, places, written, *adds = node.args
-    (mask, *others) = places  # type: ignore[misc,union-attr]
+    given: tuple[Any, ...] = node.args
+    whole, (mask, *others), written, *adds = given
     if others or mask is None or any(adds) or mask.meta["val"].dtype != torch.bool:
         return False
-    own, piece = whole.meta["val"].dim() - mask.meta["val"].dim(), written.meta["val"]  # type: ignore[union-attr]
+    own, piece = whole.meta["val"].dim() - mask.meta["val"].dim(), written.meta["val"]
     return bool(piece.dim() <= own or (piece.dim() == own + 1 and is_one(piece.shape[0])))
 
 
 def _choose_at_places(node: Node) -> None:
-    whole, (mask,), written = node.args[:3]  # type: ignore[misc]
+    given: tuple[Any, ...] = node.args
+    whole, (mask,), written = given[:3]
     with node.graph.inserting_before(node):
         for _ in range(node.meta["val"].dim() - mask.meta["val"].dim()):
             lifted = node.graph.call_function(aten.unsqueeze.default, (mask, -1))

@@ -185,7 +185,7 @@ def exported(
     return program
 
 
-def _why(model: nn.Module, error: Exception) -> str:
+def _why(model: Any, error: Exception) -> str:
     """What of ``model`` torch.export could not trace, as far as its ``error`` tells."""
     name = type(model).__name__
     if isinstance(error, GuardOnDataDependentSymNode) and (line := CALLED.search(str(error))):
