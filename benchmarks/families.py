@@ -29,6 +29,8 @@ SIZES: dict[str, Any] = TINY | {
     "linear_head_dim": 16, "linear_num_heads": 4,
     "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "ple_embed_dim": 64,
+    # bytes in patches
+    "hidden_size_global": 64, "encoder_hash_byte_group_vocab": 96,
     # indexers of sparse attention
     "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64,
 }  # fmt: skip
