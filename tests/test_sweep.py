@@ -36,7 +36,7 @@ class Ten:
     """A sweep of ten jobs, four of which misbehave; then the same command twice more."""
 
     def __init__(self, cwd: Path, model: Path) -> None:
-        self.sweep = make(cwd, model, swept([*KINDS, *WELL]), "sweep.timeout_minutes=0.2")
+        self.sweep = make(cwd, model, swept([*KINDS, *WELL]), "sweep.timeout_minutes=0.3")
         self.uri = f"sqlite:///{cwd}/mlflow.db"
         self.codes: list[int] = []
         self.tables: list[dict[str, dict[str, Any]]] = []
@@ -86,7 +86,7 @@ def test_a_job_that_crashes_raises_hangs_or_runs_out_of_memory_is_a_typed_row_an
     assert {label: entry["failure"]["kind"] for label, entry in table.items() if entry["failure"]} == KINDS
     assert [entry["status"] for entry in table.values()].count("ok") == len(WELL)
     assert "SIGKILL" in table["seed=101"]["failure"]["message"]
-    assert "sweep.timeout_minutes=0.2" in table["seed=103"]["failure"]["message"]
+    assert "sweep.timeout_minutes=0.3" in table["seed=103"]["failure"]["message"]
     for entry in table.values():
         folder = ten.sweep.cwd / entry["folder"]
         report = json.loads((folder / "report.json").read_text())
