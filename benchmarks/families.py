@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from benchmarks.architectures import TINY
+from pipeline.config.lengths import POSITIONS
 
 SIZES: dict[str, Any] = TINY | {
     "vocab_size": 96, "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64, "embedding_size": 64,
@@ -41,6 +42,13 @@ LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0
             "long_factor": [2.0, 3.0, 5.0, 8.0] * 2, "original_max_position_embeddings": 24}  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 24}  # fmt: skip
+
+RECURRENT = frozenset({
+    "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "granitemoehybrid", "bamba", "jamba", "falcon_h1", "nemotron_h",
+    "mamba", "mamba2", "falcon_mamba", "bailing_hybrid", "inkling_text", "inkling2_text", "inkling2_loop_text",
+    "kimi_linear", "lara_mini", "olmo_hybrid", "zamba", "zamba2", "zaya",
+})  # fmt: skip
+"""Families with layers that recur: over a cache their prompts run in chunks of 128 tokens, so they get longer ones."""
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWED = {"use_sliding_window": True, "max_window_layers": 1, "num_hidden_layers": 2, "layer_types": [FULL, SLIDING]}
@@ -152,7 +160,10 @@ def described(name: str) -> dict[str, Any]:
     default = AutoConfig.for_model(model_type).to_dict()
     if name not in NAMED and default.get("is_decoder") is False:
         own = own | {"is_decoder": True}
-    made: dict[str, Any] = AutoConfig.for_model(model_type, **(_small(default) | own)).to_dict()
+    sizes = _small(default)
+    if name in RECURRENT:
+        sizes |= {key: 256 for key in POSITIONS if key in default}
+    made: dict[str, Any] = AutoConfig.for_model(model_type, **(sizes | own)).to_dict()
     return made | {"model_type": model_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
 
 

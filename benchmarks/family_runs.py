@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.families import described
+from benchmarks.families import RECURRENT, described
 from passes.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ FORMS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """What is asked of the command line; windows, chunks and boundaries of rotary factors lie between the lengths."""
 LENGTHS = ("shape.min=1", "shape.opt=24", "shape.max=40", "shape.exact=[]")
+LONGER = ("shape.max=150", "benchmark.generate.input_length=140")
+"""Of a generation whose prompts run in chunks."""
 APART = ("store.enabled=false", "tracking.uri=sqlite:///nowhere.db")
 
 RIGHT, REFUSED, STOPPED, WRONG, CRASHED, LATE, NONE = (
@@ -95,9 +97,12 @@ def settings(family: str, form: str, output: Path) -> Config:
     from pipeline.__main__ import compose_config
     from pipeline.config.schema import ModelConfig
 
-    config = compose_config([*LENGTHS, *APART, *FORMS[form], f"output={output}"])
+    longer = LONGER if form == "generation" and family in RECURRENT else ()
+    config = compose_config([*LENGTHS, *APART, *FORMS[form], *longer, f"output={output}"])
+    # At every place: the last row of a model of one layer hangs on no other row.
+    logits = "last" if form == "generation" else "all"
     config.model = ModelConfig(
-        family, weights="random", inputs=config.model.inputs, logits="last", architecture=described(family)
+        family, weights="random", inputs=config.model.inputs, logits=logits, architecture=described(family)
     )
     return config
 

@@ -20,7 +20,7 @@ from pipeline.model import load
 from pipeline.model.attention import plain_attention
 from pipeline.model.limits import check_fit
 from pipeline.model.rotary import check_crossing, turn_of
-from pipeline.private.of_transformers import attention_of
+from pipeline.private.of_transformers import attention_of, looks_attention_up
 from pipeline.trace import call_form
 from pipeline.trace.call_form import CallForm
 
@@ -101,6 +101,18 @@ def test_a_softmax_that_weighs_no_rows_is_no_attention() -> None:
     x, w = torch.randn(3, 4), torch.randn(4, 4)
     assert written_out(program_of(chosen, x, w).graph_module) == []
     assert len(written_out(program_of(attended, x, w).graph_module)) == 1
+
+
+def test_a_decoder_that_never_asks_keeps_the_attention_that_it_writes_out() -> None:
+    """GIT's class can be told, and its decoder adds what it is given: a bool mask gave the keys that a query may see 1
+    more each, and hid none."""
+    model = made("git")
+    assert looks_attention_up(type(model.model)) and attention_of(model.model) == "eager"
+    program = prompt(model, "attention_mask").module()
+    for length in (3, 17, 40):
+        inputs = {"input_ids": tokens(length), "attention_mask": (torch.arange(length) >= length // 3).long()[None]}
+        expected = model.model(**inputs).logits
+        torch.testing.assert_close(program(**inputs), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_with_attention_of_its_own_class_is_left_alone() -> None:

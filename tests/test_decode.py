@@ -12,7 +12,6 @@ import tiny
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule
-from transformers import AutoModelForCausalLM, FalconH1Config, MambaConfig, PretrainedConfig
 
 from passes.errors import RunError, UserError
 from passes.graph import cache_ops
@@ -48,8 +47,8 @@ def programs(
     shape = ShapeConfig("dynamic", batch, 2, 32, 48)
     cache = cache_shape(model, CacheConfig(mode), shape, 60)
     traced = [
-        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache.rings), cache, shape, CPU),
-        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU),
+        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache), cache, shape, CPU),
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache), cache, CPU),
     ]
     return cache, traced, [rewrite(each.program, strategy, "mask") for each in traced]
 
@@ -82,8 +81,8 @@ def test_a_cache_is_handed_over_without_a_word_of_deprecation(name: str, recwarn
     layers = cache.tensors(CPU)
     caches = layers[: len(cache.layers)], layers[len(cache.layers) :]
     with torch.no_grad():
-        cached_forms.PrefillForm(model, cache.rings)(tokens)
-        cached_forms.DecodeForm(model, cache.rings)(tokens[:, :1], torch.tensor([3]), *caches)
+        cached_forms.PrefillForm(model, cache)(tokens)
+        cached_forms.DecodeForm(model, cache)(tokens[:, :1], torch.tensor([3]), *caches)
         for kind in ("none", "static", "dynamic"):
             rival = EagerGenerator(model, kind, None, Kernels(model))
             rival.prepare(tokens, 2)
@@ -190,7 +189,7 @@ def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refuse
     )  # as a mask of the model's own making
 
     with pytest.raises(RunError, match=r"shape.batch=3: LlamaForCausalLM computes with one length") as caught:
-        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, CPU)
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache), cache, CPU)
 
     assert caught.value.kind == "ragged_batch"
 
@@ -428,20 +427,3 @@ def test_a_row_that_something_else_reads_too_keeps_its_products_apart() -> None:
     tiny.with_fused_rows(graph)
 
     assert [node.target for node in graph.graph.nodes] == targets
-
-
-@pytest.mark.parametrize(
-    ("config", "said"),
-    [
-        (MambaConfig(state_size=4), "keeps other things than|keeps no keys"),
-        (FalconH1Config(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8), "keeps other things than"),
-    ],
-    ids=["state space", "hybrid"],
-)
-def test_a_model_without_a_cache_of_keys_and_values_is_refused(config: PretrainedConfig, said: str) -> None:
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    config.update({"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1} | heads)
-    with pytest.raises(UserError, match=said):
-        cache_shape(
-            AutoModelForCausalLM.from_config(config), CacheConfig("static"), ShapeConfig("dynamic", 1, 2, 32, 32), 60
-        )

@@ -293,13 +293,42 @@ def test_values_of_another_head_size_take_the_native_layer(scores: int, values: 
     assert build(made) is not None
 
 
+@pytest.mark.skipif(
+    load_stack().flavour != "tensorrt_rtx", reason="it is TensorRT-RTX that has no kernels of the layer"
+)
+def test_tensorrt_has_its_layer_of_experts_for_no_gpu_that_it_builds_for() -> None:
+    """The day it has, :mod:`pipeline.model.experts` has something to measure itself against."""
+    trt = load_stack().trt
+    targets = [getattr(trt.ComputeCapability, name) for name in dir(trt.ComputeCapability) if name.startswith("SM")]
+    assert len(targets) > 3
+    for target in targets:
+        builder = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR))
+        net, config = builder.create_network(0), builder.create_builder_config()
+        hidden, chosen, scores = (
+            net.add_input(name, dtype, (1, 64, size))
+            for name, dtype, size in (("x", trt.float16, 128), ("i", trt.int32, 2), ("s", trt.float16, 2))
+        )
+        weights = [
+            torch.randn(4, *sizes, dtype=torch.float16).numpy() for sizes in ((128, 256), (128, 256), (256, 128))
+        ]
+        layer = net.add_moe(hidden, chosen, scores)
+        constants = (net.add_constant(each.shape, trt.Weights(each)).get_output(0) for each in weights)
+        layer.set_gated_weights(*constants, trt.MoEActType.SILU)
+        net.mark_output(layer.get_output(0))
+        config.num_compute_capabilities = 1
+        config.set_compute_capability(target, 0)
+        assert builder.build_serialized_network(net, config) is None, target
+
+
 # What is refused
 
 
 def test_a_cache_says_that_it_is_full_to_a_model_that_makes_a_bias_as_long_as_it() -> None:
     config, made = settings("falcon", "in_engine"), loaded("falcon")
-    cache, form = cache_of(config, made), cached_forms.DecodeForm(made.model, [None])
-    assert cache is not None and not form.says_full
+    cache = cache_of(config, made)
+    assert cache is not None
+    form = cached_forms.DecodeForm(made.model, cache)
+    assert not form.says_full
     step = cached_forms.trace_decode(form, cache, CPU).program.module()
     assert form.says_full
     ids, (keys, values) = torch.tensor([[5, 7, 9]]), (cache.tensors(CPU)[:1], cache.tensors(CPU)[1:])

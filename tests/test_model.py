@@ -19,6 +19,7 @@ import pytest
 import torch
 from conftest import CONF, TINY_LLAMA, model_config, save_tiny_llama
 
+from benchmarks.families import described
 from passes.errors import UserError
 from pipeline.__main__ import compose_config
 from pipeline.config.schema import ModelConfig
@@ -169,6 +170,18 @@ def test_seed_decides_the_random_weights_and_the_global_generator_is_left_alone(
     assert torch.equal(torch.rand(3), expected)
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("family", ["openai-gpt", "data2vec-text", "apertus"])
+def test_what_transformers_leaves_as_memory_was_is_drawn_too(family: str) -> None:
+    """Other numbers each time, and now and then none at all."""
+    config = ModelConfig(name="tiny", weights="random", architecture=described(family))
+    first, again = (load(config, "fp32", CPU, 0, nothing).model.state_dict() for _ in range(2))
+    assert all(torch.isfinite(each).all() for each in first.values())
+    assert all(torch.equal(each, again[name]) for name, each in first.items())
+    reference = load_reference(config, "fp16", CPU, 0).state_dict()
+    assert all(torch.equal(each.float(), first[name].float()) for name, each in reference.items())
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_random_weights_have_the_spread_that_the_architecture_asks_for() -> None:

@@ -86,9 +86,9 @@ def test_the_prompts_of_a_cache_have_them_too_and_the_step_has_none(mode: str, b
     model = tiny.model("llama", "fp16")
     shape = ShapeConfig("dynamic", batch, 2, 48, 48, exact=[32, 48])
     cache = cache_shape(model, CacheConfig(mode), shape, 60)
-    form = cached_forms.PrefillForm(model, cache.rings)
+    form = cached_forms.PrefillForm(model, cache)
     prefill = network(cached_forms.trace_prefill(form, cache, shape, tiny.CPU), in_place=mode == "in_engine")
-    step = cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, tiny.CPU)
+    step = cached_forms.trace_decode(cached_forms.DecodeForm(model, cache), cache, tiny.CPU)
 
     engine = build_engine(load_stack(), prefill, lambda *_: True).engine
     assert engine.profiles == ((2, 48, 48), (32,) * 3, (48,) * 3)
@@ -258,8 +258,8 @@ def test_the_prompt_of_a_case_has_an_exact_length_where_one_is_near() -> None:
     model, shape = tiny.model("llama"), config.shape
     cache = cache_shape(model, config.cache, shape, 60)
     traced = [
-        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache.rings), cache, shape, tiny.CPU),
-        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache.rings), cache, tiny.CPU),
+        cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache), cache, shape, tiny.CPU),
+        cached_forms.trace_decode(cached_forms.DecodeForm(model, cache), cache, tiny.CPU),
     ]
     programs = [GraphSession(each.program.module(), tuple(spec.name for spec in each.inputs)) for each in traced]
     prompts: list[int] = []

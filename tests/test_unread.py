@@ -73,7 +73,7 @@ def test_where_every_rows_logits_are_read_every_row_is_computed() -> None:
 def test_each_prompt_of_a_batch_has_its_own_last_row() -> None:
     model, shape = tiny.model("llama"), ShapeConfig("dynamic", 3, 2, 8, 12)
     cache = cache_shape(model, CacheConfig("static"), shape, 20)
-    traced = cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache.rings), cache, shape, tiny.CPU)
+    traced = cached_forms.trace_prefill(cached_forms.PrefillForm(model, cache), cache, shape, tiny.CPU)
     inputs = {"input_ids": tiny.tokens(3, 9), "last": torch.tensor([8, 3, 5])}
     before = traced.program.module()(**inputs)
 
@@ -150,6 +150,9 @@ NARROWED: dict[str, Rows] = {
     "behind views with sizes left open": lambda x, w, at: linear(x, w).view(-1, 2, 2).reshape(1, ROWS, -1)[:, -1:],
     "behind heads": lambda x, w, at: (linear(x, w).view(ROWS, 2, 2).mT * 2).mT.reshape(-1, SIZE)[at],
     "behind pieces": lambda x, w, at: (linear(x, w).chunk(4, -1)[0] * x.split(1, 1)[1] * w[0])[-1:],
+    "behind a piece beside one that is read whole": lambda x, w, at: (
+        linear((h := linear(x, w).chunk(2, -1))[0], w[:, :2]) + h[1].sum()
+    )[at],
     "read by two": lambda x, w, at: ((h := linear(x, w)) * linear(h, w))[at],
     "of a mean of each row": lambda x, w, at: ((h := linear(x, w)) * h.mean(-1, keepdim=True))[-1:],
     "with what is one row for all": lambda x, w, at: (linear(x, w) * x[:1] + w)[at],

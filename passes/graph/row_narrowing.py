@@ -100,6 +100,9 @@ def _move_up(graph: GraphModule, node: Node) -> int:
         for argument, along in read.items():
             if wanted.setdefault(argument, along) != along:
                 return 0
+    for each in [each for each in narrowed if each.target is operator.getitem]:
+        if each.args[0] not in narrowed:  # rows are taken of tensors, and not of all the pieces of one that stays
+            del narrowed[each]
     if not any(each.target in (aten.linear.default, aten.addmm.default) for each in narrowed):
         return 0  # nothing to be won
     taken: dict[tuple[Node, int], Node] = {}

@@ -36,6 +36,12 @@ def is_composite(operation: Any) -> bool:
     return bool(operation.has_kernel_for_dispatch_key(part("torch._C:DispatchKey.CompositeImplicitAutograd")))
 
 
+def wants_one_size(error: BaseException) -> bool:
+    """Whether ``torch.export`` raised ``error`` because a size that it was told to leave open has to be one number."""
+    kind = part("torch._dynamo.exc:UserErrorType")
+    return getattr(error, "error_type", None) is kind.CONSTRAINT_VIOLATION
+
+
 def with_numbers() -> AbstractContextManager[None]:
     """A block in which tensors that are made hold numbers, also inside of a mode in which none does, as the one is in
     which ``torch.compile`` calls its back ends."""

@@ -3,7 +3,8 @@
 * A -1 in the sizes of a view hides from TensorRT what the trace knows: its attention layer and the update of its cache
   want the number of heads, and some views with -1 and a dynamic size are refused altogether.
 * What is written into a slice of a tensor is scattered element by element, which fails where a length is dynamic.
-  Along an axis of known size it stands between what the tensor has before and behind it.
+  Along an axis of known size it stands between what the tensor has before and behind it; into every n-th place
+  (Qwen 3.5's rotary angles) it is chosen out of both.
 * A number that is scattered is made a constant of double precision where the sizes are known, which TensorRT has not.
 * Torch-TensorRT knows of a bitwise operation on bools only by a note that constants do not have; on bools they are the
   logical ones.
@@ -23,6 +24,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
+from passes.graph import weights
 from passes.proof.op_kinds import RESHAPES
 from passes.proof.sizes import bounds_of
 
@@ -45,7 +47,7 @@ def prepare(graph: GraphModule) -> int:
         if node.target in VIEWS and "val" in node.meta:
             _write_known_sizes(node)
         elif node.target is aten.slice_scatter.default and "val" in node.meta:
-            _put_between(node)
+            _put_between(graph, node)
         elif node.target is aten.scatter.value and "val" in node.args[2].meta:
             _spell_out_number(node)
         elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:  # then so are what it reads
@@ -75,15 +77,15 @@ def _write_known_sizes(node: Node) -> None:
     node.args = (source, sizes, *rest)
 
 
-def _put_between(node: Node) -> None:
+def _put_between(module: GraphModule, node: Node) -> None:
     whole, piece = node.args[:2]
     made, graph = node.meta["val"], node.graph
     default: tuple[Any, ...] = (0, None, None, 1)
     dim, start, end, step = node.args[2:] + default[len(node.args) - 2 :]
     size = made.shape[dim]
-    if step != 1 or not all(place is None or isinstance(place, int) for place in (size, start, end)):
+    if not all(place is None or isinstance(place, int) for place in (size, start, end, step)):
         return
-    first, last, _ = slice(start, end).indices(size)
+    places = range(size)[slice(start, end, step)]
 
     def kept(begin: int, stop: int) -> list[Any]:
         if begin == stop:
@@ -93,8 +95,16 @@ def _put_between(node: Node) -> None:
         return [part]
 
     with graph.inserting_before(node):
-        pieces = [*kept(0, first), piece, *kept(last, size)]
-    node.target, node.args = aten.cat.default, (pieces, dim)
+        if step == 1:
+            pieces = [*kept(0, places.start), piece, *kept(places.start + len(places), size)]
+            node.target, node.args = aten.cat.default, (pieces, dim)
+            return
+        both = graph.call_function(aten.cat.default, ([whole, piece], dim))
+        both.meta["val"] = torch.cat([made, piece.meta["val"]], dim)  # type: ignore[union-attr]
+        order = list(range(size))
+        order[start:end:step] = range(size, size + len(places))
+        chosen = weights.put(module, f"{node.name}_order", torch.tensor(order, device=made.device))
+    node.target, node.args = aten.index_select.default, (both, dim, chosen)
 
 
 def _as_first_of_topk(node: Node) -> None:

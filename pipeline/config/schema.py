@@ -139,7 +139,8 @@ class CacheConfig:
     capacity: int | None = None
     """Tokens that it holds; null: enough for the longest generation asked for."""
     chunk: int | None = None
-    """in_engine only: tokens of a prompt that run at once, over the cache; null: the whole prompt in one pass."""
+    """in_engine only: tokens of a prompt that run at once, over the cache; null: the whole prompt in one pass, or 128
+    tokens of a model with recurrent states."""
 
 
 @dataclass

@@ -85,10 +85,10 @@ def parts(
     if cache is None:
         whole = call_form.CallForm(model, form.logits)
         return {"engine": partial(traced, call_form.trace, whole, form, shape)}
-    prefill, decode = cached_forms.PrefillForm(model, cache.rings), cached_forms.DecodeForm(model, cache.rings)
+    prefill, decode = cached_forms.PrefillForm(model, cache), cached_forms.DecodeForm(model, cache)
     prompts: Callable[[], Traced] = partial(traced, cached_forms.trace_prefill, prefill, cache, shape)
     if cache.chunk is not None:
-        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model, cache.rings), cache, cache.chunk)
+        prompts = partial(traced, chunk_form.trace_chunk, chunk_form.ChunkForm(model, cache), cache, cache.chunk)
     return {"engine": prompts, "decode": partial(traced, cached_forms.trace_decode, decode, cache)}
 
 

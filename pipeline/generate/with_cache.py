@@ -33,7 +33,7 @@ OnTokens = Callable[[list[int]], object]
 class CachedGenerator:
     """A :class:`pipeline.generate.protocol.Generator`.
 
-    ``decode``: one program, or where the cache comes out as new tensors (``cache=static``) two that take turns.
+    ``decode``: as many programs as ``cache`` has :attr:`CacheShape.steps`, which take turns.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class CachedGenerator:
         self._prefill, self._decode = prefill, decode
         self._device, self._vocabulary = device, vocabulary
         self._use_graph = cuda_graph and device.type == "cuda"
-        self._caches = [cache.tensors(device) for _ in decode]
+        self._caches = cache.turns(device)
         self._graphs: dict[bool, list[torch.cuda.CUDAGraph]] = {}  # of a greedy step, and of one that draws
         self._replays_itself = False
-        self._prompts = prompt_pass(prefill, cache, self._caches[0])
+        self._prompts = prompt_pass(prefill, cache, self._caches)
         self._bound: tuple[int, ...] = ()
         self._prepared: tuple[Any, ...] | None = None
         batch, zeros = cache.batch, partial(torch.zeros, dtype=torch.int64, device=device)
@@ -89,7 +89,7 @@ class CachedGenerator:
     def _ready(self, tokens: Tensor, new_tokens: int, padding: Tensor | None, sampling: Sampling | None) -> bool:
         """Have everything of a generation in place, steps captured; whether it was so before."""
         sampling = sampling or Sampling()
-        prompts, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
+        prompts, lengths = aligned(tokens, padding, cut=not self.cache.padded)
         self.cache.check(prompts.shape, new_tokens)
         asked = (*prompts.shape, new_tokens, sampling)
         was_ready = asked == self._prepared
@@ -153,10 +153,18 @@ class CachedGenerator:
         self._wait()
 
     def run_prompts(self) -> None:
-        """Launch the pass over the prompts."""
-        self._prompts.run(self.stream)
-        self._position.copy_(self._lengths)
-        self._turn = 0
+        """Launch the pass over the prompts, and a step for each token that it leaves."""
+        self._turn, rest = self._prompts.run(self.stream), self._prompts.rest
+        self._position.copy_(self._lengths).sub_(rest.shape[1])
+        for place in range(rest.shape[1]):
+            self._run_step(rest[:, place : place + 1])
+
+    def _run_step(self, token: Tensor) -> None:
+        """A step behind ``token`` [batch, 1], whatever was chosen."""
+        self._token.copy_(token)
+        self._decode[self._turn].run(self.stream)
+        self._turn = (self._turn + 1) % len(self._decode)
+        self._position.add_(1)
 
     def decode(self) -> None:
         if graphs := self._graphs.get(self._choice.greedy):
@@ -248,7 +256,7 @@ class CachedGenerator:
 
         A row of no more than ``decoded`` tokens keeps one as its prompt; before its logits, those of its prompt are
         repeated."""
-        rows, lengths = aligned(tokens, padding, cut=self.cache.turn is not None)
+        rows, lengths = aligned(tokens, padding, cut=not self.cache.padded)
         rows, lengths = rows.to(self._device), lengths.to(self._device)
         length = rows.shape[1] - decoded
         self.cache.check((len(rows), length), decoded)
@@ -260,10 +268,7 @@ class CachedGenerator:
             collected.append(self._logits.clone())
             for _ in range(decoded):
                 at = self._position.clamp(max=rows.shape[1] - 1)  # a short row has ended
-                self._token.copy_(rows.gather(1, at.unsqueeze(1)))
-                self._decode[self._turn].run(self.stream)
-                self._turn = (self._turn + 1) % len(self._decode)
-                self._position.add_(1)
+                self._run_step(rows.gather(1, at.unsqueeze(1)))
                 collected.append(self._logits.clone())
         self._wait()
         late = decoded - (lengths - self._lengths)

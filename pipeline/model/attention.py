@@ -16,7 +16,7 @@ written out, over whole numbers of heads and without float masks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,19 +35,40 @@ CHANNELS = 8
 def plain_attention(model: PreTrainedModel) -> Iterator[None]:
     """While the block runs, ``model`` computes attention by :func:`_attention`, where it would write it out otherwise
     and lets itself be told."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if attention_of(model) != "eager" or not looks_attention_up(type(model)):
+    if attention_of(model) != "eager" or not looks_attention_up(type(model)) or not _asks(model):
         yield
         return
+    with _computed_by(model, _attention):
+        yield
+
+
+@contextmanager
+def _computed_by(model: PreTrainedModel, function: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
     # Under the library's own name for it: masks are then made as for that, and bool.
     functions: AttentionInterface = ALL_ATTENTION_FUNCTIONS
-    functions["sdpa"] = _attention
+    functions["sdpa"] = function
     try:
         with attention_named(configs_of(model), "sdpa"):
             yield
     finally:
         del functions["sdpa"]  # the local entry; the library's own stands behind it
+
+
+def _asks(model: PreTrainedModel) -> bool:
+    """Whether the decoder of ``model`` takes the function that it is told.  That a class can be told says less: in GIT
+    the part that sees pictures asks, and the decoder adds whatever mask it is given to its scores, a bool one too."""
+    asked = []
+
+    def counted(*given: Any, **more: Any) -> tuple[Tensor, None]:
+        asked.append(True)
+        return _attention(*given, **more)
+
+    tokens = torch.zeros(1, 2, dtype=torch.int64, device=model.device)
+    with torch.no_grad(), _computed_by(model, counted):
+        model(input_ids=tokens, use_cache=False)
+    return bool(asked)
 
 
 def _attention(

@@ -5,6 +5,9 @@ copies the chosen experts' weights for every token: right for a few tokens, and 
 (2048 tokens of 2 experts of 0.35 GB).  So where the tokens choose more experts than there are, every expert computes
 every token here, and what was not chosen counts for nothing: experts / chosen times the work, at the matrix products'
 full speed.
+
+TensorRT's own layer for them (``add_moe``) is for compute capabilities 10.0, 10.3 and 11.0 (NVIDIA's manual, "MoE",
+2026), none of which TensorRT-RTX builds for: RTX 1.6 refuses it, in fp16 and bf16, for each one that it names.
 """
 
 from __future__ import annotations

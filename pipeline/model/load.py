@@ -128,7 +128,8 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
 
     So the same seed gives the same weights at every precision.  CPU and GPU draw different ones: a GPU draws
     a billion of them in a blink, a CPU takes tens of seconds.  Both steps go through ``from_pretrained``, which
-    fills in what is missing and knows what stays in float32 (rotary frequencies, say; ``model.half()`` does not).
+    fills in what is missing and knows what stays in float32 (rotary frequencies, say; ``model.half()`` does not).  What
+    it leaves as memory was (OpenAI GPT's products, a bias of Data2Vec's, Apertus' numbers of an activation) is seen to.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -142,8 +143,40 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
 
     with quiet(), _as_user_error(made_of):
         with _seeded(device, seed):
-            model = build({}, torch.float32)
+            with _marked():
+                model = build({}, torch.float32)
+            _fill_marked(model, made_of)
         return _ready(model if dtype == torch.float32 else build(model.state_dict(), dtype))
+
+
+@contextmanager
+def _marked() -> Iterator[None]:
+    """Memory that torch allocates and nobody writes is NaN while the block runs, as torch has it for deterministic
+    algorithms (``torch.utils.deterministic.fill_uninitialized_memory``)."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _fill_marked(model: PreTrainedModel, made_of: type) -> None:
+    """Draw the parameters of ``model`` that are NaN as transformers draws those of a linear layer, and give the buffers
+    that are the numbers that its class begins with."""
+    spread = getattr(model.config.get_text_config(), "initializer_range", None) or 0.02
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.isnan().any():
+                parameter.normal_(0.0, spread) if parameter.dim() > 1 else parameter.zero_()
+        marked = {name: each for name, each in model.named_buffers() if each.is_floating_point() and each.isnan().any()}
+        if marked:
+            from accelerate import init_empty_weights
+
+            with init_empty_weights(include_buffers=False):
+                begun = dict(made_of(model.config).named_buffers())
+            for name, each in marked.items():
+                each.copy_(begun[name])
 
 
 @contextmanager

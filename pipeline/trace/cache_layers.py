@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DummyLayer
 
 from pipeline.trace.cache_shape import CacheShape
+from pipeline.trace.cache_states import States, by_layer, made
 
 
 class HandedIn(CacheLayerMixin):
@@ -50,16 +52,47 @@ def taken(x: Tensor, tokens: Tensor) -> Tensor:
     return x.gather(2, tokens[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def results(logits: Tensor, cache: Cache) -> tuple[Tensor, ...]:
-    """``logits``, every layer's keys, every layer's values."""
-    keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
-    return (logits, *keys, *values)
+def in_order(
+    shape: CacheShape,
+    attending: Iterable[HandedIn],
+    states: Sequence[Tensor] | None = None,
+    ends: Tensor | None = None,
+) -> Cache:
+    """transformers' cache of a model's layers, as ``shape`` has them: those of ``attending``, in their order, and those
+    that have ``states``, which are in theirs; where there are none yet, a text begins, and its rows end at ``ends``."""
+    layers, kept = list(attending), by_layer(shape.states, states, ends)
+    numbers = [i for i, attends in enumerate(shape.attends or [True] * len(layers)) if attends]
+    placed = dict(zip(numbers, layers, strict=True))
+    return Cache(layers=[_joined(placed.get(i), kept.get(i)) for i in range(len(shape.attends) or len(layers))])
+
+
+def _joined(layer: HandedIn | None, states: States | None) -> Any:
+    """What keeps what both keep."""
+    if layer is None or states is None:
+        return layer or states or DummyLayer()
+    both: Any = type(type(layer).__name__, (type(layer), States), {})
+    joined = both.__new__(both)
+    vars(joined).update(vars(states) | vars(layer))
+    return joined
+
+
+def results(logits: Tensor, shape: CacheShape, cache: Cache) -> tuple[Tensor, ...]:
+    """``logits``, every layer's keys, every layer's values, every state of ``shape``."""
+    attending: list[Any] = [layer for layer in cache.layers if isinstance(layer, HandedIn)]
+    keys, values = [layer.keys for layer in attending], [layer.values for layer in attending]
+    return (logits, *keys, *values, *made(shape.states, cache))
 
 
 def caches(cache: CacheShape, device: torch.device) -> dict[str, Any]:
     """Empty ones, by the names of a program's arguments."""
-    tensors, count = cache.tensors(device), len(cache.layers)
-    return {"keys": tensors[:count], "values": tensors[count:]}
+    return by_name(cache, cache.tensors(device))
+
+
+def by_name(cache: CacheShape, tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """``tensors`` in the order of :meth:`CacheShape.specs`, by the names of a program's arguments."""
+    count, rest = len(cache.layers), cache.states_in(tensors)
+    lists = {"keys": tensors[:count], "values": tensors[count : 2 * count], "states": rest}
+    return {name: list(each) for name, each in lists.items() if each}
 
 
 def of_known_sizes(inputs: dict[str, Any]) -> dict[str, Any]:

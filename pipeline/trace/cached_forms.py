@@ -8,7 +8,7 @@ its own place in it (:func:`masks_of_rows`): the strategies prove them like any 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 from passes.errors import AS_IT_IS, RunError
 from passes.graph.cache_ops import cache_update
 from passes.proof.calls import written_out
 from pipeline.config.schema import ShapeConfig
-from pipeline.trace.cache_layers import HandedIn, caches, latest, of_known_sizes, read, results, stored, taken
+from pipeline.trace.cache_layers import HandedIn, caches, in_order, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.call_form import InputSpec, NumberFromData, Traced, example_length, exported, own_rows
+from pipeline.trace.call_form import ONE_LENGTH, InputSpec, NumberFromData, Traced, example_length, exported, own_rows
 from pipeline.trace.step_checks import is_the_model, reads_first_row
 
 WITHOUT = f"try cache=none; {AS_IT_IS}"
@@ -143,11 +143,10 @@ def masks_of_rows(position: Tensor, rings: Collection[int] = ()) -> Iterator[Non
 class PrefillForm(nn.Module):
     """Prompts in, the logits behind each prompt's last token and the filled cache out."""
 
-    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
-        """``rings``: see :class:`CacheShape`."""
+    def __init__(self, model: PreTrainedModel, cache: CacheShape) -> None:
         super().__init__()
         self.model = model
-        self.rings = tuple(rings)
+        self.cache = cache
 
     def forward(
         self,
@@ -159,14 +158,15 @@ class PrefillForm(nn.Module):
         """``input_ids`` [batch, length]; ``last`` [batch], the place of each row's last real token, where there is
         more than one row; caches as in :class:`CacheShape` that are updated in place, or none.
 
-        Returns logits [batch, 1, vocabulary], then every layer's keys and every layer's values: the caches, or
-        where none were handed in those of the prompts, of capacity ``length`` but for rings.
+        Returns logits [batch, 1, vocabulary], then every layer's keys and every layer's values, the caches or where
+        none were handed in those of the prompts, of capacity ``length`` but for rings; and every state.
         """
-        none = [None] * len(self.rings)
-        layers = zip(keys or none, values or none, self.rings, strict=True)
+        none = [None] * len(self.cache.layers)
+        layers = zip(keys or none, values or none, self.cache.rings, strict=True)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
         ends = positions[:, -1] if last is None else last
-        cache = Cache(layers=[_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers])
+        attending = [_Layer(k, v, ends, whole=False, ring=ring) for k, v, ring in layers]
+        cache = in_order(self.cache, attending, ends=last)
         output = self.model(
             input_ids=input_ids,
             position_ids=positions,
@@ -175,34 +175,38 @@ class PrefillForm(nn.Module):
             logits_to_keep=1 if last is None else last,
         )
         logits = output.logits
-        return results(logits if last is None else own_rows(logits), cache)
+        return results(logits if last is None else own_rows(logits), self.cache, cache)
 
 
 class DecodeForm(nn.Module):
     """One token a row in, the logits behind it and the updated cache out."""
 
-    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
-        """``rings``: see :class:`CacheShape`."""
+    def __init__(self, model: PreTrainedModel, cache: CacheShape) -> None:
         super().__init__()
         self.model = model
-        self.rings = tuple(rings)
+        self.cache = cache
         self.says_full = False
         """Have the cache say that it is full, for a model that makes a mask or a bias as long as its cache says that it
         is, which is a number out of a tensor (Falcon's and MPT's alibi, OPT).  What a row sees, and where its token is,
         are said by :func:`masks_of_rows` and ``position_ids``."""
 
     def forward(
-        self, input_ids: Tensor, position: Tensor, keys: list[Tensor], values: list[Tensor]
+        self,
+        input_ids: Tensor,
+        position: Tensor,
+        keys: list[Tensor] | None = None,
+        values: list[Tensor] | None = None,
+        states: list[Tensor] | None = None,
     ) -> tuple[Tensor, ...]:
-        """``input_ids`` [batch, 1]; ``position`` [batch], where each row writes; the caches.
+        """``input_ids`` [batch, 1]; ``position`` [batch], where each row writes; the caches, and every state.
 
-        Returns logits [batch, 1, vocabulary] and the caches.
+        Returns logits [batch, 1, vocabulary], the caches and the states.
         """
-        layers = zip(keys, values, self.rings, strict=True)
-        cache = Cache(
-            layers=[_Layer(k, v, position, whole=True, ring=ring, full=self.says_full) for k, v, ring in layers]
-        )
-        with masks_of_rows(position, frozenset(ring for ring in self.rings if ring is not None)):
+        rings = self.cache.rings
+        layers = zip(keys or [], values or [], rings, strict=True)
+        attending = [_Layer(k, v, position, whole=True, ring=ring, full=self.says_full) for k, v, ring in layers]
+        cache = in_order(self.cache, attending, states or [])
+        with masks_of_rows(position, frozenset(ring for ring in rings if ring is not None)):
             output = self.model(
                 input_ids=input_ids,
                 position_ids=position.unsqueeze(1),
@@ -210,7 +214,7 @@ class DecodeForm(nn.Module):
                 use_cache=True,
                 logits_to_keep=1,
             )
-        return results(output.logits, cache)
+        return results(output.logits, self.cache, cache)
 
 
 def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, device: torch.device) -> Traced:
@@ -223,11 +227,13 @@ def trace_prefill(form: PrefillForm, cache: CacheShape, shape: ShapeConfig, devi
         specs.append(InputSpec.places(cache.batch))
         inputs["last"] = torch.zeros(cache.batch, dtype=torch.int64, device=device)
     if cache.mode == "in_engine":
-        specs += cache.specs()
-        inputs |= caches(cache, device)
+        given = caches(cache, device)
+        given.pop("states", None)  # a text begins without any
+        specs += cache.specs()[: 2 * len(cache.layers)]
+        inputs |= given
     if shape.kind == "dynamic":
         dynamic = of_known_sizes(inputs) | {"input_ids": {1: Dim("length", min=shape.min, max=shape.max)}}
-    return Traced(exported(form, inputs, dynamic, WITHOUT), tuple(specs))
+    return Traced(exported(form, inputs, dynamic, WITHOUT, ONE_LENGTH), tuple(specs))
 
 
 def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> Traced:
@@ -248,9 +254,7 @@ def trace_decode(form: DecodeForm, cache: CacheShape, device: torch.device) -> T
     except NumberFromData:
         form.says_full = True
         program = exported(form, inputs, None, WITHOUT)
-    if (form.says_full or written_out(program.graph_module)) and not is_the_model(
-        program, form.model, caches(cache, device)
-    ):
+    if (form.says_full or written_out(program.graph_module)) and not is_the_model(program, form.model, cache, device):
         raise RunError(
             "export",
             f"{type(form.model).__name__} makes masks of its own for a cache that grows, and this one has a fixed "

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from passes.errors import AS_IT_IS, RunError, first_line
 from passes.graph.prepare import prepare
+from passes.private import of_torch
 from passes.tensorrt.versions import quiet
 from pipeline.config.schema import ModelConfig, ShapeConfig
 from pipeline.model.attention import plain_attention
@@ -131,7 +132,7 @@ def trace(form: CallForm, model: ModelConfig, shape: ShapeConfig, device: torch.
     if shape.kind == "dynamic":
         length = Dim("length", min=shape.min, max=shape.max)
         dynamic = {name: None if name == "last" else {1: length} for name in model.inputs}
-    return Traced(exported(form, inputs, dynamic), specs)
+    return Traced(exported(form, inputs, dynamic, of_one=ONE_LENGTH), specs)
 
 
 def example_length(shape: ShapeConfig) -> int:
@@ -139,16 +140,20 @@ def example_length(shape: ShapeConfig) -> int:
     return shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
 
 
+ONE_LENGTH = "try shape=static, which is one length; "
+
+
 class NumberFromData(RunError):
     """A program hangs on a number out of a tensor."""
 
 
 def exported(
-    form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None, remedy: str = AS_IT_IS
+    form: nn.Module, inputs: dict[str, Any], dynamic: dict[str, Any] | None, remedy: str = AS_IT_IS, of_one: str = ""
 ) -> ExportedProgram:
     """``form`` traced with ``inputs``, in the form in which masks are read; raises :class:`RunError` of kind
-    ``export``, which says ``remedy``, where torch.export cannot, and :class:`NumberFromData` where what it traced hangs
-    on the data of a tensor."""
+    ``export``, which says ``remedy``, where torch.export cannot, and before it ``of_one`` where what it is told to
+    leave open would have to be one number; and :class:`NumberFromData` where what it traced hangs on the data of a
+    tensor."""
     try:
         with torch.no_grad(), quiet(), plain_experts(form.model), plain_attention(form.model), unchanged(form):
             program = torch.export.export(
@@ -164,7 +169,8 @@ def exported(
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise RunError("export", f"torch.export: {first_line(error)}; {remedy}") from error
+        narrower = of_one if of_torch.wants_one_size(error) else ""
+        raise RunError("export", f"torch.export: {first_line(error)}; {narrower}{remedy}") from error
     for node in program.graph.nodes:
         if node.target in NUMBERS_FROM_DATA and _is_read(node):
             name = type(form.model).__name__

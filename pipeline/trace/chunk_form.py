@@ -4,7 +4,8 @@ A chunk of ``cache.chunk`` tokens is written into the cache, and its queries see
 themselves: the first S of them, of which the chunk's own are the last.  So one program serves every chunk of every
 prompt that the cache holds, in memory that does not grow with the prompt; its mask hangs on sizes alone, and is proved
 lower-right causal at every S.  The last chunk of a prompt is filled up behind its tokens, where causality hides it:
-there is no other length than the chunk's, and so nothing that is compiled for a prompt's.
+there is no other length than the chunk's, and so nothing that is compiled for a prompt's.  States have no place for
+what is hidden: of a model that keeps any, a chunk is full, and the tokens behind the last one are run as steps are.
 
 Of a layer with a ring the queries see what the ring holds, in the order of the tokens, and the chunk's own behind it:
 the last M tokens up to the chunk's end, or all there are.  Again the mask hangs on sizes alone.  The ring then takes
@@ -13,17 +14,17 @@ the latest of a row's own tokens; what fills the last chunk up, and what follows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
-from transformers import Cache, PreTrainedModel
+from transformers import PreTrainedModel
 
+from passes.errors import RunError
 from passes.graph.cache_ops import cache_read, cache_update
-from pipeline.trace.cache_layers import HandedIn, caches, latest, of_known_sizes, read, results, stored, taken
+from pipeline.trace.cache_layers import HandedIn, caches, in_order, latest, of_known_sizes, read, results, stored, taken
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.cached_forms import WITHOUT
 from pipeline.trace.call_form import InputSpec, Traced, exported, own_rows
@@ -107,40 +108,41 @@ class _Layer(HandedIn):
 class ChunkForm(nn.Module):
     """A chunk of each prompt in, the logits behind one token of each and the caches with the chunk in them out."""
 
-    def __init__(self, model: PreTrainedModel, rings: Sequence[int | None]) -> None:
-        """``rings``: see :class:`CacheShape`."""
+    def __init__(self, model: PreTrainedModel, cache: CacheShape) -> None:
         super().__init__()
         self.model = model
-        self.rings = tuple(rings)
+        self.cache = cache
 
     def forward(
         self,
         input_ids: Tensor,
         last: Tensor,
         places: Tensor,
-        keys: list[Tensor],
-        values: list[Tensor],
+        keys: list[Tensor] | None = None,
+        values: list[Tensor] | None = None,
+        states: list[Tensor] | None = None,
         real: Tensor | None = None,
         near: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """``input_ids`` [batch, chunk]; ``last`` [batch], the place in the chunk of the token behind which each row's
         logits are asked for; ``places`` [1, S], 0 .. S - 1: the tokens' positions, the last ``chunk`` of them this
-        chunk's; the caches.  Where there are rings, ``real`` [batch], how many of the chunk's tokens are the row's own,
-        and ``near`` [1, M], the last of ``places``: those of the tokens before it that a ring holds, and of its own.
+        chunk's; the caches and every state.  Where there are rings, ``real`` [batch], how many of the chunk's tokens
+        are the row's own, and ``near`` [1, M], the last of ``places``: those of the tokens before it that a ring holds,
+        and of its own.
 
-        Returns logits [batch, 1, vocabulary] and the caches.
+        Returns logits [batch, 1, vocabulary], the caches and the states.
         """
         batch, length = input_ids.shape
         own = places[:, -length:]
         position = own[:, 0].expand(batch)
         kept: dict[int | None, _Kept] = {None: _Whole(places, position)}
         if real is not None and near is not None:
-            (ring,) = {each for each in self.rings if each is not None}
+            (ring,) = {each for each in self.cache.rings if each is not None}
             kept[ring] = _Ring.of(ring, near, position, real)
-        layers = zip(keys, values, self.rings, strict=True)
-        cache = Cache(layers=[_Layer(k, v, kept[each], places, length) for k, v, each in layers])
+        layers = zip(keys or [], values or [], self.cache.rings, strict=True)
+        cache = in_order(self.cache, [_Layer(k, v, kept[each], places, length) for k, v, each in layers], states or [])
         output = self.model(input_ids=input_ids, position_ids=own, cache=cache, use_cache=True, logits_to_keep=last)
-        return results(own_rows(output.logits), cache)
+        return results(own_rows(output.logits), self.cache, cache)
 
 
 def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.device) -> Traced:
@@ -165,4 +167,11 @@ def trace_chunk(form: ChunkForm, cache: CacheShape, chunk: int, device: torch.de
         inputs["real"] = torch.ones(batch, dtype=torch.int64, device=device)
         inputs["near"] = inputs["places"][:, : min(chunk + 11, seen)].clone()
     dims = {spec.name: {1: Dim(f"seen_{spec.name}", min=spec.min, max=spec.max)} for spec in specs if spec.dynamic}
-    return Traced(exported(form, inputs, of_known_sizes(inputs) | dims if dims else None, WITHOUT), tuple(specs))
+    program = exported(form, inputs, of_known_sizes(inputs) | dims if dims else None, WITHOUT)
+    if any(not node.users for node in program.graph.find_nodes(op="placeholder") if node.name.startswith("states_")):
+        raise RunError(
+            "export",
+            f"{type(form.model).__name__} takes several tokens at once for the begin of a text, whatever its states "
+            f"are, so that its prompts cannot be cut; {WITHOUT}",
+        )
+    return Traced(program, tuple(specs))

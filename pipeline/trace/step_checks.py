@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
 
 from passes.proof.claims import ancestors
+from pipeline.trace.cache_layers import by_name, caches
+from pipeline.trace.cache_shape import CacheShape
 
 ALLOWED = 0.05
 """Relative error of logits behind three tokens: far above any rounding, and far below one key too many."""
 
 
-def is_the_model(program: ExportedProgram, model: nn.Module, caches: Mapping[str, list[Tensor]]) -> bool:
+def is_the_model(program: ExportedProgram, model: nn.Module, cache: CacheShape, device: torch.device) -> bool:
     """Whether three tokens, one by one through the step's ``program``, come to what ``model`` makes of them together.
 
     For attention that is written out: no mask of it is proved, and its own code may have made one for a cache that
-    grows (GPT-Neo); and for a model that was told that its cache is full.  ``caches``: empty ones, by
-    name.  What is built is verified later all the same."""
+    grows (GPT-Neo); and for a model that was told that its cache is full.  What is built is verified later all the
+    same."""
     try:
-        return _agrees(program, model, caches)
+        return _agrees(program, model, cache, device)
     except (IndexError, RuntimeError) as error:  # of what the program comes upon; memory is another matter
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return False
 
 
-def _agrees(program: ExportedProgram, model: nn.Module, caches: Mapping[str, list[Tensor]]) -> bool:
-    step, given, batch = program.module(), dict(caches), len(caches["keys"][0])
-    count, device = len(given["keys"]), given["keys"][0].device
+def _agrees(program: ExportedProgram, model: nn.Module, cache: CacheShape, device: torch.device) -> bool:
+    step, given, batch = program.module(), caches(cache, device), cache.batch
     tokens = torch.arange(1, 4, device=device).expand(batch, -1)
     with torch.no_grad():
         for place in range(tokens.shape[1]):
             position = torch.full((batch,), place, device=device)
             logits, *made = step(input_ids=tokens[:, place : place + 1], position=position, **given)
-            given = {"keys": made[:count], "values": made[count:]}
+            given = by_name(cache, made)
         expected: Any = model(input_ids=tokens, use_cache=False).logits[:, -1:].float()
     return bool((logits.float() - expected).norm() <= expected.norm() * ALLOWED)
 

@@ -117,7 +117,7 @@ def open_generator(folder: Path, cuda_graph: bool = True, kernels: Path | None =
         engines = pool.map(read_engine, (prompts, steps))
         prefill = Session(stack, next(engines)[1], kernels)
         decode = Session(stack, next(engines)[1], decode_kernels)
-    turns = [decode] if cache.mode == "in_engine" else [decode, decode.twin()]
+    turns = [decode, *(decode.twin() for _ in range(1, cache.steps))]
     return CachedGenerator(prefill, turns, cache, decode.shape("output0")[-1], torch.device("cuda"), cuda_graph)
 
 
@@ -137,11 +137,10 @@ def graph_generator(
 ) -> CachedGenerator:
     """The generator of a run with a KV cache, from the programs that its engines were made from, on the CPU."""
     modules, arithmetic = {name: each.program.module() for name, each in programs.items()}, on_cpu(precision)
-    prefill, decode, twin = (
+    prefill, *turns = (
         GraphSession(modules[name], tuple(spec.name for spec in programs[name].inputs), arithmetic)
-        for name in ("engine", "decode", "decode")
+        for name in ("engine", *["decode"] * cache.steps)
     )
-    turns = [decode] if cache.mode == "in_engine" else [decode, twin]
     return CachedGenerator(prefill, turns, cache, vocabulary, torch.device("cpu"))
 
 
@@ -168,11 +167,11 @@ def _cached(
 
     def forward(inputs: dict[str, Tensor]) -> Tensor:
         tokens, real = inputs["input_ids"], inputs.get("attention_mask")
-        decoded = max(min(DECODED, tokens.shape[1] - least), tokens.shape[1] - most)
+        longest = tokens.shape[1] if real is None or generator.cache.padded else int(real.sum(1).max())
+        decoded = max(min(DECODED, longest - least), longest - most, 0)
         if shape.kind == "static":
-            decoded = tokens.shape[1] - most
-        decoded = max((n for n in range(decoded + 1) if tokens.shape[1] - n in exact), default=decoded)
-        longest = tokens.shape[1] if turn is None or real is None else int(real.sum(1).max())
+            decoded = longest - most
+        decoded = max((n for n in range(decoded + 1) if longest - n in exact), default=decoded)
         if turn is not None and longest - decoded <= turn < longest:
             decoded = longest - turn - 1  # a sequence that began before it may not cross it
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
