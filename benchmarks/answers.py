@@ -102,6 +102,8 @@ def served(model: Path, on_cpu: str | None) -> Iterator[Callable[[dict[str, Any]
                 break
             except URLError:
                 time.sleep(0.5)
+        else:
+            raise SystemExit(f"{model}: its server did not answer (exit code {process.poll()})")
         yield ask
     finally:
         with contextlib.suppress(ProcessLookupError):

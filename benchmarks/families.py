@@ -29,6 +29,8 @@ SIZES: dict[str, Any] = TINY | {
     "linear_head_dim": 16, "linear_num_heads": 4,
     "linear_num_key_heads": 4, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "ple_embed_dim": 64,
+    # bytes in patches
+    "hidden_size_global": 64, "encoder_hash_byte_group_vocab": 96,
     # indexers of sparse attention
     "index_n_heads": 2, "index_head_dim": 16, "index_topk": 64,
 }  # fmt: skip
@@ -117,15 +119,42 @@ NAMED: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": ("mamba2", {"num_heads": 8}),
 }  # fmt: skip
 
+INDEXERS = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 64,
+            "indexer_compress_ratio": 4}  # fmt: skip
+SHARED = {"num_hidden_layers": 4, "layer_types": [SLIDING, FULL] * 2, "num_kv_shared_layers": 2}
+"""The keys and values of two layers are those of the two before."""
+GEMMA3N = SHARED | {"activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0], "intermediate_size": 64}
+WITHOUT_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+GEMMA4 = {"per_layer_config": {"1": {"head_dim": 512}}}
+
 OWN: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "dots1": {"n_shared_experts": 1},
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", FULL], "num_hidden_layers": 2},
     "phi4_multimodal": {"vision_config": None, "audio_config": None},
     "zaya": {"num_experts_per_tok": 1},
-    "gemma3n_text": {"activation_sparsity_pattern": [0.0, 0.0], "num_hidden_layers": 2},
+    "gemma3n": {"text_config": GEMMA3N},
+    "gemma3n_text": GEMMA3N,
+    "gemma4": {"text_config": GEMMA4 | {"attention_k_eq_v": True, "hidden_size_per_layer_input": 0,
+                                        "use_bidirectional_attention": "vision"}},
+    "gemma4_text": SHARED | {"use_double_wide_mlp": True},
+    "gemma4_unified": {"text_config": GEMMA4},
+    "gemma4_assistant": {"text_config": GEMMA4 | WITHOUT_INPUTS},
+    "gemma4_unified_assistant": {"text_config": GEMMA4},
+    "dory": {"num_hidden_layers": 3, "layer_types": [SLIDING, FULL, SLIDING], "n_input_layers": 1,
+             "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "cohere_compass_text": {"rope_parameters": {FULL: {"rope_type": "default", "rope_theta": 10000.0,
+                                                       "mrope_section": [4, 2, 2]}}},
+    "qwen4_exp_text": INDEXERS,
+    "zamba": {"num_hidden_layers": 4, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [8, 8]},
+    "rwkv": {"num_hidden_layers": 2},
 }  # fmt: skip
 """Of families without a row above: what their config has beside SIZES."""
+
+NEEDED = {"gemma4_assistant": {"text_config": {"model_type": "gemma4_text"} | WITHOUT_INPUTS}}
+"""What transformers' own default of a family has to be told, or it refuses it."""
 
 
 def names() -> list[str]:
@@ -157,13 +186,15 @@ def described(name: str) -> dict[str, Any]:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     model_type, own = NAMED.get(name, (name, OWN.get(name, {})))
-    default = AutoConfig.for_model(model_type).to_dict()
+    default = AutoConfig.for_model(model_type, **NEEDED.get(name, {})).to_dict()
     if name not in NAMED and default.get("is_decoder") is False:
         own = own | {"is_decoder": True}
-    sizes = _small(default)
+    small = _small(default)
     if name in RECURRENT:
-        sizes |= {key: 256 for key in POSITIONS if key in default}
-    made: dict[str, Any] = AutoConfig.for_model(model_type, **(sizes | own)).to_dict()
+        small |= {key: 256 for key in POSITIONS if key in default}
+    for key, value in own.items():
+        small[key] = small[key] | value if isinstance(value, dict) and key in small else value
+    made: dict[str, Any] = AutoConfig.for_model(model_type, **small).to_dict()
     return made | {"model_type": model_type, "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]]}
 
 

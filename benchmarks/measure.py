@@ -101,6 +101,8 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], help="a setting for every sweep: sweep.builders=8")
     parser.add_argument("--dry-run", action="store_true", help="print the sweeps")
     asked = parser.parse_args()
+    if str(asked.to) in PARTS:  # no folder was named
+        asked.to, asked.parts = None, [str(asked.to), *asked.parts]
     if unknown := [part for part in asked.parts if part not in PARTS]:
         parser.error(f"{unknown[0]}: no such part; there are {', '.join(PARTS)}")
     commands = [[sys.executable, "-m", "pipeline", *each] for each in sweeps(asked.parts or PARTS, asked.set)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import math
@@ -21,24 +22,25 @@ from torch.export import export
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from benchmarks import architectures
+from benchmarks import architectures, families
 from passes.errors import RunError, UserError
 from passes.graph.rewrite import rewrite
 from passes.tensorrt import missing, network_form
 from passes.tensorrt.versions import load_stack
 from pipeline.__main__ import compose_config
-from pipeline.config.schema import BackendConfig, Config, ModelConfig
+from pipeline.config.schema import BackendConfig, CacheConfig, Config, ModelConfig, ShapeConfig
 from pipeline.engine import network as compile
 from pipeline.engine import programs
 from pipeline.engine.build import build_engine
 from pipeline.model import load
 from pipeline.model.experts import plain_experts
 from pipeline.model.load import LoadedModel
+from pipeline.model.positions import positions_of
 from pipeline.record.console import StageDisplay
 from pipeline.run import Outcome
 from pipeline.trace import cached_forms
 from pipeline.trace.cache_shape import CacheShape
-from pipeline.trace.call_form import CallForm, InputSpec, exported
+from pipeline.trace.call_form import CallForm, InputSpec, exported, trace
 
 CPU = torch.device("cpu")
 SIZES = {"max_position_embeddings": 256, "n_positions": 256, "sliding_window": None}
@@ -88,9 +90,9 @@ def networks(
     config, stack, made = settings(name, cache, inputs), load_stack(), loaded(name, "fp16")
     found = {}
     _, traces = programs.with_rings(made.model, config.model, config.shape, cache_of(config, made))
-    for part, trace in traces.items():
+    for part, traced_as in traces.items():
         if part in parts:
-            traced = trace()
+            traced = traced_as()
             program = rewrite(traced.program, "detect_causal", "mask").program
             lowered = compile.lower(stack, program, traced.inputs, config.backend, "fp16")
             found[part] = compile.interpret(stack, lowered, compile.ours(cache == "in_engine"))
@@ -236,6 +238,10 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         lambda x: (x * 3).long().floor() + (x * 3).floor(),
         lambda x: (x * 9).long() / 4 + (x * 9).long() / torch.tensor(7),
         lambda x: torch.cat(x.max(1, keepdim=True), -1),
+        lambda x: x.index_put((x > 0,), torch.tensor(7.0)),
+        lambda x: x.index_put((x[..., 0] > 0,), x[0, :1] + 1),
+        lambda x: (x @ x.transpose(1, 2))[:, -2:],
+        lambda x: torch.ops.prims.broadcast_in_dim(x.sum(1), [3, 2, 8, 1], [1, 2]),
     ],
     ids=[
         "begin",
@@ -250,6 +256,10 @@ def test_elements_are_gathered_at_a_dynamic_length() -> None:
         "rounded",
         "quotients",
         "largest, kept",
+        "places",
+        "rows",
+        "last rows",
+        "axes put in",
     ],
 )
 def test_the_form_that_converters_need_computes_the_same(write: Any) -> None:
@@ -261,6 +271,42 @@ def test_the_form_that_converters_need_computes_the_same(write: Any) -> None:
     graph.graph.lint()
 
     assert torch.equal(graph(x), expected)
+
+
+def test_what_is_written_at_the_places_of_a_mask_is_chosen() -> None:
+    def write(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[x == 2] = 0
+        return x.index_put((x[:, 0] > 0,), x[0])
+
+    made = lowered(write, torch.randint(4, (1, 8)))
+    network_form.prepare(made.graph)
+    used = {node.target for node in made.graph.graph.nodes}
+    assert torch.ops.aten.where.self in used and torch.ops.aten.index_put.default not in used
+    assert build(compile.interpret(load_stack(), made, compile.ours())) is not None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.transpose(0, 1) <= x)[-1:].float(),  # a mask's last row: Gemma 4's layers that share keys
+        lambda x: (x + x.transpose(0, 1)).std(-1, keepdim=True, unbiased=False),  # Gemma 3n's sparse MLP
+    ],
+    ids=["last row", "kept axis"],
+)
+def test_what_converters_miss_where_two_lengths_are_open_is_built(function: Any) -> None:
+    made = compile.interpret(load_stack(), lowered(function, torch.rand(1, 8)), compile.ours())
+    assert build(made) is not None
+
+
+def test_what_is_written_place_by_place_or_added_stays_as_it_is() -> None:
+    def write(x: Tensor) -> Tensor:
+        made = x.index_put((x[:, 0, 0].long(),), torch.tensor(7.0))
+        return made.index_put((x > 0,), torch.tensor(1.0), accumulate=True).index_put((x > 0,), x.flatten())
+
+    graph = program_of(write, torch.ones(2, 3, 8)).module()
+    network_form.prepare(graph)
+    assert [node.target for node in graph.graph.nodes].count(torch.ops.aten.index_put.default) == 3
 
 
 def test_bools_have_logical_operations_and_whole_numbers_keep_theirs() -> None:
@@ -318,6 +364,60 @@ def test_tensorrt_has_its_layer_of_experts_for_no_gpu_that_it_builds_for() -> No
         config.num_compute_capabilities = 1
         config.set_compute_capability(target, 0)
         assert builder.build_serialized_network(net, config) is None, target
+
+
+# What a config says of more than text
+
+
+def of_family(name: str) -> ModelConfig:
+    return ModelConfig(name, weights="random", inputs=["input_ids"], architecture=families.described(name))
+
+
+def test_a_decoder_of_text_alone_is_built_of_the_part_of_a_config_that_is_about_text() -> None:
+    made = load.load(of_family("emu3"), "fp32", CPU, 0, lambda _: None).model
+    assert made.config.model_type == "emu3_text_model"
+    assert made(input_ids=torch.arange(3)[None]).logits.shape == (1, 3, families.SIZES["vocab_size"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="the package is here")
+def test_a_package_that_transformers_needs_for_a_model_is_named() -> None:
+    with pytest.raises(UserError, match=r"Gemma3nForConditionalGeneration \(.*timm.*\); install it$"):
+        load.load(of_family("gemma3n"), "fp32", CPU, 0, lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        (
+            "dbrx",
+            r"^DbrxForCausalLM does what the numbers in a tensor decide \(for expert_idx in expert_hit:\), and no ",
+        ),
+        ("rwkv", "^RwkvForCausalLM is another program at another length: a loop over tokens, "),
+    ],
+)
+def test_what_cannot_be_traced_says_what_of_the_models_code_is_in_the_way(name: str, why: str) -> None:
+    config, shape = of_family(name), ShapeConfig("dynamic", 1, 2, 16, 32)
+    form = CallForm(load.load(config, "fp32", CPU, 0, lambda _: None).model, "last")
+    with pytest.raises(RunError, match=why):
+        trace(form, config, shape, CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("reformer", r"^ReformerModelWithLMHead does not run on tokens alone \(mixed dtype.*\); set another precision"),
+        ("rwkv", "^cache=in_engine: RwkvForCausalLM keeps no keys and values; set cache=none$"),
+    ],
+)
+def test_a_cache_is_not_blamed_for_what_a_model_does_without_one(name: str, why: str) -> None:
+    made = load.load(of_family(name), "fp16", CPU, 0, lambda _: None).model
+    with pytest.raises(UserError, match=why):
+        programs.cache_of(made, CacheConfig("in_engine"), ShapeConfig("dynamic", 1, 2, 16, 32), None)
+
+
+@pytest.mark.parametrize(("name", "longest"), [("xlnet", None), ("gemma4", 64), ("gpt2", 64)])
+def test_a_model_may_have_positions_without_end(name: str, longest: int | None) -> None:
+    assert positions_of(AutoConfig.for_model(**families.described(name))) == longest
 
 
 # What is refused

@@ -9,10 +9,11 @@ import pytest
 import tiny
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from passes.errors import RunError
 from passes.graph import ops
-from passes.graph.rewrite import DECOMPOSITIONS, rewrite
+from passes.graph.rewrite import DECOMPOSITIONS, in_aten, rewrite
 from passes.graph.rewritten import Rewritten
 from passes.graph.writing import SDPA
 from passes.proof.calls import find_calls, unrepeated
@@ -124,6 +125,20 @@ def test_a_window_is_handed_over_as_a_mask_where_that_was_asked_for() -> None:
     with torch.no_grad():
         windowed = tiny.model("mistral", sliding_window=63)(**inputs).logits
     assert torch.equal(tiny.logits(rewritten.program, **inputs), windowed)
+
+
+def test_attention_may_be_laid_out_in_any_way_before_a_view_of_what_is_computed_from_it() -> None:
+    """A gate between attention and its output (Beam, LFM 3): the product has attention's strides."""
+
+    def gated(x: Tensor) -> Tensor:
+        heads = x.view(1, -1, 4, 16).transpose(1, 2)
+        out = scaled_dot_product_attention(heads, heads, heads, is_causal=True).transpose(1, 2)
+        return (out * x.view(1, -1, 4, 16).sigmoid()).view(1, -1, 64)
+
+    x = torch.randn(1, 9, 64)
+    program = tiny.program_of(gated, x, dynamic=({1: tiny.length(2, 12)},))
+    made = in_aten(rewrite(program, "detect_causal", "mask").program)
+    torch.testing.assert_close(made.module()(x), gated(x))
 
 
 # -- what is written into the graph and the records --------------------------------------------------

@@ -19,6 +19,7 @@ import z3
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, Node
+from torch.nn.functional import pad
 
 from passes.proof import terms
 from passes.proof.calls import find_calls
@@ -261,6 +262,8 @@ DYNAMIC: dict[str, Callable[[Tensor], Tensor]] = {
     "choice": lambda x: torch.where(torch.arange(x.shape[0]) < 3, torch.arange(x.shape[0]), -x.shape[0]),
     "running maximum": lambda x: (torch.arange(x.shape[0]) >= 0).long().cummax(0).values + torch.arange(x.shape[0]),
     "size as a number": lambda x: torch.arange(x.shape[0]) + (x.shape[0] // 2) * 4 - x.shape[0] % 3,
+    "padding": lambda x: pad(torch.arange(x.shape[0]), (2, 3), value=-1),
+    "padding with nothing": lambda x: pad(torch.arange(x.shape[0]), (1, 0)),
     "largest size": lambda x: torch.arange(x.shape[0]) + max(x.shape[0], 5),
 }
 

@@ -25,6 +25,7 @@ from passes.graph.lowerings.lowering import Action, BackEnd
 from passes.graph.prepare import prepare
 from passes.graph.row_narrowing import narrow
 from passes.graph.strategies import Decision, Strategy
+from passes.graph.writing import allow_any_layout
 from passes.proof.calls import AttentionCall, find_calls, native_gqa, written_out
 from passes.proof.masks import Proof, Prover, Status, prover_of
 
@@ -109,7 +110,10 @@ def lowered(work: Work) -> int:
             call = replace(call, mask=None)  # no evidence for every input, so it does not stay beside the claim
         call = replace(call, sees_keys=every_row_sees_a_key(call, each.proof), proved=each.proof.mask)
         each.decision.lowering.write(work.program.graph_module.graph, call)
-    return sum(each.decision.lowering.action is not Action.UNTOUCHED for each in work.attention)
+    written = sum(each.decision.lowering.action is not Action.UNTOUCHED for each in work.attention)
+    if written:
+        allow_any_layout(work.program.graph_module.graph)
+    return written
 
 
 def rows_narrowed(work: Work) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
@@ -22,7 +24,7 @@ def prepare(program: ExportedProgram) -> ExportedProgram:
 
     ``run_decompositions({})`` gives it, by tracing the whole program again.  Most models are exported without a
     mutation or a nested graph; all it would do for them is to spell out ``to`` and ``reshape``, so that is done
-    here, in place, in a hundredth of the time; and so is ``type_as``, which it keeps.
+    here, in place, in a hundredth of the time; and so are ``type_as`` and ``pad``, which it keeps.
     """
     if not all(_is_functional(node) for node in _operations(program)):
         program = program.run_decompositions({})
@@ -33,6 +35,11 @@ def prepare(program: ExportedProgram) -> ExportedProgram:
             node.target = torch.ops.aten.alias.default
             if dtype != source.meta["val"].dtype:
                 node.target, node.kwargs = torch.ops.aten._to_copy.default, {"dtype": dtype}
+        elif node.target is torch.ops.aten.pad.default:
+            given: tuple[Any, ...] = (*node.args, *("constant", None)[len(node.args) - 2 :])
+            padded, sizes, mode, number = given
+            if mode == "constant":
+                node.target, node.args = torch.ops.aten.constant_pad_nd.default, (padded, sizes, number or 0)
     program.graph_module.recompile()
     return program
 

@@ -18,8 +18,6 @@ from passes.proof.calls import AttentionCall
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-LAYOUTS = (aten.reshape.default, aten.transpose.int, aten.permute.default, aten.squeeze.dim, ops.BLANKED)
-"""Whose result is laid out by what they read."""
 
 
 def made_in(graph: Graph, target: Any, *args: Any, **kwargs: Any) -> Node:
@@ -40,7 +38,7 @@ def put(
         query, key, value = _aligned(graph, call)
         if target is SDPA and query.meta["val"].shape[1] != key.meta["val"].shape[1]:
             kwargs["enable_gqa"] = True
-        new = made = made_in(graph, target, query, key, value, *rest, **kwargs)
+        new = made_in(graph, target, query, key, value, *rest, **kwargs)
         if blanked:
             new = made_in(graph, ops.BLANKED, new, call.mask)
         for _ in range(4 - output.meta["val"].dim()):
@@ -49,7 +47,6 @@ def put(
     output.replace_all_uses_with(new)
     for node in dict.fromkeys((*call.node.users, call.node) if output is not call.node else (call.node,)):
         graph.erase_node(node)
-    _allow_any_layout(made)
 
 
 def _output(call: AttentionCall) -> Node:
@@ -108,10 +105,8 @@ def _spread(graph: Graph, tensor: Node, batch: Node, heads: int) -> Node:
     return made_in(graph, aten.reshape.default, repeated, [size_of(graph, tensor, 0), heads, rows, channels])
 
 
-def _allow_any_layout(node: Node) -> None:
-    """Turn the views that follow ``node`` into reshapes: each attention kernel has its own output strides."""
-    for user in node.users:
-        if user.target is aten.view.default:
-            user.target = aten.reshape.default
-        if user.target in LAYOUTS:
-            _allow_any_layout(user)
+def allow_any_layout(graph: Graph) -> None:
+    """Turn views into reshapes, which they are wherever they can be: each attention kernel has its own output strides,
+    and what is computed from its result, element by element, takes them over."""
+    for node in graph.find_nodes(op="call_function", target=aten.view.default):
+        node.target = aten.reshape.default

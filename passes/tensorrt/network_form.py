@@ -5,6 +5,10 @@
 * What is written into a slice of a tensor is scattered element by element, which fails where a length is dynamic.
   Along an axis of known size it stands between what the tensor has before and behind it; into every n-th place
   (Qwen 3.5's rotary angles) it is chosen out of both.
+* What is written at the places of a mask is chosen there (Gemma 3 has no embedding of its image tokens): the layer that
+  would write it takes places, and how many those are is not known before they are seen.
+* The last n of a tensor of which two axes are open come out with the wrong size along the other: where they begin is
+  counted from the front.
 * A number that is scattered is made a constant of double precision where the sizes are known, which TensorRT has not.
 * Torch-TensorRT knows of a bitwise operation on bools only by a note that constants do not have; on bools they are the
   logical ones.
@@ -12,12 +16,13 @@
 * The greater of two sizes of which one is known to be: that one.  There is no layer that would choose.
 * Whole numbers over whole numbers are none in PyTorch, and truncated ones in TensorRT: they are cast before.
 * A whole number rounded is that number; TensorRT rounds no others (Ministral 3 scales queries by such a one).
+* ``broadcast_in_dim``, in which decompositions keep an axis that they summed over, is there in other words.
 * What ``empty`` holds is undefined, so zeros will do; there is no layer for it.
 """
 
 from __future__ import annotations
 
-from operator import getitem
+import operator
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from passes.graph import weights
+from passes.graph.writing import is_one
 from passes.proof.op_kinds import RESHAPES
 from passes.proof.sizes import bounds_of
 
@@ -48,6 +54,12 @@ def prepare(graph: GraphModule) -> int:
             _write_known_sizes(node)
         elif node.target is aten.slice_scatter.default and "val" in node.meta:
             _put_between(graph, node)
+        elif node.target is aten.slice.Tensor and _is_an_end_among_open_axes(node):
+            _count_from_front(node)
+        elif node.target is torch.ops.prims.broadcast_in_dim.default:
+            _lift_and_expand(node)
+        elif node.target is aten.index_put.default and _is_one_for_all_places(node):
+            _choose_at_places(node)
         elif node.target is aten.scatter.value and "val" in node.args[2].meta:
             _spell_out_number(node)
         elif node.target in LOGICAL and node.meta["val"].dtype == torch.bool:  # then so are what it reads
@@ -107,6 +119,63 @@ def _put_between(module: GraphModule, node: Node) -> None:
     node.target, node.args = aten.index_select.default, (both, dim, chosen)
 
 
+def _is_an_end_among_open_axes(node: Node) -> bool:
+    """Whether a slice is the last n along an axis that has as many at every length, and another axis is open too."""
+    default: tuple[Any, ...] = (0, None, None, 1)
+    given: tuple[Any, ...] = node.args
+    source, dim, start, end, step = given + default[len(given) - 1 :]
+    sizes = source.meta["val"].shape
+    is_open = [not isinstance(size, int) for size in sizes]
+    if not (isinstance(start, int) and start < 0 and step == 1 and is_open[dim] and sum(is_open) > 1):
+        return False
+    least, _ = bounds_of(sizes[dim])
+    return end in (None, torch.iinfo(torch.int64).max) and _reaches(least, -start)
+
+
+def _count_from_front(node: Node) -> None:
+    given: tuple[Any, ...] = node.args
+    source, dim, start = given[:3]
+    with node.graph.inserting_before(node):
+        size = node.graph.call_function(aten.sym_size.int, (source, dim))
+        size.meta["val"] = source.meta["val"].shape[dim]
+        first = node.graph.call_function(operator.add, (size, start))
+        first.meta["val"] = size.meta["val"] + start
+    node.args = (source, dim, first, size)
+
+
+def _lift_and_expand(node: Node) -> None:
+    given: tuple[Any, ...] = node.args
+    source, sizes, axes = given
+    with node.graph.inserting_before(node):
+        for axis in sorted(set(range(len(sizes))) - set(axes)):
+            lifted = node.graph.call_function(aten.unsqueeze.default, (source, axis))
+            lifted.meta["val"] = source.meta["val"].unsqueeze(axis)
+            source = lifted
+    node.target, node.args = aten.expand.default, (source, sizes)
+    _write_known_sizes(node)
+
+
+def _is_one_for_all_places(node: Node) -> bool:
+    """Whether ``index_put`` writes the same thing at each place of one mask, which is over the first axes."""
+    given: tuple[Any, ...] = node.args
+    whole, (mask, *others), written, *adds = given
+    if others or mask is None or any(adds) or mask.meta["val"].dtype != torch.bool:
+        return False
+    own, piece = whole.meta["val"].dim() - mask.meta["val"].dim(), written.meta["val"]
+    return bool(piece.dim() <= own or (piece.dim() == own + 1 and is_one(piece.shape[0])))
+
+
+def _choose_at_places(node: Node) -> None:
+    given: tuple[Any, ...] = node.args
+    whole, (mask,), written = given[:3]
+    with node.graph.inserting_before(node):
+        for _ in range(node.meta["val"].dim() - mask.meta["val"].dim()):
+            lifted = node.graph.call_function(aten.unsqueeze.default, (mask, -1))
+            lifted.meta["val"] = mask.meta["val"].unsqueeze(-1)
+            mask = lifted
+    node.target, node.args = aten.where.self, (mask, written, whole)
+
+
 def _as_first_of_topk(node: Node) -> None:
     graph, (source, axis, *keep) = node.graph, node.args
     values = node.meta["val"]
@@ -115,7 +184,7 @@ def _as_first_of_topk(node: Node) -> None:
         first = graph.call_function(aten.topk.default, (source, 1, axis))
         first.meta["val"] = tuple(each if kept else each.unsqueeze(axis) for each in values)
         for user in list(node.users):  # each takes one of the two
-            made = graph.call_function(getitem, (first, user.args[1]))
+            made = graph.call_function(operator.getitem, (first, user.args[1]))
             made.meta["val"] = first.meta["val"][user.args[1]]
             if not kept:
                 made = graph.call_function(aten.squeeze.dim, (made, axis))

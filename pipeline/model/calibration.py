@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from passes.errors import RunError
+from pipeline.model.positions import positions_of
 from pipeline.model.real_text import LETTERS, real_text
 from pipeline.model.text import tokens_for
 
@@ -34,7 +35,7 @@ def samples(loaded: LoadedModel, asked: CalibrationConfig, seed: int, usual: int
     """
     seed = seed if asked.seed is None else asked.seed
     count = usual if asked.samples is None else asked.samples
-    limit = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None) or asked.length
+    limit = positions_of(loaded.model.config) or asked.length
     length = min(asked.length, limit)
     if loaded.tokenizer is None:
         return tokens_for(loaded, count, length, seed)

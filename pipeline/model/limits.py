@@ -8,6 +8,7 @@ from passes.errors import UserError
 from passes.precision import PRECISIONS
 from pipeline.config.schema import BackendConfig, GenerateShape, ShapeConfig
 from pipeline.model.load import LoadedModel
+from pipeline.model.positions import positions_of
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.model.text import token_batch, tokens_for
 from pipeline.private.of_transformers import has_flex_attention
@@ -23,7 +24,7 @@ def check_fit(
     at which it turns them otherwise, and for a tokenizer of another model.  ``one_length``: shorter sequences are to
     run at ``shape.max`` too."""
     described = loaded.model.config.get_text_config()
-    limit = getattr(described, "max_position_embeddings", None)
+    limit = positions_of(described)
     if limit is not None and shape.max > limit:
         raise UserError(f"shape.max={shape.max}: above max_position_embeddings={limit} of {loaded.source}")
     total = 0 if generate is None else generate.input_length + generate.output_length

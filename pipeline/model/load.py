@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from passes.errors import UserError, whole_message
+from passes.errors import UserError, message_line, whole_message
 from passes.precision import PRECISIONS, Kind
 from passes.quantised import QuantisedWeight
 from pipeline.config.schema import ModelConfig
@@ -131,9 +131,7 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
     fills in what is missing and knows what stays in float32 (rotary frequencies, say; ``model.half()`` does not).  What
     it leaves as memory was (OpenAI GPT's products, a bias of Data2Vec's, Apertus' numbers of an activation) is seen to.
     """
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    made_of = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    made_of, config = _class_of(config)
 
     def build(weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
         return made_of.from_pretrained(
@@ -147,6 +145,15 @@ def _random(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, 
                 model = build({}, torch.float32)
             _fill_marked(model, made_of)
         return _ready(model if dtype == torch.float32 else build(model.state_dict(), dtype))
+
+
+def _class_of(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    """The causal LM of ``config``, and the config that it takes: that of the text within, where it is a decoder of text
+    alone (Emu 3)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    made_of, text = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config.get_text_config()
+    return made_of, text if made_of.config_class is type(text) else config
 
 
 @contextmanager
@@ -181,14 +188,23 @@ def _fill_marked(model: PreTrainedModel, made_of: type) -> None:
 
 @contextmanager
 def _as_user_error(made_of: type) -> Iterator[None]:
-    """Raises :class:`UserError` for what a class of transformers stumbles over in a config that it takes."""
+    """Raises :class:`UserError` for what a class of transformers stumbles over in a config that it takes, and for a
+    package that it needs."""
     try:
         yield
+    except ImportError as error:
+        raise _missing(made_of, error) from error
     except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
         said = f"{type(error).__name__}: {whole_message(error)}"[:300]
         raise UserError(f"transformers cannot build {made_of.__name__} from this config ({said}); mend it") from error
+
+
+def _missing(made_of: type, error: ImportError) -> UserError:
+    """That a package is missing which transformers needs for ``made_of``, a tower of pictures say."""
+    said, *_ = message_line(error).split(". ")
+    return UserError(f"transformers cannot build {made_of.__name__} ({said}); install it")
 
 
 @contextmanager
@@ -212,16 +228,16 @@ def _pretrained(
     progress: Callable[[str], None],
 ) -> PreTrainedModel:
     from safetensors import SafetensorError
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
+    made_of, config = _class_of(found.config)
     try:
         with quiet():
-            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)].from_pretrained(
+            model, info = made_of.from_pretrained(
                 found.folder if stored is None else None,
                 state_dict=None if stored is None else stored.tensors,
-                config=found.config,
+                config=config,
                 dtype=dtype,
-                attn_implementation=_attention(MODEL_FOR_CAUSAL_LM_MAPPING[type(found.config)]),
+                attn_implementation=_attention(made_of),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -229,6 +245,8 @@ def _pretrained(
                 output_loading_info=True,
                 device_map={"": device},
             )
+    except ImportError as error:
+        raise _missing(made_of, error) from None
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{where}: its weights cannot be read ({' '.join(str(error).split())})") from None
     # transformers only warns and draws random numbers for these.

@@ -19,6 +19,7 @@ from passes.errors import UserError
 from passes.private import of_torch
 from pipeline.config.schema import BackendConfig, CacheConfig
 from pipeline.generate.protocol import behind_caller
+from pipeline.model.positions import positions_of
 from pipeline.rivals.kernels import Kernels, kernels_of
 from pipeline.rivals.prompt import torch_compile_errors
 from pipeline.trace.call_form import make_inputs
@@ -105,7 +106,7 @@ class _TorchGenerator:
     def _allocate(self, batch: int, length: int, new_tokens: int, padded: bool) -> None:
         total = length + new_tokens
         self._capacity = self._capacity_asked or -(-total // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        positions = positions_of(self.model.config)
         if self._kind == "none" and positions is not None:
             self._capacity = max(min(self._capacity, positions), total)
         if self._capacity < total:

@@ -22,6 +22,7 @@ from transformers.cache_utils import (
 from passes.errors import UserError, whole_message
 from pipeline.config.lengths import GRANULE, capacity_of
 from pipeline.config.schema import CacheConfig, ShapeConfig
+from pipeline.model.positions import positions_of
 from pipeline.model.rotary import check_crossing, turn_of
 from pipeline.trace.cache_states import State, states_of
 from pipeline.trace.call_form import InputSpec
@@ -193,7 +194,7 @@ def cache_shape(model: PreTrainedModel, cache: CacheConfig, shape: ShapeConfig, 
             f"shape.batch={shape.batch} cache.capacity={capacity}: {most} numbers in the keys of a layer, above the "
             f"{MOST} up to which engines were seen right; set fewer rows, or a smaller capacity"
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or capacity
+    positions = positions_of(model.config) or capacity
     longest, turn = min(capacity, positions), turn_of(model.config)
     if turn is not None and (shape.max <= turn or cache.chunk):  # no prompt begins, or is begun again, beyond it
         longest = min(longest, turn)
@@ -243,10 +244,25 @@ def _filled(model: PreTrainedModel, mode: str) -> DynamicCache:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that takes none raises whatever it comes upon first
+        _check_runs(model, tokens)
         said = whole_message(error)
         raise UserError(
             f"cache={mode}: {type(model).__name__} does not take a KV cache ({said}); set cache=none"
         ) from error
-    if not seen.layers:
+    if all(type(layer) in KNOWN[:2] and layer.keys is None for layer in seen.layers):
         raise UserError(f"cache={mode}: {type(model).__name__} keeps no keys and values; set cache=none")
     return seen
+
+
+def _check_runs(model: PreTrainedModel, tokens: Tensor) -> None:
+    """Raises :class:`UserError` where ``model`` does not run on ``tokens`` without a cache either."""
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever it comes upon first
+        raise UserError(
+            f"{type(model).__name__} does not run on tokens alone ({whole_message(error)}); set another precision, or "
+            "name another model"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from passes.errors import AS_IT_IS, RunError, first_line
 from passes.graph.prepare import prepare
@@ -140,6 +142,9 @@ def example_length(shape: ShapeConfig) -> int:
     return shape.max if shape.kind == "static" else max(shape.min, min(shape.max - 1, 11))
 
 
+CALLED = re.compile(r"The following call raised this error:\s+(File .*)\s+(.*)")
+"""The place and the line of code, in what torch says of a choice that hangs on data."""
+
 ONE_LENGTH = "try shape=static, which is one length; "
 
 
@@ -170,7 +175,7 @@ def exported(
         raise
     except Exception as error:
         narrower = of_one if of_torch.wants_one_size(error) else ""
-        raise RunError("export", f"torch.export: {first_line(error)}; {narrower}{remedy}") from error
+        raise RunError("export", f"{_why(form.model, error)}; {narrower}{remedy}") from error
     for node in program.graph.nodes:
         if node.target in NUMBERS_FROM_DATA and _is_read(node):
             name = type(form.model).__name__
@@ -178,6 +183,16 @@ def exported(
                 "export", f"{name} reads a number out of a tensor ({node.name}), and no engine can; {remedy}"
             )
     return program
+
+
+def _why(model: Any, error: Exception) -> str:
+    """What of ``model`` torch.export could not trace, as far as its ``error`` tells."""
+    name = type(model).__name__
+    if isinstance(error, GuardOnDataDependentSymNode) and (line := CALLED.search(str(error))):
+        return f"{name} does what the numbers in a tensor decide ({line[2].strip()}), and no engine can"
+    if of_torch.wants_one_size(error):
+        return f"{name} is another program at another length: a loop over tokens, or a choice by how many there are"
+    return f"torch.export: {first_line(error)}"
 
 
 @contextmanager
