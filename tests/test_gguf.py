@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_LLAMA, save_tiny_llama
+from loading import CPU, local, nothing, refusal, write_gguf
 from safetensors.torch import load_file
-from test_model import CPU, local, nothing, refusal, write_gguf
 from transformers import LlamaConfig, LlamaModel
 
 from passes.errors import UserError

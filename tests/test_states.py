@@ -23,8 +23,13 @@ from pipeline.engine import programs
 from pipeline.model.load import LoadedModel, load
 from pipeline.trace.cache_shape import CacheShape
 from pipeline.trace.call_form import CallForm, trace
+from pipeline.verify.candidate import open_generator
 
 LONGEST = 400
+GENERATE = [
+    "cache=in_engine", "benchmark=generate", "shape.max=200", "benchmark.generate.input_length=150",
+    "benchmark.generate.output_length=8", "benchmark.min_generations=3", "benchmark.min_seconds=0.1",
+]  # fmt: skip
 # a short convolution beside attention, two that recur in its stead, both in one layer, and a layer of neither
 FAMILIES = ["lfm2", "granitemoehybrid", "qwen3_next", "falcon_h1", "nemotron_h"]
 NO_ATTENTION = "mamba2"
@@ -178,18 +183,28 @@ def saved(name: str, tmp_path: Path) -> Path:
 )
 def test_a_run_builds_both_engines_and_the_next_finds_them(name: str, store: str, tmp_path: Path) -> None:
     folder = saved(name, tmp_path)
-    asked = [
-        "cache=in_engine", "benchmark=generate", "shape.max=200", "benchmark.generate.input_length=150",
-        "benchmark.generate.output_length=8", "benchmark.min_generations=3", "benchmark.min_seconds=0.1",
-        "store.enabled=true", f"store.folder={tmp_path}/engines",
-    ]  # fmt: skip
+    asked = [*GENERATE, "store.enabled=true", f"store.folder={tmp_path}/engines"]
     first = do(store, tmp_path / "first", folder, *asked)
     assert (first.report["status"], first.report["failure"]) == (DONE, None)
     assert first.report["verify"]["generation"]["cases"][0]["tokens"] == 8
     held = CacheShape.of(json.loads((first.folder / "engine.json").read_text())["cache"])
     assert held.states and held.steps == 2
-    if GPU:
-        assert first.report["benchmark"]["generate"]["cuda_graph"] is True
     again = do(store, tmp_path / "again", folder, *asked)
     assert again.report["store"]["hit"] and again.report["failure"] is None
     assert CacheShape.of(json.loads((again.folder / "decode.json").read_text())["cache"]) == held
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no NVIDIA GPU that PyTorch can use")
+@pytest.mark.parametrize("name", ["lfm2", "granitemoehybrid", "falcon_h1", "qwen3_next"])
+def test_engines_take_turns_and_a_prompt_behind_another_sees_nothing_of_it(
+    name: str, store: str, tmp_path: Path
+) -> None:
+    outcome = do(store, tmp_path / "out", saved(name, tmp_path), *GENERATE)
+    assert (outcome.report["status"], outcome.report["failure"]) == ("ok", None)
+    assert outcome.report["verify"]["executed"] == "engine"
+    assert outcome.report["benchmark"]["generate"]["cuda_graph"] is True
+    generator = open_generator(outcome.folder)
+    prompts = [tokens(1, length, seed=length).cuda() for length in (133, 6, 128)]
+    written = [generator.generate(prompt, 9) for prompt in prompts]
+    assert [generator.generate(prompt, 9) for prompt in reversed(prompts)] == written[::-1]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_LLAMA, save_tiny_llama
+from loading import CPU, local, nothing, refusal
 from runs import DONE, SMALL, do
 from safetensors.torch import load_file, save_file
-from test_model import CPU, local, nothing, refusal
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 

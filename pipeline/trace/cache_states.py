@@ -18,6 +18,8 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import LinearAttentionLayer
 
+from passes.errors import RunError
+
 KINDS = ("conv", "recurrent")
 """The latest columns that a convolution reads, and what a recurrence has summed up."""
 Key = tuple[str, int]
@@ -43,9 +45,6 @@ class State:
         """From an engine's manifest."""
         return State(**{**described, "sizes": tuple(described["sizes"])})
 
-    def empty(self, device: torch.device) -> Tensor:
-        return torch.zeros(self.sizes, dtype=getattr(torch, self.dtype), device=device)
-
 
 class States(LinearAttentionLayer):
     """A layer that begins with ``states``, or where there are none at the begin of a text; it keeps new tensors and
@@ -70,6 +69,8 @@ class States(LinearAttentionLayer):
         """The columns [batch, channels, length] that the convolution reads, those that were kept before them; the last
         ``conv_kernel_size`` are kept."""
         before, width = self.conv_states[state_idx], conv_kernel_size or conv_states.shape[-1]
+        if self.ends is not None and conv_kernel_size is None:
+            raise RunError("ragged_batch", "a convolution whose columns the model cuts itself, at one end for all rows")
         every = conv_states if before is None else torch.cat([before, conv_states], -1)
         # A prompt may be shorter than the kernel: zeros stand before it, whatever its length.
         kept = pad(every, (width, 0)) if conv_kernel_size else every
