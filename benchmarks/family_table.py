@@ -36,6 +36,7 @@ LIMIT_S = 300.0
 ORDER = ("generation", "padded prompt", "prompt")
 """The form that tells most comes first."""
 NO_CACHE = "refused with a KV cache"
+ONE_LENGTH = "right with a KV cache"
 OUTCOMES = (RIGHT, REFUSED, STOPPED, WRONG, CRASHED, LATE, NONE)
 FAST = ("native_causal", "native_full", "native_window", "native_chunks", "cached")
 """Actions of an attention call that read no mask and no more keys than they must."""
@@ -118,22 +119,22 @@ def standing(rows: Iterable[Row]) -> str:
 
 def in_short(rows: Rows) -> str:
     """The README's line: how many of the named families are fast, and which are right but slower, or do not run.  What
-    has a window, or other positions, of the same model type goes by its name where it fares as that does."""
+    has a window, or other positions, of the same model type goes by its name where it fares as that does.  Padding is
+    left out: it is a mask to be read, in every family."""
     found: dict[str, dict[str, None]] = {}
     for family in NAMED:
-        if made := [rows[family, form] for form in FORMS if (family, form) in rows]:
-            kind = standing(made)
-            cached = kind == REFUSED and all(each.form == "generation" for each in made if each.outcome != RIGHT)
-            found.setdefault(NO_CACHE if cached else kind, {})[family.replace(" (alibi)", "-alibi").split(" (")[0]] = (
-                None
-            )
+        if made := [rows[family, form] for form in ("prompt", "generation") if (family, form) in rows]:
+            kind, refused = standing(made), {each.form for each in made if each.outcome == REFUSED}
+            if kind == REFUSED and len(refused) == 1:
+                kind = NO_CACHE if refused == {"generation"} else ONE_LENGTH
+            found.setdefault(kind, {})[family.replace(" (alibi)", "-alibi").split(" (")[0]] = None
     says = [f"{len(found.pop('fast', ()))} fast"]
-    words = {"slower": "right, slower in some layers"}
+    words = {"slower": "slower in some layers"}
     says += [f"{words.get(kind, kind)}: {', '.join(found[kind])}" for kind in sorted(found, key=_ORDER.index)]
     return f"Families ([table, reasons](docs/architectures.md)): {'; '.join(says)}.\n"
 
 
-_ORDER = ("slower", NO_CACHE, STOPPED, REFUSED, NONE, LATE, WRONG, CRASHED)
+_ORDER = ("slower", ONE_LENGTH, NO_CACHE, STOPPED, REFUSED, NONE, LATE, WRONG, CRASHED)
 
 
 TEXT = """# Families of decoders
