@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU that TensorRT can run on"),
 ]
-WHOLE = ["cache=in_engine", "shape.max=64", "shape.exact=[]", "benchmark.min_iterations=10", "benchmark.min_seconds=0"]
+WHOLE = ["cache=in_engine", "shape.max=64", "shape.exact=[]"]
 
 
 @pytest.mark.parametrize("base", ["fp16", "bf16"])
@@ -38,7 +38,10 @@ def test_a_prompt_and_a_generation_equal_pytorch_with_the_same_weights(
     precision: str, base: str, store: str, tmp_path: Path
 ) -> None:
     model = save_tiny_llama(tmp_path / "model", hidden_size=256, intermediate_size=512, tie_word_embeddings=True)
-    asked = ["benchmark=generate", "benchmark.generate.input_length=24", "benchmark.generate.output_length=8"]
+    asked = [
+        "benchmark=generate", "benchmark.generate.input_length=24", "benchmark.generate.output_length=8",
+        "benchmark.min_iterations=10", "benchmark.min_seconds=0",
+    ]  # fmt: skip
     report = do(store, tmp_path, model, f"precision={precision}", f"quantize.base={base}", *WHOLE, *asked).report
 
     assert report["failure"] is None and report["verify"]["executed"] == "engine" and report["verify"]["passed"]
@@ -126,18 +129,26 @@ def _us(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
     return median(times[1:])
 
 
-# A kind and a product of one row -> the share of fp16's time that it may take.  An H100 with RTX 1.6 took 0.69, 0.64,
-# 0.80; 0.67, 0.76.
-FASTER = [
-    ("int8", 2048, 16384, 0.8), ("int8", 8192, 2048, 0.75), ("int8", 2048, 3072, 0.95),
-    ("int4", 2048, 16384, 0.8), ("int4", 8192, 2048, 0.9),
-]  # fmt: skip
+# A kind and a product of one row -> the share of fp16's time that it may take, by card.  With RTX 1.6 an H100 took 0.69,
+# 0.64, 0.80; 0.67, 0.76.  An H200 reads fp16's weights faster and unpacks small ones no faster: 0.83 and, of int4, 0.92
+# and 1.10, where they only save memory.
+FASTER = {
+    "H100": [
+        ("int8", 2048, 16384, 0.8), ("int8", 8192, 2048, 0.75), ("int8", 2048, 3072, 0.95),
+        ("int4", 2048, 16384, 0.8), ("int4", 8192, 2048, 0.9),
+    ],
+    "H200": [("int8", 2048, 16384, 0.9), ("int8", 8192, 2048, 0.8), ("int4", 2048, 16384, 1.0)],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("kind", "inner", "out", "share"), FASTER)
+@pytest.mark.parametrize(
+    ("card", "kind", "inner", "out", "share"), [(card, *row) for card in FASTER for row in FASTER[card]]
+)
 def test_a_step_is_faster_with_small_weights_than_with_those_of_fp16(
-    kind: str, inner: int, out: int, share: float
+    card: str, kind: str, inner: int, out: int, share: float
 ) -> None:
+    if card not in (here := torch.cuda.get_device_name()):
+        pytest.skip(f"how fast an {card} is, and this is an {here}")
     (small, error), (full, _) = timed(kind, inner, out, 1), timed("half", inner, out, 1)
     assert error < 3e-3
     assert small < share * full
