@@ -68,7 +68,7 @@ class Way(NamedTuple):
         if kind == "generate" and self.backend != "plugin":
             parts.append(CACHES[self.cache])
         if kind == "prefill" and ours:
-            parts.append(f"{self.lengths} length")
+            parts += [f"{self.lengths} length", *([CACHES[self.cache]] if self.cache != "none" else [])]
         if len({way.precision for way in among}) > 1:
             parts.append(self.precision)
         if any(way == self._replace(cudnn=not self.cudnn) for way in among):
@@ -173,6 +173,8 @@ def way_of(report: Mapping[str, Any]) -> Way:
         shape = config["shape"]
         if shape["kind"] == "dynamic" and not shape.get("exact") and strategy["name"] != "upstream":
             options.append("shape.exact=[]")
+        if config["cache"].get("chunk"):
+            options.append(f"cache.chunk={config['cache']['chunk']}")
         if strategy.get("without"):
             options.append(f"strategy.without=[{','.join(strategy['without'])}]")
         if strategy.get("unproven") not in (None, *STRATEGIES.get(strategy["name"], ())[:1]):

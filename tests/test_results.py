@@ -154,6 +154,15 @@ def test_reports_of_one_way_and_task_are_processes_of_one_row_and_its_time_their
     assert len(rows_of(report, other)) == 2
 
 
+def test_a_prompt_in_chunks_is_no_repetition_of_one_in_a_single_pass() -> None:
+    whole = real("llama3_1b-detect_causal")
+    chunked = copy.deepcopy(whole)
+    chunked["config"]["cache"] |= {"name": "in_engine", "chunk": 8192}
+    rows = rows_of(whole, chunked)
+    assert len(rows) == 2
+    assert "length, cache in the engine, `cache.chunk=8192` |" in prompt_tables(rows, CARD)
+
+
 CARD = real("llama3_1b-detect_causal")["environment"]
 
 
