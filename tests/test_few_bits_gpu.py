@@ -130,8 +130,8 @@ def _us(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> float:
 
 
 # A kind and a product of one row -> the share of fp16's time that it may take, by card.  With RTX 1.6 an H100 took
-# 0.69, 0.64, 0.80; 0.67, 0.76.  An H200 reads fp16's weights faster and unpacks small ones no faster: 0.83 and, of int4,
-# 0.92 and 1.10, where they only save memory.
+# 0.69, 0.64, 0.80; 0.67, 0.76.  An H200 reads fp16's weights faster and unpacks small ones no faster: 0.83 and, of
+# int4, 0.92 and 1.10, where they only save memory.
 FASTER = {
     "H100": [
         ("int8", 2048, 16384, 0.8), ("int8", 8192, 2048, 0.75), ("int8", 2048, 3072, 0.95),
