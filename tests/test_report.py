@@ -20,7 +20,7 @@ from reports import ROOT, SCHEMA, conforms, keep, real
 from rich.console import Console
 from runs import do, failure
 from simulated import MS, QUIET, SimulatedClock
-from test_benchmark import SimulatedRunner, prompts
+from simulated_prompts import SimulatedRunner, prompts
 from test_benchmark_generate import SimulatedGenerator
 
 from passes.errors import RunError
