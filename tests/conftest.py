@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -137,3 +138,19 @@ def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["pipeline"])
     return folder
+
+
+@pytest.fixture
+def compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str, str]]:
+    """Runs ``python -m pipeline.compare`` and returns its exit code, what it wrote (HTML and Markdown) and what it said
+    to stderr."""
+    from pipeline.compare.__main__ import main
+
+    def run(*arguments: object) -> tuple[int, str, str, str]:
+        out = tmp_path / "page"
+        code = main([*map(str, arguments), "-o", str(out)])
+        texts = [(out / name).read_text() if out.exists() else "" for name in ("comparison.html", "comparison.md")]
+        shutil.rmtree(out, ignore_errors=True)
+        return code, *texts, capsys.readouterr().err
+
+    return run

@@ -9,6 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pipeline.compare.labels import Section, sections
+from pipeline.compare.rows import Row, row
+from pipeline.compare.sources import Found
+from pipeline.record.report import upgraded
+
 ROOT = Path(__file__).resolve().parent.parent
 SCHEMA: dict[str, Any] = json.loads((ROOT / "docs" / "report.schema.json").read_text())
 REAL = Path(__file__).parent / "kept_reports" / "h200_rtx_1_4"
@@ -101,3 +106,12 @@ def varied(folder: Path) -> Path:
     on_cpu["verify"]["executed"] = "graph"
     keep(folder / "cpu", on_cpu)
     return folder
+
+
+def rows_of(*reports: dict) -> list[Row]:
+    return [row(Found(upgraded(report), f"report {i}")) for i, report in enumerate(reports)]
+
+
+def only_section(*reports: dict) -> Section:
+    (section,) = sections(rows_of(*reports))
+    return section
