@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from xml.sax.saxutils import escape
 
 from benchmarks.pictures import EDGE, WIDTH, framed, head, line, text
@@ -24,14 +25,17 @@ class Panel:
 
 def svg(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> str:
     """One picture of ``panels``, two side by side."""
-    seen = {_css(point) for panel in panels for point in panel.front.points}
-    body, y = head(title, notes, {css: said for css, said in LEGEND.items() if css in seen})
+    points = [point for panel in panels for point in panel.front.points]
+    seen = {_css(point) for point in points}
+    shared = _shared([point.label for point in points])
+    said = [*notes, f"Every row: {shared}."] if shared else notes
+    body, y = head(title, said, {css: said for css, said in LEGEND.items() if css in seen})
     width = (WIDTH - 2 * EDGE - GAP * (COLUMNS - 1)) / COLUMNS
     top = float(y + 30)
     for first in range(0, len(panels), COLUMNS):
         row = panels[first : first + COLUMNS]
         for i, panel in enumerate(row):
-            body += _panel(panel, EDGE + i * (width + GAP), top, width)
+            body += _panel(panel, shared, EDGE + i * (width + GAP), top, width)
         top += HEIGHT + 74 + LINE * max(len(panel.front.points) for panel in row)
     described = " ".join(
         f"{panel.model}, {panel.front.title}: "
@@ -42,7 +46,14 @@ def svg(title: str, notes: Sequence[str], panels: Sequence[Panel]) -> str:
     return framed(title, described, body, round(top) - 20)
 
 
-def _panel(panel: Panel, left: float, top: float, width: float) -> Iterator[str]:
+def _shared(labels: Sequence[str]) -> str:
+    """With what all of several ``labels`` begin, in whole parts, each having more to say; empty where they differ."""
+    parts = [label.split(", ")[:-1] for label in labels]
+    alike = takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False))
+    return ", ".join(each[0] for each in alike) if len(parts) > 1 else ""
+
+
+def _panel(panel: Panel, shared: str, left: float, top: float, width: float) -> Iterator[str]:
     front = panel.front
     begin, above = left + AXIS, top + 16
     across, bottom = width - AXIS - 16, top + 16 + HEIGHT
@@ -68,7 +79,8 @@ def _panel(panel: Panel, left: float, top: float, width: float) -> Iterator[str]
         tip = f"<title>{escape(point.tip)}</title>"
         yield f'<circle class="{_css(point)}" cx="{x(point.x):.2f}" cy="{y(point.y):g}" r="5">{tip}</circle>'
         yield text(x(point.x) + 8, y(point.y) - 6, str(number), "dim")
-        said = f"{number}  {point.label}: {point.cells[0]}, {point.cells[2].partition(' (')[0]}"
+        label = point.label.removeprefix(f"{shared}, ")
+        said = f"{number}  {label}: {point.cells[0]}, {point.cells[2].partition(' (')[0]}"
         yield text(begin, bottom + 18 + LINE * number, said, "dim")
 
 
