@@ -48,6 +48,12 @@ class SimulatedClock:
     def event(self) -> SimulatedEvent:
         return SimulatedEvent(self)
 
+    def launch(self, launch_ns: int, device_ns: int) -> None:
+        """The host is busy for ``launch_ns``; the device begins as soon as it is free, and does not end before that."""
+        begin = max(self.host_ns, self.device_free_ns)
+        self.host_ns += launch_ns
+        self.device_free_ns = max(begin + device_ns, self.host_ns)
+
     def synchronize(self) -> None:
         self.host_ns = max(self.host_ns, self.device_free_ns)
 

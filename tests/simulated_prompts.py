@@ -40,9 +40,7 @@ class SimulatedRunner:
         self.running = [end for end in self.running if end > clock.host_ns]
         if len(self.running) >= self.queue:  # a full queue makes the launch wait
             clock.host_ns = self.running[-self.queue]
-        begin = max(clock.host_ns, clock.device_free_ns)
-        clock.host_ns += self.launch_ns
-        clock.device_free_ns = max(begin + self.device_ns(self.passes), clock.host_ns)
+        clock.launch(self.launch_ns, self.device_ns(self.passes))
         self.running.append(clock.device_free_ns)
         self.passes += 1
         self.collecting.append(gc.isenabled())
@@ -53,7 +51,9 @@ def simulated(**settings: object) -> SimulatedRunner:
     return SimulatedRunner(SimulatedClock(), **settings)  # type: ignore[arg-type]
 
 
-def config(*lengths: int, min_iterations: int = 20, min_seconds: float = 0.0, warmup_seconds: float = 2.0):
+def config(
+    *lengths: int, min_iterations: int = 20, min_seconds: float = 0.0, warmup_seconds: float = 2.0
+) -> BenchmarkConfig:
     shapes = [BenchmarkShape(1, length) for length in lengths or (2048,)]
     return BenchmarkConfig(
         "prefill",

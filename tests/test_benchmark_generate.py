@@ -45,9 +45,7 @@ class SimulatedGenerator:
         self.generation += 1
 
     def _launch(self, device_ns: int) -> None:
-        begin = max(self.clock.host_ns, self.clock.device_free_ns)
-        self.clock.host_ns += self.launch_ns
-        self.clock.device_free_ns = max(begin + device_ns, self.clock.host_ns)
+        self.clock.launch(self.launch_ns, device_ns)
         self.collecting.append(gc.isenabled())
 
     def prefill(self) -> None:
