@@ -178,6 +178,22 @@ def test_a_candidate_that_is_coarser_everywhere_may_be_so_at_each_position_and_n
     assert (case.worst_position.row, case.worst_position.position) == (0, 100)
 
 
+def test_a_candidate_that_is_coarser_everywhere_may_be_so_in_each_block_and_no_further() -> None:
+    """As Gemma 3 270M in fp8: 2.4 times PyTorch's error over all positions, and a tenth beyond three times in a block
+    where the candidate's own error is the largest of its blocks."""
+    truth, rounding = logits_of(0.0, 0, 512), logits_of(0.01, 2, 512) - logits_of(0.0, 0, 512)
+
+    def with_errors(everywhere: float, in_block: float) -> JudgedCase:
+        errors = everywhere * rounding
+        errors[..., 384:512] = in_block * rounding[..., 384:512]
+        return judged(truth + errors, own=rounded(1, 512))
+
+    fine, outstanding = with_errors(2.4, 3.5), with_errors(1.5, 6)
+    assert fine.passed and outstanding.relative_error <= outstanding.tolerance
+    assert not outstanding.passed
+    assert (outstanding.worst_block.first, outstanding.worst_block.last) == (384, 511)
+
+
 def test_a_position_may_be_as_wrong_as_pytorch_is_there_and_no_other_for_that() -> None:
     own, logits = rounded(1), rounded(2)
     own[1, 30] = logits_of(0.0, 0)[1, 30] * 1.5  # PyTorch itself loses it

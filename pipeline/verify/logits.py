@@ -12,8 +12,9 @@ computations that round independently are up to 5.4 times apart at one of 513 po
 below what 90 % of the positions stay below is taken as that.  So what PyTorch has at a position is taken as what all
 but the worst hundredth of its positions have, where that is more (``LEVEL``), and a computation as accurate as PyTorch
 may have ``FACTOR`` times that.  A candidate may be less accurate everywhere, up to ``FACTOR`` times over all positions;
-how much it is, at the median position, widens what it may have at each of them: there an error is looked for that
-stands out from the candidate's own, and a few wrong positions move no median.
+how much it is, at the median position, widens what it may have at each of them, and at the median block what it may
+have in each: there an error is looked for that stands out from the candidate's own, and a few that are wrong move no
+median.
 
 A constant added to every logit changes no probability, but is a difference all the same: no rounding adds one, so it
 fails as any other error of that size.
@@ -70,11 +71,13 @@ class Limits:
     """[n]: a lead of the most likely token over the second that rounding can turn, since two logits compete."""
 
 
-def limits(own: Difference, precision_eps: float, coarseness: float = 1.0) -> Limits:
-    """By the yardstick's difference ``own``.  ``precision_eps`` is the unit roundoff of the run's precision: even exact
-    logits are rounded once when they are stored.  ``coarseness``: see :func:`coarseness`."""
-    whole = own.deviation(torch.zeros(1))
-    factor = FACTOR * coarseness
+def limits(own: Difference, precision_eps: float, got: Difference | None = None) -> Limits:
+    """By the yardstick's difference ``own``, of a candidate that differs by ``got``; None: of one that is as accurate as
+    the yardstick.  ``precision_eps`` is the unit roundoff of the run's precision: even exact logits are rounded once
+    when they are stored."""
+    whole, got = own.deviation(torch.zeros(1)), got or own
+    factor = FACTOR * coarseness(own.relative_error, got.relative_error, precision_eps)
+    in_blocks = coarseness(own.relative_error_of_blocks, got.relative_error_of_blocks, precision_eps)
     largest = _usual(own.max_abs).clamp(min=precision_eps * own.truth_max)
     return Limits(
         relative_error=FACTOR * max(whole.relative_error, precision_eps),
@@ -84,15 +87,15 @@ def limits(own: Difference, precision_eps: float, coarseness: float = 1.0) -> Li
             "max_abs": factor * largest,
             "kl": factor**2 * _usual(own.kl).clamp(min=precision_eps**2),
         },
-        of_blocks=FACTOR * _usual(own.relative_error_of_blocks).clamp(min=precision_eps),
+        of_blocks=FACTOR * in_blocks * _usual(own.relative_error_of_blocks).clamp(min=precision_eps),
         lead=2 * factor * largest,
     )
 
 
-def coarseness(own: Difference, got: Difference, precision_eps: float) -> float:
-    """How many times the yardstick's error the candidate's is at the median position: from 1 to ``FACTOR``, which is
-    as much as it may be over all positions."""
-    share = got.relative_error / own.relative_error.clamp(min=precision_eps)
+def coarseness(own: Tensor, got: Tensor, precision_eps: float) -> float:
+    """How many times the yardstick's relative error ``own`` [n] the candidate's ``got`` [n] is at the median position,
+    or block: from 1 to ``FACTOR``, which is as much as it may be over all of them."""
+    share = got / own.clamp(min=precision_eps)
     median = float(share.nan_to_num(nan=inf).median())
     return min(max(median, 1.0), FACTOR)
 
@@ -167,7 +170,7 @@ def differences(truth: Tensor, logits: Iterable[Tensor], padding: Tensor | None)
 def judged_by(own: Difference, got: Difference, precision_eps: float, first: int = 0) -> Judgement:
     """The candidate's difference ``got`` beside what the yardstick's, ``own``, allows; ``first``: the place in the
     sequence of the first position that was compared."""
-    allowed = limits(own, precision_eps, coarseness(own, got, precision_eps))
+    allowed = limits(own, precision_eps, got)
     whole = got.deviation(allowed.lead)
     shares = {name: _shares(getattr(got, name), limit) for name, limit in allowed.at.items()}
     at_positions = torch.stack(list(shares.values())).amax(0)  # NaN is the largest
