@@ -71,11 +71,10 @@ class Limits:
     """[n]: a lead of the most likely token over the second that rounding can turn, since two logits compete."""
 
 
-def limits(own: Difference, precision_eps: float, got: Difference | None = None) -> Limits:
-    """By the yardstick's difference ``own``, of a candidate that differs by ``got``; None: of one that is as accurate as
-    the yardstick.  ``precision_eps`` is the unit roundoff of the run's precision: even exact logits are rounded once
-    when they are stored."""
-    whole, got = own.deviation(torch.zeros(1)), got or own
+def limits(own: Difference, got: Difference, precision_eps: float) -> Limits:
+    """By the yardstick's difference ``own``, of what differs by ``got``.  ``precision_eps`` is the unit roundoff of the
+    run's precision: even exact logits are rounded once when they are stored."""
+    whole = own.deviation(torch.zeros(1))
     factor = FACTOR * coarseness(own.relative_error, got.relative_error, precision_eps)
     in_blocks = coarseness(own.relative_error_of_blocks, got.relative_error_of_blocks, precision_eps)
     largest = _usual(own.max_abs).clamp(min=precision_eps * own.truth_max)
@@ -145,7 +144,7 @@ def _judged_case(
     for own in owns:
         _check_finite(own, case.name, first)
     judged = judged_by(owns[-1], got, precision_eps, first)
-    lead = limits(owns[-1], precision_eps).lead
+    lead = limits(owns[-1], owns[-1], precision_eps).lead
     by_themselves = {name: own.deviation(lead) for name, own in zip(yardsticks, owns, strict=True)}
     return JudgedCase(**vars(case), **vars(judged), yardsticks=by_themselves)
 
@@ -170,7 +169,7 @@ def differences(truth: Tensor, logits: Iterable[Tensor], padding: Tensor | None)
 def judged_by(own: Difference, got: Difference, precision_eps: float, first: int = 0) -> Judgement:
     """The candidate's difference ``got`` beside what the yardstick's, ``own``, allows; ``first``: the place in the
     sequence of the first position that was compared."""
-    allowed = limits(own, precision_eps, got)
+    allowed = limits(own, got, precision_eps)
     whole = got.deviation(allowed.lead)
     shares = {name: _shares(getattr(got, name), limit) for name, limit in allowed.at.items()}
     at_positions = torch.stack(list(shares.values())).amax(0)  # NaN is the largest
