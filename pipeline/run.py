@@ -64,6 +64,8 @@ class Loaded:
     environment: Environment
     wanted: Wanted
     text: RealText | str | None
+    context_bytes: int | None
+    """Of the device's memory, before the model was loaded."""
 
 
 def _load(record: Record) -> Loaded:
@@ -72,6 +74,7 @@ def _load(record: Record) -> Loaded:
 
     from passes.tensorrt.versions import load_stack
     from pipeline.engine import programs
+    from pipeline.host import gpu
     from pipeline.model import limits, quantise
     from pipeline.record.environment import environment
     from pipeline.store.entries import Store
@@ -79,7 +82,7 @@ def _load(record: Record) -> Loaded:
 
     config, builds = record.config, record.config.backend.name == "tensorrt"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    here = environment(load_stack().versions() if builds else None)
+    here, context_bytes = environment(load_stack().versions() if builds else None), gpu.context_bytes()
     record.put(environment=here)
     model = quantise.load(config.model, config.precision, config.quantize, device, config.seed, record.update)
     text = quality.text_for(config.verify, model) if config.judges_quality else None
@@ -94,7 +97,7 @@ def _load(record: Record) -> Loaded:
     record.put(model=model.describe())
     record.detail = f"{model.parameters / 1e6:.0f} M parameters from {model.source}"
     wanted = candidate.Wanted(config.shape, cache, config.runs_at_one_length, config.benchmark.generate is not None)
-    return Loaded(model, device, here, wanted, text)
+    return Loaded(model, device, here, wanted, text, context_bytes)
 
 
 def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
@@ -143,7 +146,8 @@ def _tensorrt(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Statu
     if not on_gpu:
         return "not_executed"
     what.finished()
-    _measure(record, loaded.model, what, turn)
+    made_from.clear()  # with PyTorch's weights
+    _measure(record, loaded, what, turn)
     what.finished()
     return "ok"
 
@@ -248,7 +252,7 @@ def _rival(record: Record, folder: Path, loaded: Loaded, turn: Turn) -> Status:
     with record.stage("verify"):
         what = candidate.rival(config.backend, loaded.model, loaded.wanted, config.model, config.cache)
         _verify(record, loaded, what)
-    _measure(record, loaded.model, what, turn)
+    _measure(record, loaded, what, turn)
     return "ok"
 
 
@@ -277,7 +281,7 @@ def _verify(
     return found
 
 
-def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> None:
+def _measure(record: Record, loaded: Loaded, what: Machine, turn: Turn) -> None:
     """Time what was verified; nothing else ever reaches this."""
     from pipeline.measure import stage
 
@@ -287,9 +291,10 @@ def _measure(record: Record, model: LoadedModel, what: Machine, turn: Turn) -> N
     assert what.runner is not None
     with turn() as waiting, record.stage("benchmark"):
         for found in stage.measure(
-            what.runner, what.generator, model, config.benchmark, logits=config.model.logits,
+            what.runner, what.generator, loaded.model, config.benchmark, logits=config.model.logits,
             precision=config.quantize.products_in(config.precision), seed=config.seed, cached=cached, waiting=waiting,
             few_bits=(config.holds_small("engine"), config.holds_small("decode")),
+            own_weights=what.executed == "engine", held=what.held, context_bytes=loaded.context_bytes,
         ):  # fmt: skip
             record.put_benchmark(found)
         record.draw(found)

@@ -164,6 +164,19 @@ def test_more_memory_than_the_device_has_is_a_failed_run_that_names_both_sizes()
 
 @pytest.mark.gpu
 @needs_gpu
+def test_a_block_of_which_a_product_took_a_piece_is_given_back_with_the_rest() -> None:
+    gpu.give_back()
+    before, weights = torch.cuda.memory_reserved(), torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    del weights  # 1 GiB, which the allocator keeps
+    square = torch.ones(64, 64, dtype=torch.float16, device="cuda")
+    square @ square  # cuBLAS takes its workspace out of it
+    assert torch.cuda.memory_reserved() >= before + (1 << 30)
+    gpu.give_back()
+    assert torch.cuda.memory_reserved() < before + (1 << 26)
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_the_ceilings_of_a_real_card_are_plausible_and_quick() -> None:
     torch.cuda.init()
     start = time.perf_counter()

@@ -102,6 +102,9 @@ def test_generation_is_timed_with_its_step_as_a_cuda_graph(
     assert (report["status"], report["failure"]) == ("ok", None)
     assert report["benchmark"]["generate"]["cuda_graph"] is True
     assert report["benchmark"]["generate"]["tpot_ms"]["median"] > 0
+    memory = report["benchmark"]["memory"]
+    assert 0 < memory["context_bytes"] < memory["before_bytes"] and memory["activation_bytes"] > 0
+    assert memory["cache_bytes"] > 0
 
 
 @pytest.mark.gpu

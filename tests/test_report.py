@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 from conftest import save_tiny_llama
 from reports import ROOT, SCHEMA, conforms, keep, real
 from rich.console import Console
@@ -176,6 +177,25 @@ def test_prompts_that_were_timed_are_kept_where_the_generation_fails_and_are_lef
         next(broken)
     (alone,) = steps(replace(asked, shapes=[]), lost=0)
     assert alone.benchmark.prefill is None and set(alone.samples) == {"generate", "decode"}
+
+
+def test_the_model_gives_up_its_weights_for_what_has_its_own() -> None:
+    loaded, seen = LoadedModel(tiny.model("llama"), None, "tiny", "", None, None, 1, "random"), []
+
+    class Watched(SimulatedRunner):
+        def prepare(self, tokens: torch.Tensor) -> None:
+            seen.append(tokens.device.type)
+            super().prepare(tokens)
+
+    for own_weights in (False, True):
+        clock = SimulatedClock()
+        (found,) = stage.measure(
+            Watched(clock), None, loaded, BenchmarkConfig("prefill", [BenchmarkShape(1, 32)], min_seconds=0.0),
+            logits="last", precision="fp16", seed=0, cached=True, waiting=(), clock=clock, own_weights=own_weights,
+        )  # type: ignore[arg-type]  # fmt: skip
+        assert found.benchmark.prefill is not None
+        assert {weight.is_meta for weight in loaded.model.parameters()} == {own_weights}
+    assert set(seen) == {"cpu"}  # where the model was
 
 
 # Schema 1

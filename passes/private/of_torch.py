@@ -49,6 +49,11 @@ def with_numbers() -> AbstractContextManager[None]:
     return block
 
 
+def drop_workspaces() -> None:
+    """Free cuBLAS' workspaces on the GPU; the next product makes its own."""
+    part("torch._C:_cuda_clearCublasWorkspaces")()
+
+
 def compiled_graphs() -> int:
     """How many graphs ``torch.compile`` has made in this process."""
     return int(part("torch._dynamo.utils:counters")["stats"]["unique_graphs"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,8 +16,20 @@ from passes.tensorrt.versions import Stack
 from pipeline.engine import kernel_cache, profiles
 
 
+@dataclass(frozen=True)
+class Held:
+    """Device memory of engines in bytes, beside that of their weights."""
+
+    cache_bytes: int
+    activation_bytes: int
+
+
 class Runs(Protocol):
     """A program; its inputs carry the names that it was traced with, its outputs ``output0``, ``output1`` ..."""
+
+    @property
+    def activation_bytes(self) -> int:
+        """What it holds on the device to run, beside its weights and what is bound to it."""
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         """Read from and write to ``tensors`` from now on."""
@@ -118,6 +131,11 @@ class Session:
         """Another context of the same engine: to run it over other tensors without binding anew."""
         return Session(self._stack, None, None, self._engine, specialise)
 
+    @property
+    def activation_bytes(self) -> int:
+        """See :class:`Runs`: each context has what the largest shapes of all profiles need."""
+        return len(self._contexts) * int(self._engine.device_memory_size_v2)
+
     def keep_kernels(self) -> None:
         """Write the kernels compiled so far to ``runtime_cache``; on TensorRT, which compiles none here, nothing."""
         if self._runtime_cache is not None and self._runtime_cache_file is not None:
@@ -176,6 +194,10 @@ class GraphSession:
 
     def bind(self, tensors: dict[str, Tensor]) -> None:
         self._tensors = tensors
+
+    @property
+    def activation_bytes(self) -> int:
+        return 0  # PyTorch's allocator has them, for as long as it runs
 
     def capturable(self, stream: torch.cuda.Stream) -> bool:
         return False

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.engine.session import Runs, captured
+from pipeline.engine.session import Held, Runs, captured
 from pipeline.generate.prompt_pass import outputs, prompt_pass
 from pipeline.generate.protocol import behind_caller
 from pipeline.generate.rows import aligned
@@ -274,6 +274,12 @@ class CachedGenerator:
         late = decoded - (lengths - self._lengths)
         steps = (torch.arange(decoded + 1, device=self._device) - late.unsqueeze(1)).clamp(min=0)
         return torch.cat(collected, dim=1).gather(1, steps.unsqueeze(2).expand(-1, -1, self._vocabulary))
+
+    @property
+    def held(self) -> Held:
+        tensors = {each.data_ptr(): each.nbytes for turn in self._caches for each in turn}  # some have two turns
+        activations = sum(each.activation_bytes for each in (self._prefill, *self._decode))
+        return Held(sum(tensors.values()), activations)
 
     def keep_kernels(self) -> None:
         """See :meth:`pipeline.engine.session.Session.keep_kernels`."""

@@ -229,6 +229,30 @@ def free_bytes() -> int | None:
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
 
 
+def give_back() -> None:
+    """Give what PyTorch holds of the device and does not use back to it.
+
+    cuBLAS' workspace goes first: it is made at a process's first product, in a piece of what was free then, and a block
+    of which a piece is in use is kept whole, were it that of a model's weights, 5 GB for the 32 MB of an H100's.
+    """
+    import torch
+
+    from passes.private.of_torch import drop_workspaces
+
+    if torch.cuda.is_available():
+        drop_workspaces()
+        torch.cuda.empty_cache()
+
+
+def context_bytes() -> int | None:
+    """Device memory of this process once CUDA is ready, see :func:`memory`."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # makes CUDA's context
+    return None if (found := memory()) is None else found[0]
+
+
 def memory() -> tuple[int, int] | None:
     """(used, total) bytes of the current device: used by all libraries of this process, or of all processes where NVML
     does not tell them apart; None without a device."""

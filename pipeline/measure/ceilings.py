@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from passes.precision import BASES, PRECISIONS
 from passes.private.of_torch import scaled_product
-from pipeline.host.gpu import out_of_memory
+from pipeline.host import gpu
 from pipeline.measure.sections import Ceilings
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def measure(precision: str) -> Ceilings:
     try:
         ceilings = Ceilings(_copy_gb_per_s(free_bytes), {precision: _matmul_tflops(precision)})
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(error, free_bytes) from error
-    torch.cuda.empty_cache()  # the memory is the engine's
+        raise gpu.out_of_memory(error, free_bytes) from error
+    gpu.give_back()  # the memory is the engine's
     return ceilings
 
 

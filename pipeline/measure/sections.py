@@ -125,6 +125,12 @@ class Memory:
     before_bytes: int
     peak_bytes: int
     total_bytes: int
+    context_bytes: int | None = None
+    """Of these, used before the model was loaded: CUDA's own."""
+    cache_bytes: int | None = None
+    """An engine's KV cache."""
+    activation_bytes: int | None = None
+    """What engines have to run in."""
 
 
 @dataclass(frozen=True)

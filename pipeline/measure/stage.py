@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Collection, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING
-
-import torch
 
 from pipeline.config.schema import BenchmarkConfig
 from pipeline.host import gpu
@@ -19,6 +17,7 @@ from pipeline.measure.until_settled import BenchmarkResult
 from pipeline.model.text import tokens_for
 
 if TYPE_CHECKING:
+    from pipeline.engine.session import Held
     from pipeline.generate.protocol import Generator
     from pipeline.measure.clock import Clock
     from pipeline.measure.prompt import Runner
@@ -38,24 +37,38 @@ def measure(
     waiting: Collection[int],
     clock: Clock | None = None,
     few_bits: tuple[bool, bool] = (True, True),
+    own_weights: bool = False,
+    held: Callable[[], Held] | None = None,
+    context_bytes: int | None = None,
 ) -> Iterator[BenchmarkResult]:
     """Time what was verified, and yield what is known after each of the two.
 
     ``logits``: ``last`` or ``all``, those that a prompt gives.  ``cached``: a step of ``generator`` reads a cache.
     ``few_bits``: whether quantised weights are so in the engine of prompts, and in that of steps.
     ``waiting``: ids of processes that are known to launch nothing.  ``clock``: for a device other than the GPU.
+    ``own_weights``: what is timed has those of its own, as an engine has; the model gives up its, for good.
+    ``held``, ``context_bytes``: of the device's memory, for the report.
     """
-    gc.collect()
-    torch.cuda.empty_cache()  # what the verification took
+
+    def told(result: BenchmarkResult) -> BenchmarkResult:
+        memory, engines = result.benchmark.memory, {} if held is None else asdict(held())
+        if memory is not None:
+            memory = replace(memory, context_bytes=context_bytes, **engines)
+        return replace(result, benchmark=replace(result.benchmark, memory=memory, tokens=kind))
+
     cost = with_few_bits(decoder_cost(loaded.model, logits), loaded.model, loaded.quantised, *few_bits)
-    roof = ceilings.measure(precision) if clock is None else None
-    read_state, tokens = partial(gpu.read_state, waiting), partial(tokens_for, loaded, seed=seed)
-    result = prompt.measure(runner, asked, tokens, cost, roof, precision, clock, read_state)
+    read_state = partial(gpu.read_state, waiting)
     kind = "real text" if loaded.tokenizer is not None else "random, seeded"
-    result = replace(result, benchmark=replace(result.benchmark, tokens=kind))
+    tokens = partial(tokens_for, loaded, seed=seed, device=loaded.model.device)
+    if own_weights:
+        loaded.model.to("meta")
+    gc.collect()
+    gpu.give_back()  # what the verification took
+    roof = ceilings.measure(precision) if clock is None else None
+    result = prompt.measure(runner, asked, tokens, cost, roof, precision, clock, read_state)
     if asked.shapes:
-        yield result
+        yield told(result)
     if generator is not None and (shape := asked.generate) is not None:
         prompts = tokens(shape.batch, shape.input_length)
         later = measure_generation(generator, asked, prompts, cached, cost, roof, precision, clock, read_state)
-        yield result.joined(later)
+        yield told(result.joined(later))

@@ -15,14 +15,16 @@ if TYPE_CHECKING:
     from pipeline.model.load import LoadedModel
 
 
-def tokens_for(loaded: LoadedModel, batch: int, length: int, seed: int) -> torch.Tensor:
-    """The tokens on which a model is judged and timed, int64 ``[batch, length]`` on its device; see
-    :func:`token_batch`.
+def tokens_for(
+    loaded: LoadedModel, batch: int, length: int, seed: int, device: torch.device | None = None
+) -> torch.Tensor:
+    """The tokens on which a model is judged and timed, int64 ``[batch, length]`` on ``device``, by default the model's;
+    see :func:`token_batch`.
 
     Nothing is timed on one token again and again: over equal rows a card switches fewer bits, and clocks higher.
     """
     vocabulary = loaded.model.config.get_text_config().vocab_size
-    return token_batch(loaded.tokenizer, vocabulary, batch, length, seed).to(loaded.model.device)
+    return token_batch(loaded.tokenizer, vocabulary, batch, length, seed).to(device or loaded.model.device)
 
 
 def token_batch(

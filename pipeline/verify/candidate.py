@@ -15,8 +15,8 @@ from passes.errors import UserError
 from passes.tensorrt.versions import load_stack
 from pipeline.config.schema import BackendConfig, CacheConfig, ModelConfig, ShapeConfig
 from pipeline.engine.file import check_target, read_engine, read_manifest
-from pipeline.engine.runner import Engine, open_engine
-from pipeline.engine.session import GraphSession, Session
+from pipeline.engine.runner import open_engine
+from pipeline.engine.session import GraphSession, Held, Session
 from pipeline.generate.prompts import PromptRunner
 from pipeline.generate.with_cache import CachedGenerator
 from pipeline.generate.without_cache import OneLengthGenerator, PrefixGenerator, at_one_length
@@ -54,6 +54,8 @@ class Machine:
     """To be called when it has been measured."""
     forced: Callable[[Tensor, Tensor | None, int], Tensor] | None = None
     """With a cache: :meth:`pipeline.generate.with_cache.CachedGenerator.forced_logits`."""
+    held: Callable[[], Held] | None = None
+    """What engines have on the device by now, beside their weights; None: they are none."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,20 @@ def engines(
     kernels that they compile are kept."""
     if wanted.cache is None:
         engine = open_engine(folder / "engine.trt", bool(cuda_graph), kernels)
-        prefix = _without_cache(engine, loaded, wanted, cuda_graph is not False) if wanted.generates else None
+        sessions, prefix = [engine.session], None
+        if wanted.generates:
+            sessions.append(engine.session.twin(specialise=wanted.one_length))
+            prefix = _without_cache(sessions[-1], loaded, wanted, cuda_graph is not False)
         forward, taken = _of_any_length(engine.unguarded, wanted)
         exact = tuple(wanted.shape.exact)
-        return Machine("engine", forward, taken, engine, prefix, exact=exact, finished=engine.keep_kernels)
+        return Machine(
+            "engine", forward, taken, engine, prefix, exact=exact, finished=engine.keep_kernels,
+            held=lambda: Held(0, sum(each.activation_bytes for each in sessions)),
+        )  # fmt: skip
     generator = open_generator(folder, cuda_graph is not False, kernels)
     exact = () if generator.cache.chunk else tuple(wanted.shape.exact)
-    return _cached("engine", generator, wanted.shape, wanted.generates, exact, generator.keep_kernels)
+    cached = _cached("engine", generator, wanted.shape, wanted.generates, exact, generator.keep_kernels)
+    return replace(cached, held=lambda: generator.held)
 
 
 def _of_any_length(forward: Forward, wanted: Wanted) -> tuple[Forward, ShapeConfig]:
@@ -93,10 +102,9 @@ def _of_any_length(forward: Forward, wanted: Wanted) -> tuple[Forward, ShapeConf
     return at_one_length(forward, wanted.shape.max), replace(wanted.shape, min=1)
 
 
-def _without_cache(engine: Engine, loaded: LoadedModel, wanted: Wanted, cuda_graph: bool) -> Generator:
-    """What generates by running the whole prefix again, in a context of its own."""
+def _without_cache(session: Session, loaded: LoadedModel, wanted: Wanted, cuda_graph: bool) -> Generator:
+    """What generates by running the whole prefix again."""
     vocabulary, device = vocabulary_of(loaded), loaded.model.device
-    session = engine.session.twin(specialise=wanted.one_length)
     dtype = session.dtype(session.outputs[0])
     if wanted.one_length:
         return OneLengthGenerator(session, wanted.shape.max, vocabulary, dtype, device, cuda_graph)
