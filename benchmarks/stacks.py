@@ -1,4 +1,4 @@
-"""What the raw reports and rows were measured on: the card and the versions, the newest first.
+"""What the raw reports and rows were measured on: the card and the versions.
 
 A folder of ``benchmarks/results`` or ``benchmarks/profiles`` holds what one card measured with one set of versions.
 """
@@ -53,6 +53,10 @@ class Measured:
     folders: list[Path] = field(default_factory=list)
     """Of reports and of raw rows."""
 
+    @property
+    def is_of_this_code(self) -> bool:
+        return any(not is_older(each.report["environment"]) for each in self.reports if each.report["status"] == "ok")
+
 
 def stack_of(environment: Mapping[str, Any]) -> Stack:
     version = str(environment["torch"]).partition("+")[0]
@@ -106,7 +110,7 @@ def environment_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measured() -> list[Measured]:
-    """By stack, the newest first; raises ``ValueError`` where the reports of one folder are of several."""
+    """By stack, those first of which a report is of this code, then the newest; raises ``ValueError`` where the reports of one folder are of several."""
     found: dict[Stack, Measured] = {}
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         reports, unreadable = read([str(folder)], "", lambda report: report)
@@ -126,7 +130,7 @@ def measured() -> list[Measured]:
             raise ValueError(f"{folder.name}: no row says what it was measured on")
         stack = stack_of(environment)
         found.setdefault(stack, Measured(stack, environment)).folders.append(folder)
-    return [found[stack] for stack in sorted(found, reverse=True)]
+    return sorted(found.values(), key=lambda each: (each.is_of_this_code, each.stack), reverse=True)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

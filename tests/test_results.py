@@ -56,9 +56,14 @@ def test_over_every_table_stand_the_card_the_versions_and_what_the_vendor_says(m
 
 
 def test_stacks_that_are_older_than_the_newest_are_called_so_and_hold_rows_of_their_own(made: dict[Path, str]) -> None:
-    found = [one.stack for one in stacks.measured()]
+    held = stacks.measured()
+    found = [one.stack for one in held]
     heads = [line.removeprefix("## ") for line in made[results.PAGE].splitlines() if line.startswith("## ")]
-    assert found == sorted(found, reverse=True)
+    this = [one.is_of_this_code for one in held]
+    assert this == sorted(this, reverse=True)
+    for of in (True, False):
+        alike = [stack for stack, is_this in zip(found, this, strict=True) if is_this is of]
+        assert alike == sorted(alike, reverse=True)
     assert heads[0] == found[0].title
     for head, stack in zip(heads, found, strict=True):
         assert head.startswith("Older stack: ") == (stack.tensorrt < found[0].tensorrt)
