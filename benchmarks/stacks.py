@@ -110,7 +110,8 @@ def environment_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measured() -> list[Measured]:
-    """By stack, those first of which a report is of this code, then the newest; raises ``ValueError`` where the reports of one folder are of several."""
+    """By stack, those first of which a report is of this code, then the newest; raises ``ValueError`` where the reports
+    of one folder are of several."""
     found: dict[Stack, Measured] = {}
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         reports, unreadable = read([str(folder)], "", lambda report: report)

@@ -28,6 +28,15 @@ if TYPE_CHECKING:
     from pipeline.measure.until_settled import BenchmarkResult
 
 
+SHORT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",  # of torch on the CPU, which has no class for it
+    "CUBLAS_STATUS_ALLOC_FAILED",  # cuBLAS' and cuDNN's words for a cudaMalloc that failed, in their manuals
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+)
+"""What a RuntimeError says where memory had run out."""
+
+
 class StopHere(Exception):
     """The stage asked for with ``until`` is done."""
 
@@ -211,8 +220,8 @@ def _failure(stage: str, error: BaseException) -> Failure:
         return Failure(stage, "refused", message)
     if isinstance(error, OSError) and error.errno in DISK:
         return Failure(stage, "disk", said_by_the_disk(error))
-    # torch.OutOfMemoryError by its name: torch need not be loaded here.  On the CPU torch has no class for it.
+    # torch.OutOfMemoryError by its name: torch need not be loaded here.
     out_of_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    out_of_memory |= isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in message
+    out_of_memory |= isinstance(error, RuntimeError) and any(said in message for said in SHORT_OF_MEMORY)
     kind = "out_of_memory" if out_of_memory else type(error).__name__
     return Failure(stage, kind, message, "".join(traceback.format_exception(error)))

@@ -95,7 +95,7 @@ class Task:
         """Send the job's report, keep its row and say how it went; returns the report."""
         entry, report, ended = done.entry, done.report, done.ended
         assert entry.folder is not None
-        label = self.labels.get(done.job) or self._chosen()
+        label = self.label(done)
         folder, seconds = Path(done.config.output) / entry.folder, 0.0 if ended is None else ended.seconds
         run_id = tracking.send(self.parent, done.config, done.job, folder, report, entry.started, job_name(label))
         write_row(self.folder / "rows", Row(done.job, label, str(folder), ended is None, seconds, run_id))
@@ -103,6 +103,9 @@ class Task:
         if ended is not None and ended.interruption is not None:
             raise ended.interruption
         return report
+
+    def label(self, done: Done) -> str:
+        return self.labels.get(done.job) or self._chosen()
 
     def _chosen(self) -> str:
         """What Hydra's sweeper chose for the job that it is calling."""

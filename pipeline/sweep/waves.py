@@ -4,10 +4,14 @@ Loading, building and verifying keep a core or two busy and the GPU hardly at al
 jobs go in waves: the jobs of one start together, and once every one of them is ready, or has ended, they are timed one
 after the other.  Those that have their turn before them, or behind them, wait and launch nothing; that they lie on the
 card is in each report (``waiting_processes``).
+
+What fits the card, or the host's memory, by itself may not fit beside the others: a job that fails for that is done
+again when they are through.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
@@ -17,11 +21,17 @@ from pipeline.sweep import isolation
 from pipeline.sweep.jobs import Job
 
 if TYPE_CHECKING:
-    from pipeline.sweep.run import Task
+    from pipeline.sweep.run import Done, Task
+
+SHORT = frozenset({"out_of_memory", "deserialize"})
+"""Kinds of failure that memory is, or may be, the reason of: TensorRT returns no engine where there is none for its
+weights, and says no more (``nvinfer1::IRuntime::deserializeCudaEngine``)."""
 
 
 def do(task: Task, jobs: Sequence[Job], at_once: int) -> None:
-    """Do ``jobs``, ``at_once`` at a time.  Ctrl-C and SIGTERM end those that run, and their rows are kept."""
+    """Do ``jobs``, ``at_once`` at a time, and again one by one those that did not fit beside others.  Ctrl-C and
+    SIGTERM end those that run, and their rows are kept."""
+    crowded_out: list[Done] = []
     for start in range(0, len(jobs), at_once):
         wave = jobs[start : start + at_once]
         turns = isolation.Turns(len(wave))
@@ -30,11 +40,28 @@ def do(task: Task, jobs: Sequence[Job], at_once: int) -> None:
             try:
                 for future in as_completed(set(open_)):
                     open_.discard(future)
-                    task.finish(future.result())
+                    done = future.result()
+                    if len(wave) > 1 and _short(done):
+                        print(
+                            f"{task.label(done)}: too little memory beside the others; again by itself", file=sys.stderr
+                        )
+                        crowded_out.append(done)
+                    else:
+                        task.finish(done)
             except BaseException:
                 turns.cancel()
                 isolation.end_all()
                 for future in open_:
                     with suppress(KeyboardInterrupt):  # each of them says so
                         task.finish(future.result())
+                for done in crowded_out:
+                    task.finish(done)
                 raise
+    for done in crowded_out:
+        task.do(done.config)
+
+
+def _short(done: Done) -> bool:
+    failure = done.report["failure"]
+    interrupted = done.ended is not None and done.ended.interruption is not None
+    return failure is not None and failure["kind"] in SHORT and not interrupted
