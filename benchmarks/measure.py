@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def name_of(report: Mapping[str, Any]) -> str:
         parts += ["generate", config["cache"]["name"]]
         parts += [f"batch{generate['batch']}"] if generate["batch"] > 1 else []
     else:
-        parts += [shape["kind"]] + ([str(shape["max"])] if shape["kind"] == "static" and shape["max"] != 2048 else [])
+        parts += [shape["kind"]] + ([str(shape["max"])] if shape["max"] != 2048 else [])
         parts += (
             ["range"] if shape["kind"] == "dynamic" and not shape["exact"] and strategy["name"] != "upstream" else []
         )
@@ -88,12 +89,15 @@ def name_of(report: Mapping[str, Any]) -> str:
 def keep(work: Path, to: Path) -> list[str]:
     """Copy the report of every job that is over from below ``work`` into ``to``, and delete its engines; returns the
     names of those that are there now."""
-    kept = []
+    kept: list[str] = []
+    seen: Counter[str] = Counter()
     for path in sorted(work.rglob("report.json")):
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["status"] in ("ok", "unavailable"):
             to.mkdir(parents=True, exist_ok=True)
-            kept.append(name_of(report))
+            name = name_of(report)
+            seen[name] += 1  # another process that did the same, or one of another sweep, keeps its own
+            kept.append(f"{name}-{seen[name]}" if seen[name] > 1 else name)
             shutil.copyfile(path, to / f"{kept[-1]}.json")
             for engine in (found for pattern in ENGINES for found in path.parent.glob(pattern)):
                 engine.unlink()

@@ -27,7 +27,10 @@ def test_reports_that_are_kept_have_the_names_that_the_command_gives() -> None:
     """So a part that is measured again stands in the place of what it was before."""
     newest = {path: report for path, report in reports().items() if report["schema"] >= 2}
     assert len(newest) > 10
-    assert [measure.name_of(report) for report in newest.values()] == [path.stem for path in newest]
+    for path, report in newest.items():
+        name, again = measure.name_of(report), path.stem.removeprefix(measure.name_of(report))
+        assert path.stem.startswith(name) and (not again or (path.parent / f"{name}.json").exists()), path
+        assert again in ("", "-2", "-3"), path  # of another process, or another sweep
 
 
 ELSEWHERE = {"lengths", "batches", "windows", "long"}  # in tests/test_experiments.py
@@ -56,7 +59,7 @@ def test_every_job_of_a_part_is_kept_under_a_name_of_its_own() -> None:
 
 
 def test_what_is_over_is_kept_once_under_its_name_and_its_engines_go(tmp_path: Path) -> None:
-    over, running = (tmp_path / "work" / name for name in ("over", "running"))
+    over, running, again = (tmp_path / "work" / name for name in ("over", "running", "z_again"))
     report = next(report for report in reports().values() if report["status"] == "ok")
     for folder, status in ((over, "ok"), (running, "failed")):  # a report says failed until something else is true
         folder.mkdir(parents=True)
@@ -68,6 +71,12 @@ def test_what_is_over_is_kept_once_under_its_name_and_its_engines_go(tmp_path: P
 
     assert [each.name for each in (tmp_path / "kept").iterdir()] == [f"{measure.name_of(report)}.json"]
     assert not (over / "engine.trt").exists() and (running / "engine.trt").exists()
+
+    again.mkdir()  # of another sweep: it takes nothing's place
+    (again / "report.json").write_text(json.dumps({**report, "seed": 1}))
+    name = measure.name_of(report)
+    assert measure.keep(tmp_path / "work", tmp_path / "kept") == [name, f"{name}-2"]
+    assert json.loads((tmp_path / "kept" / f"{name}.json").read_text()) == report
 
 
 def test_a_part_that_is_none_is_refused_and_nothing_is_created(tmp_path: Path) -> None:
