@@ -48,6 +48,9 @@ SHIPPED = {"llama": "llama3_1b", "qwen2": "qwen2_5_0_5b", "qwen3": "qwen3_0_6b"}
 OTHERS: dict[str, dict[str, Any]] = {
     "mistral": {"model_type": "mistral", "head_dim": 16, "sliding_window": None},
     "phi3": {"model_type": "phi3"},
+    "gemma3": {
+        "model_type": "gemma3_text", "head_dim": 16, "query_pre_attn_scalar": 16, "layer_types": ["full_attention"],
+    },
     "phi": {"model_type": "phi"},
     "cohere": {"model_type": "cohere"},
     "gptj": {"model_type": "gptj", "rotary_dim": 8},
