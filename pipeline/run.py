@@ -57,7 +57,8 @@ def run(
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model, where it runs, what it has to do there, and the text on which its precision's cost is measured."""
+    """The model, where it runs, what it has to do there, the text on which its precision's cost is measured, and what
+    the device held before the model was loaded."""
 
     model: LoadedModel
     device: torch.device
@@ -65,7 +66,6 @@ class Loaded:
     wanted: Wanted
     text: RealText | str | None
     context_bytes: int | None
-    """Of the device's memory, before the model was loaded."""
 
 
 def _load(record: Record) -> Loaded:

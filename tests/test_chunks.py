@@ -32,6 +32,7 @@ from pipeline.generate.with_cache import CachedGenerator
 from pipeline.record.console import described
 from pipeline.sweep.estimate import device_bytes
 from pipeline.trace.cache_shape import CacheShape, cache_shape
+from pipeline.trace.cache_states import State
 from pipeline.trace.call_form import CallForm, InputSpec, trace
 from pipeline.trace.largest import MOST, at_most, refuse_larger
 from pipeline.verify.cases import DECODED, lengths
@@ -165,7 +166,8 @@ def test_a_model_that_is_deployed_takes_prompts_of_any_length_that_leaves_room_f
     assert list(writer.steps(prompt.tolist(), 3, Sampling())) == alone("llama", prompt, 3)
 
 
-def test_prompts_are_timed_on_all_of_their_chunks() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+def test_prompts_are_timed_on_all_of_their_chunks(alone: bool) -> None:
     engine, tokens = generator("llama", 1), tiny.tokens(1, 200)
     launched = 0
     run = engine._prefill.run
@@ -176,7 +178,7 @@ def test_prompts_are_timed_on_all_of_their_chunks() -> None:
         run(stream)
 
     engine._prefill.run = counted  # type: ignore[method-assign]
-    runner = PromptRunner(engine)
+    runner = PromptRunner(engine, alone)
     runner.prepare(tokens)
     launched = 0
     runner.enqueue()
@@ -185,6 +187,15 @@ def test_prompts_are_timed_on_all_of_their_chunks() -> None:
 
     assert launched == 2
     torch.testing.assert_close(engine._logits, expected, atol=1e-5, rtol=1e-5)
+    assert len(engine._decode) == (0 if alone else 1)  # with their weights
+    engine.keep_kernels()
+
+
+def test_steps_that_prompts_leave_tokens_to_are_kept() -> None:
+    engine = generator("llama", 1)
+    engine.cache = replace(engine.cache, states=(State(0, "conv", 0, (1, 4), "float32"),))
+    engine.prompts_only()
+    assert engine._decode
 
 
 # What is proved and built

@@ -196,7 +196,7 @@ def test_a_batch_of_a_model_that_computes_with_one_length_for_all_rows_is_refuse
 
 def test_a_prompt_is_timed_on_the_tokens_that_were_handed_over() -> None:
     engine, tokens = generator("llama", "in_engine"), tiny.tokens(1, 20)
-    PromptRunner(engine).prepare(tokens)
+    PromptRunner(engine, alone=False).prepare(tokens)
     with torch.no_grad():
         expected = tiny.model("llama")(input_ids=tokens).logits[:, -1:]
     torch.testing.assert_close(engine._logits, expected, atol=1e-5, rtol=1e-5)

@@ -59,11 +59,11 @@ def jobs(count: int) -> list[Job]:
 
 
 def test_what_finds_too_little_memory_beside_others_is_done_again_by_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    tasks = Tasks({1: "out_of_memory", 3: "deserialize", 4: "accuracy"}.get, {3: "deserialize"}.get)
+    tasks = Tasks({1: "out_of_memory", 3: "out_of_memory", 4: "accuracy"}.get, {3: "accuracy"}.get)
     waves.do(tasks, jobs(5), 3)  # type: ignore[arg-type]
 
     assert tasks.alone_done == [1, 3]
-    assert dict(tasks.rows) == {0: None, 1: None, 2: None, 3: "deserialize", 4: "accuracy"}
+    assert dict(tasks.rows) == {0: None, 1: None, 2: None, 3: "accuracy", 4: "accuracy"}
     assert len(tasks.rows) == 5  # each job has one row, and its last
     assert "seed=1: too little memory beside the others; again by itself" in capsys.readouterr().err
 

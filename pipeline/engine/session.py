@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError, UserError, message_line
-from passes.tensorrt.versions import Stack
+from passes.tensorrt.versions import Stack, tensorrt_errors
 from pipeline.engine import kernel_cache, profiles
+from pipeline.host import gpu
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,7 @@ class Session:
         self._stack, self._specialise, self._replays = stack, specialise, False
         self._runtime_cache_file, self._runtime_cache = runtime_cache, None
         self._runtime = stack.trt.Runtime(stack.torch_tensorrt.logging.TRT_LOGGER)
-        self._engine = engine or self._runtime.deserialize_cuda_engine(data)
-        if self._engine is None:
-            raise RunError(
-                "deserialize", "TensorRT cannot load the engine on this GPU; it was built for another target"
-            )
+        self._engine = engine or _loaded(self._runtime, data)
         self._contexts: dict[int, Any] = {}
         self._configs: list[Any] = []
         self._context = self._context_of(0)
@@ -175,6 +172,22 @@ class Session:
         assert stream is not None
         if not self._context.execute_async_v3(stream.cuda_stream):
             raise RunError("execute", "TensorRT could not run the engine")
+
+
+def _loaded(runtime: Any, data: Any) -> Any:
+    """The engine of ``data``; raises :class:`RunError`, of kind ``out_of_memory`` where there is no room for its
+    weights and of kind ``deserialize`` where it is of no use on this GPU."""
+    free = gpu.free_bytes()
+    with tensorrt_errors() as errors:
+        engine = runtime.deserialize_cuda_engine(data)
+    if engine is not None:
+        return engine
+    first = message_line(errors[0]) if errors else "it gave no reason"
+    size = memoryview(data).nbytes
+    if (free is not None and free < size) or "OutOfMemory" in first:
+        room = "unknown" if free is None else f"{free / 1e9:.1f} GB"
+        raise RunError("out_of_memory", f"device memory: an engine of {size / 1e9:.1f} GB, {room} free")
+    raise RunError("deserialize", f"TensorRT cannot load the engine on this GPU: {first}")
 
 
 class GraphSession:

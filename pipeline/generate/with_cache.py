@@ -283,8 +283,14 @@ class CachedGenerator:
 
     def keep_kernels(self) -> None:
         """See :meth:`pipeline.engine.session.Session.keep_kernels`."""
-        self._prefill.keep_kernels()
-        self._decode[0].keep_kernels()
+        for each in (self._prefill, *self._decode[:1]):
+            each.keep_kernels()
+
+    def prompts_only(self) -> None:
+        """Give up the programs of the steps, with their weights: nothing is generated any more.  Not where prompts may
+        leave tokens to them, see :class:`pipeline.generate.prompt_pass.ChunkedPrompts`."""
+        if not (self.cache.states and self.cache.chunk):
+            self._decode, self._graphs = (), {}
 
     def _wait(self) -> None:
         if self.stream is not None:

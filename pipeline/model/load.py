@@ -14,6 +14,7 @@ from passes.errors import UserError, message_line, whole_message
 from passes.precision import PRECISIONS, Kind
 from passes.quantised import QuantisedWeight
 from pipeline.config.schema import ModelConfig
+from pipeline.host import gpu
 from pipeline.model import checkpoint, config_json, few_bits
 from pipeline.model.gguf import quiet
 from pipeline.model.sections import Model
@@ -87,6 +88,7 @@ def load(
             came_as, quantised = stored.format.name, _placed(model, stored.kept)
             few_bits.put(model, quantised)
             said += (stored.said(len(quantised), precision),)
+    gpu.give_back()  # random weights were drawn in fp32; what is made next would lie there, and hold it
     parameters = sum(parameter.numel() for parameter in model.parameters())
     read = [vars(model.config), getattr(tokenizer, "init_kwargs", {})]
     notes = (*said, *dict.fromkeys(note for each in read if (note := config_json.unused_code(each))))

@@ -23,10 +23,6 @@ from pipeline.sweep.jobs import Job
 if TYPE_CHECKING:
     from pipeline.sweep.run import Done, Task
 
-SHORT = frozenset({"out_of_memory", "deserialize"})
-"""Kinds of failure that memory is, or may be, the reason of: TensorRT returns no engine where there is none for its
-weights, and says no more (``nvinfer1::IRuntime::deserializeCudaEngine``)."""
-
 
 def do(task: Task, jobs: Sequence[Job], at_once: int) -> None:
     """Do ``jobs``, ``at_once`` at a time, and again one by one those that did not fit beside others.  Ctrl-C and
@@ -64,4 +60,4 @@ def do(task: Task, jobs: Sequence[Job], at_once: int) -> None:
 def _short(done: Done) -> bool:
     failure = done.report["failure"]
     interrupted = done.ended is not None and done.ended.interruption is not None
-    return failure is not None and failure["kind"] in SHORT and not interrupted
+    return failure is not None and failure["kind"] == "out_of_memory" and not interrupted

@@ -184,7 +184,7 @@ def _cached(
             decoded = longest - turn - 1  # a sequence that began before it may not cross it
         return generator.forced_logits(tokens, None if real is None else real == 0, decoded)[:, -1:]
 
-    runner = PromptRunner(generator) if executed == "engine" else None
+    runner = PromptRunner(generator, alone=not generates) if executed == "engine" else None
     timed = generator if generates else None
     cache, forced = generator.cache, generator.forced_logits
     return Machine(executed, forward, shape, runner, timed, cache.longest, exact, cache.chunk, finished, forced)
