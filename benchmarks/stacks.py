@@ -57,6 +57,12 @@ class Measured:
     def is_of_this_code(self) -> bool:
         return any(not is_older(each.report["environment"]) for each in self.reports if each.report["status"] == "ok")
 
+    def order(self) -> tuple[Any, ...]:
+        """Greatest is the stack of which a report is of this code, then that of newer versions, then that of the card
+        that measured more."""
+        versions = self.stack.tensorrt, self.stack.torch
+        return self.is_of_this_code, *versions, len(self.reports), self.stack
+
 
 def stack_of(environment: Mapping[str, Any]) -> Stack:
     version = str(environment["torch"]).partition("+")[0]
@@ -110,8 +116,7 @@ def environment_of(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measured() -> list[Measured]:
-    """By stack, those first of which a report is of this code, then the newest; raises ``ValueError`` where the reports
-    of one folder are of several."""
+    """By stack, see :meth:`Measured.order`; raises ``ValueError`` where the reports of one folder are of several."""
     found: dict[Stack, Measured] = {}
     for folder in sorted(path for path in RESULTS.iterdir() if path.is_dir()):
         reports, unreadable = read([str(folder)], "", lambda report: report)
@@ -131,7 +136,7 @@ def measured() -> list[Measured]:
             raise ValueError(f"{folder.name}: no row says what it was measured on")
         stack = stack_of(environment)
         found.setdefault(stack, Measured(stack, environment)).folders.append(folder)
-    return sorted(found.values(), key=lambda each: (each.is_of_this_code, each.stack), reverse=True)
+    return sorted(found.values(), key=Measured.order, reverse=True)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

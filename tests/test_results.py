@@ -59,11 +59,8 @@ def test_stacks_that_are_older_than_the_newest_are_called_so_and_hold_rows_of_th
     held = stacks.measured()
     found = [one.stack for one in held]
     heads = [line.removeprefix("## ") for line in made[results.PAGE].splitlines() if line.startswith("## ")]
-    this = [one.is_of_this_code for one in held]
-    assert this == sorted(this, reverse=True)
-    for of in (True, False):
-        alike = [stack for stack, is_this in zip(found, this, strict=True) if is_this is of]
-        assert alike == sorted(alike, reverse=True)
+    orders = [(one.is_of_this_code, one.stack.tensorrt, len(one.reports)) for one in held]
+    assert orders == sorted(orders, reverse=True)
     assert heads[0] == found[0].title
     for head, stack in zip(heads, found, strict=True):
         assert head.startswith("Older stack: ") == (stack.tensorrt < found[0].tensorrt)
