@@ -263,6 +263,7 @@ REFUSED: list[tuple[list[str], list[str]]] = [
     (["backend=eager", "backend.optimization_level=3"], ["backend.optimization_level=3", "backend=tensorrt"]),
     (["backend.mode=default"], ["backend.mode=default", "torch_compile"]),
     (["backend.cudnn_attention=true"], ["backend.cudnn_attention=True", "backend=eager"]),
+    (["backend.aux_streams=-1"], ["backend.aux_streams=-1", "0 or more"]),
     (["backend.optimization_level=6"], ["backend.optimization_level=6", "0, 1, 2, 3, 4, 5"]),
     (["backend.workspace_gib=0"], ["backend.workspace_gib=0", "above 0"]),
     (["backend.workspace_gib=much"], ["backend.workspace_gib=much", "a number or null"]),

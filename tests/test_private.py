@@ -136,13 +136,13 @@ def test_torch_tensorrt_has_its_converters_and_passes_in_lists_and_a_builder_con
     assert "constant_fold" in [each.__name__ for each in of_torch_tensorrt.lowering_passes()]
 
     settings = stack.torch_tensorrt.dynamo.CompilationSettings(
-        device=stack.torch_tensorrt.Device(gpu_id=0), optimization_level=2, workspace_size=2**20
+        device=stack.torch_tensorrt.Device(gpu_id=0), optimization_level=2, workspace_size=2**20, max_aux_streams=0
     )
     graph = torch.fx.symbolic_trace(torch.nn.Identity())
     from torch_tensorrt.dynamo.conversion import TRTInterpreter
 
     config = of_torch_tensorrt.builder_config(TRTInterpreter(graph, [], compilation_settings=settings))
-    assert config.builder_optimization_level == 2
+    assert (config.builder_optimization_level, config.max_aux_streams) == (2, 0)
     assert config.get_memory_pool_limit(stack.trt.MemoryPoolType.WORKSPACE) == 2**20
 
 

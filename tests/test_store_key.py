@@ -78,6 +78,7 @@ MATTERS = [
     ["cache=static", "cache.capacity=4096"],
     ["cache=in_engine", "cache.capacity=4096"],
     ["backend.optimization_level=3"],
+    ["backend.aux_streams=0"],
     ["backend.workspace_gib=2"],
 ]
 MATTERS_NOT = [

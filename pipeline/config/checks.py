@@ -162,6 +162,8 @@ def _check_backend(config: Config) -> None:
         one_of("backend.optimization_level", backend.optimization_level, range(6))
     if backend.workspace_gib is not None and backend.workspace_gib <= 0:
         raise UserError(f"backend.workspace_gib={backend.workspace_gib}: must be above 0")
+    if backend.aux_streams is not None and backend.aux_streams < 0:
+        raise UserError(f"backend.aux_streams={backend.aux_streams}: must be 0 or more")
     if backend.plugin_library is not None and not Path(backend.plugin_library).is_file():
         raise UserError(f"backend.plugin_library={backend.plugin_library}: no such file; name the plugin's library")
     if backend.name != "tensorrt" and config.until in ("export", "strategy", "lower", "interpret", "build"):

@@ -22,7 +22,10 @@ STRATEGIES: dict[str, tuple[str, ...]] = {  # name -> what `strategy.unproven` m
     "upstream": (),
 }
 INPUTS = ("input_ids", "attention_mask", "position_ids", "last")
-OPTIONAL_PASSES = ("group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys")
+OPTIONAL_PASSES = (
+    "group_heads", "narrow_rows", "write_squares", "fuse_rows", "join_queries_and_keys", "read_heads_twice",
+    "multiply_gates",
+)  # fmt: skip
 """What `strategy.without` takes: those of `passes.graph.passes` and `passes.tensorrt.network_passes` that may be left
 out, in the order in which they run."""
 ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDITIONS`) -> the input that each is about
@@ -32,6 +35,7 @@ ASSUMPTIONS = {  # what `strategy.assume` takes (`passes.proof.conditions.CONDIT
 BACKEND_OPTIONS: dict[str, tuple[str, ...]] = {  # option -> the backends that have it
     "optimization_level": ("tensorrt",),
     "workspace_gib": ("tensorrt",),
+    "aux_streams": ("tensorrt",),
     "cuda_graph": ("tensorrt",),
     "fused_rows": ("tensorrt",),
     "mode": ("torch_compile",),
@@ -101,6 +105,9 @@ class BackendConfig:
     """tensorrt only: builder optimization level 0..5; null is TensorRT's default."""
     workspace_gib: float | None = None
     """tensorrt only: limit of the builder's workspace in GiB; null is TensorRT's default."""
+    aux_streams: int | None = None
+    """tensorrt only: streams beside its own on which an engine may run kernels that do not wait for each other; null is
+    TensorRT's choice."""
     cuda_graph: bool | None = None
     """tensorrt only: run through a captured CUDA graph; null: the decode steps only, whose shape never changes."""
     fused_rows: bool | None = None

@@ -82,6 +82,7 @@ def lower(
         disable_tf32=PRECISIONS[precision].is_full,
         optimization_level=backend.optimization_level,
         workspace_size=int((backend.workspace_gib or 0) * 2**30),
+        max_aux_streams=backend.aux_streams,
         immutable_weights=True,
     )
     with quiet(), torch.no_grad(), left_unfolded(DEQUANTISED):
