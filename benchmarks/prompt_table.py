@@ -16,7 +16,8 @@ from pipeline.record.report import worst_case
 
 COLUMNS = (
     "row", "device ms (95 %)", "host ms", "of the roofline", "times as fast as `upstream` (95 %)", "error / allowed",
-    "native attention", "engine, MB", "device memory at its peak, GB", "build, s", "",
+    "native attention", "engine, MB", "device memory at its peak, GB", "CUDA + weights + cache + activations, GB",
+    "build, s", "",
 )  # fmt: skip
 SWEPT = ("detect_causal", "upstream", "torch_compile")
 """What runs at several lengths, in this order: strategies of engines of one length, and a rival."""
@@ -53,7 +54,7 @@ def _line(row: Row, rows: Sequence[Row], shown: Shown) -> list[str]:
         worst = worst_case(verify)
         error = " / ".join("–" if worst[k] is None else number(worst[k], 2) for k in ("relative_error", "tolerance"))
     if row.time is None:
-        return [shown.label(row), *["–"] * 4, error, *["–"] * 4, shown.remarks(row)]
+        return [shown.label(row), *["–"] * 4, error, *["–"] * 5, shown.remarks(row)]
     fraction, memory = row.median("prefill", "roofline_fraction"), row.median("memory", "peak_bytes")
     return [
         shown.label(row),
@@ -65,9 +66,20 @@ def _line(row: Row, rows: Sequence[Row], shown: Shown) -> list[str]:
         _attention(row.report["engine"]),
         ms(engine_mb(row.report), 0),
         ms(None if memory is None else memory / 1e9, 1),
+        _parts(row),
         ms(build_s(row.report), 0),
         shown.remarks(row),
     ]
+
+
+def _parts(row: Row) -> str:
+    """What the memory of an engine of prompts is made of: CUDA's own, its weights, its cache, and what it runs in."""
+    memory = [row.median("memory", f"{part}_bytes") for part in ("context", "cache", "activation")]
+    context, cache, activations = memory
+    weights = at(row.report, "engine", "bytes")
+    if context is None or cache is None or activations is None or weights is None:
+        return "–"
+    return " + ".join(f"{part / 1e9:.1f}" for part in (context, weights, cache, activations))
 
 
 def _against(row: Row, rows: Sequence[Row]) -> str:
