@@ -41,10 +41,10 @@ def changed(graph: GraphModule) -> dict[str, int]:
 @pytest.mark.parametrize("lengths", [(2, 64), (32, 32)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize(
-    ("name", "heads", "gates"), [("llama", 0, 2), ("qwen3", 2, 1), ("gemma3", 2, 1), ("gpt2", 0, 0), ("phi3", 0, 0)]
+    ("name", "heads", "gates"), [("llama", 0, 2), ("qwen3", 2, 1), ("gemma3", 2, 1), ("gpt2", 0, 0), ("phi3", 0, 1)]
 )
 def test_no_bit_changes(name: str, heads: int, gates: int, batch: int, lengths: tuple[int, int]) -> None:
-    """``phi3``: gate and up are one product of the model's own."""
+    """``phi3``: gate and up are one product of the model's own, which a BLAS may add up in another order than two."""
     graph = lowered(name, batch, lengths).graph
     driver.run(BEFORE, graph, lambda each: each)
     for key, value in graph.state_dict().items():

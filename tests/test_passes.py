@@ -53,7 +53,7 @@ def test_what_the_settings_know_is_what_may_be_left_out() -> None:
     optional = (*driver.optional(PASSES), *driver.optional(network_passes.PASSES))
     assert optional == OPTIONAL_PASSES
     left = [each.name for each in ours(without=OPTIONAL_PASSES).passes]
-    assert left == ["write_known_sizes", "share_weights"] and len(ours().passes) == 5
+    assert left == ["write_known_sizes", "share_weights"] and len(ours().passes) == 7
 
 
 def test_a_pass_that_is_none_is_refused_in_one_line() -> None:

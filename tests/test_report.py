@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -180,7 +181,7 @@ def test_prompts_that_were_timed_are_kept_where_the_generation_fails_and_are_lef
 
 
 def test_the_model_gives_up_its_weights_for_what_has_its_own() -> None:
-    loaded, seen = LoadedModel(tiny.model("llama"), None, "tiny", "", None, None, 1, "random"), []
+    loaded, seen = LoadedModel(copy.deepcopy(tiny.model("llama")), None, "tiny", "", None, None, 1, "random"), []
 
     class Watched(SimulatedRunner):
         def prepare(self, tokens: torch.Tensor) -> None:

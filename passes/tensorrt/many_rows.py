@@ -10,24 +10,28 @@ Read off the kernels of engines of TensorRT-RTX 1.6, which hold their source (do
   ``ReshCastMulMean(half*, float*, float*)`` becomes ``ReshCastMulMeanAddSqrt(float*, half*, float*)``.
 * The two products of a gated feed-forward layer, of the same rows, are put together, and their results multiplied in a
   kernel of its own (``SiluMul``), which reads and writes three times what the layer lets through.  Over rows of another
-  shape the second is a product by itself, and multiplies as it writes: ``FcSiluMul``.
+  shape the second is a product by itself, and multiplies as it writes: ``FcSiluMul``.  A model that has both as one
+  product (Phi-3, GLM 4) gets two.
 """
 
 from __future__ import annotations
 
+from itertools import permutations
+from operator import getitem
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from passes.graph.weights import put, value_of
 from passes.proof.op_kinds import RESHAPES
 from passes.tensorrt import few_bits
 
 aten = torch.ops.aten
-CAST, MEAN, MUL, POW, PERMUTE, LINEAR, RESHAPE = (
+CAST, MEAN, MUL, POW, PERMUTE, LINEAR, RESHAPE, SPLIT = (
     aten._to_copy.default, aten.mean.dim, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.permute.default,
-    aten.linear.default, aten.reshape.default,
+    aten.linear.default, aten.reshape.default, aten.split.Tensor,
 )  # fmt: skip
 
 
@@ -87,6 +91,8 @@ def _in_halves(graph: GraphModule, cast: Node) -> Node:
 def multiply_gates(graph: GraphModule) -> int:
     """Have the second product of a gated layer, ``act(x @ gate) * (x @ up)``, run over ``x`` [batch, tokens, in] as
     [batch * tokens, in], in place; returns how many there were."""
+    for node in list(graph.graph.nodes):
+        _take_apart(graph, node)
     gated = [up for node in list(graph.graph.nodes) if (up := _gated(node)) is not None]
     for up in gated:
         batch, _, outputs = up.meta["val"].shape
@@ -99,6 +105,40 @@ def multiply_gates(graph: GraphModule) -> int:
     return len(gated)
 
 
+def _take_apart(graph: GraphModule, split: Node) -> None:
+    """Make two products of one whose outputs are ``split`` into two equal parts, one to gate the other."""
+    product: Any = split.args[0] if split.target is SPLIT else None
+    if product is None or product.target is not LINEAR or len(product.users) != 1 or not _is_of_many_rows(product):
+        return
+    weights: Any = [value_of(graph, each) for each in product.args[1:]]
+    parts: dict[Any, Node] = {part.args[1]: part for part in split.users if part.target is getitem}
+    if any(each is None for each in weights) or sorted(parts) != [0, 1] or len(split.users) != 2:
+        return
+    if not any(_activates(user, gate, up) for gate, up in permutations(parts.values()) for user in up.users):
+        return
+    half = weights[0].shape[0] // 2
+    for number, part in parts.items():
+        with graph.graph.inserting_before(product):
+            own = [put(graph, f"{product.name}_{number}", each.detach()[number * half :][:half]) for each in weights]
+            part.replace_all_uses_with(_call(graph, LINEAR, product.args[0], *own))
+    for each in (*parts.values(), split, product):
+        graph.graph.erase_node(each)
+
+
+def _activates(node: Node, gate: Node, up: Node) -> bool:
+    """Whether ``node`` multiplies ``up`` with what was made of ``gate``."""
+    others = [arg for arg in node.args if arg is not up]
+    return node.target is MUL and len(others) == 1 and isinstance(others[0], Node) and _made_by(others[0], gate)
+
+
+def _is_of_many_rows(product: Node) -> bool:
+    """Whether it is one of [batch, tokens, in] in which TensorRT may put what is behind it."""
+    if _rank(product) != 3 or few_bits.reads_few_bits(product):
+        return False
+    batch, tokens, _ = product.meta["val"].shape
+    return isinstance(batch, int) and not _is_one(tokens)
+
+
 def _gated(node: Node) -> Any:
     """The product that ``node`` multiplies with what an activation made of another product of the same rows, if it does
     that, to many rows."""
@@ -106,12 +146,10 @@ def _gated(node: Node) -> Any:
     if node.target is not MUL or not all(isinstance(arg, Node) for arg in args):
         return None
     for activated, up in (args, args[::-1]):
-        if up.target is not LINEAR or len(up.users) != 1 or few_bits.reads_few_bits(up) or _rank(up) != 3:
-            continue
-        batch, tokens, _ = up.meta["val"].shape
-        gates = [user for user in up.args[0].users if user is not up and user.target is LINEAR]
-        if isinstance(batch, int) and not _is_one(tokens) and any(_made_by(activated, gate) for gate in gates):
-            return up
+        if up.target is LINEAR and len(up.users) == 1 and _is_of_many_rows(up):
+            gates = [user for user in up.args[0].users if user is not up and user.target is LINEAR]
+            if any(_made_by(activated, gate) for gate in gates):
+                return up
     return None
 
 
