@@ -1,17 +1,9 @@
-"""Brings what the many rows of a prompt go through into the form of which TensorRT makes fewer and better kernels.
+"""Multiplies the two products of a gated feed-forward layer where the second is written.
 
-Read off the kernels of engines of TensorRT-RTX 1.6, which hold their source (docs/generation.md); no value changes:
-
-* The norm of a head (Qwen3 and Gemma 3 norm those of query and key before they rotate them) becomes two kernels, one
-  for the mean of the squares and one for all that follows, and the first hands over what it has read, cast to fp32:
-  four bytes an element written and read again where two would do to read the product anew.  TensorRT sees through a
-  cast, a reshape or a permutation that is done a second time and makes it one with the first.  It does not see through
-  two halves that are cut out of the product and put together again, and they cost nothing: the rotation reads halves.
-  ``ReshCastMulMean(half*, float*, float*)`` becomes ``ReshCastMulMeanAddSqrt(float*, half*, float*)``.
-* The two products of a gated feed-forward layer, of the same rows, are put together, and their results multiplied in a
-  kernel of its own (``SiluMul``), which reads and writes three times what the layer lets through.  Over rows of another
-  shape the second is a product by itself, and multiplies as it writes: ``FcSiluMul``.  A model that has both as one
-  product (Phi-3, GLM 4) gets two.
+TensorRT puts products of the same rows together, and multiplies their results in a kernel of its own (``SiluMul``),
+which reads and writes three times what the layer lets through.  Over rows of another shape the second is a product by
+itself, and multiplies as it writes: ``FcSiluMul`` (read off the kernels of engines of TensorRT-RTX 1.6,
+docs/generation.md).  A model that has both as one product (Phi-3, GLM 4) gets two.  No value changes.
 """
 
 from __future__ import annotations
@@ -22,70 +14,14 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from passes.graph.weights import put, value_of
+from passes.graph.writing import is_one, made_in
 from passes.proof.op_kinds import RESHAPES
 from passes.tensorrt import few_bits
 
 aten = torch.ops.aten
-CAST, MEAN, MUL, POW, PERMUTE, LINEAR, RESHAPE, SPLIT = (
-    aten._to_copy.default, aten.mean.dim, aten.mul.Tensor, aten.pow.Tensor_Scalar, aten.permute.default,
-    aten.linear.default, aten.reshape.default, aten.split.Tensor,
-)  # fmt: skip
-
-
-def read_heads_twice(graph: GraphModule) -> int:
-    """Give what scales the heads of a product [batch, tokens, heads * size] a cast of its own, made of their two
-    halves, in place; returns how many norms there were."""
-    scaled = [(cast, scaling) for cast in list(graph.graph.nodes) if (scaling := _scaling(cast)) is not None]
-    for cast, scaling in scaled:
-        with graph.graph.inserting_before(scaling):
-            scaling.replace_input_with(cast, _in_halves(graph, cast))
-    return len(scaled)
-
-
-def _scaling(cast: Node) -> Node | None:
-    """What multiplies ``cast``, the heads of a product in fp32, with a factor that the mean of their squares makes;
-    None if it is no such cast, or of a single token, which is read in one go."""
-    if cast.target is not CAST or cast.kwargs.get("dtype") != torch.float32 or len(cast.users) != 2:
-        return None
-    squares = next((user for user in cast.users if _is_square(user, cast)), None)
-    scaling = next((user for user in cast.users if user.target is MUL and user is not squares), None)
-    if squares is None or scaling is None or [user.target for user in squares.users] != [MEAN]:
-        return None
-    heads, order = _heads(cast)
-    if heads.target not in RESHAPES or [_rank(heads), _rank(heads.args[0])] != [4, 3]:
-        return None
-    _, tokens, _, size = heads.meta["val"].shape
-    whole = order is None or order[-1] in (3, -1)  # each head stays a row of numbers
-    is_narrow = heads.meta["val"].dtype.itemsize < torch.float32.itemsize
-    return scaling if whole and is_narrow and size % 2 == 0 and not _is_one(tokens) else None
-
-
-def _heads(cast: Node) -> tuple[Any, Any]:
-    """What ``cast`` is of, before it is permuted, and how it is permuted: None if it is not."""
-    of: Any = cast.args[0]
-    return (of.args[0], of.args[1]) if of.target is PERMUTE else (of, None)
-
-
-def _is_square(node: Node, of: Node) -> bool:
-    return (node.target, node.args) in ((MUL, (of, of)), (POW, (of, 2)))
-
-
-def _in_halves(graph: GraphModule, cast: Node) -> Node:
-    """``cast``, made of the two halves of each head in the product."""
-    heads, order = _heads(cast)
-    product, shape = heads.args
-    *outer, size = shape
-    halved = _call(graph, heads.target, product, [*outer, 2, size // 2])
-    halves = []
-    for number in (0, 1):
-        half = _call(graph, aten.slice.Tensor, halved, 3, number, number + 1)
-        half = _call(graph, heads.target, half, [*outer, size // 2])
-        half = half if order is None else _call(graph, PERMUTE, half, order)
-        halves.append(_call(graph, CAST, half, dtype=torch.float32))
-    return _call(graph, aten.cat.default, halves, -1)
+MUL, LINEAR, RESHAPE, SPLIT = aten.mul.Tensor, aten.linear.default, aten.reshape.default, aten.split.Tensor
 
 
 def multiply_gates(graph: GraphModule) -> int:
@@ -98,9 +34,9 @@ def multiply_gates(graph: GraphModule) -> int:
         batch, _, outputs = up.meta["val"].shape
         rows, *weights = up.args
         with graph.graph.inserting_before(up):
-            flat = _call(graph, RESHAPE, rows, [-1, rows.meta["val"].shape[-1]])
-            product = _call(graph, LINEAR, flat, *weights)
-            up.replace_all_uses_with(_call(graph, RESHAPE, product, [batch, -1, outputs]))
+            flat = made_in(graph.graph, RESHAPE, rows, [-1, rows.meta["val"].shape[-1]])
+            product = made_in(graph.graph, LINEAR, flat, *weights)
+            up.replace_all_uses_with(made_in(graph.graph, RESHAPE, product, [batch, -1, outputs]))
         graph.graph.erase_node(up)
     return len(gated)
 
@@ -120,7 +56,7 @@ def _take_apart(graph: GraphModule, split: Node) -> None:
     for number, part in parts.items():
         with graph.graph.inserting_before(product):
             own = [put(graph, f"{product.name}_{number}", each.detach()[number * half :][:half]) for each in weights]
-            part.replace_all_uses_with(_call(graph, LINEAR, product.args[0], *own))
+            part.replace_all_uses_with(made_in(graph.graph, LINEAR, product.args[0], *own))
     for each in (*parts.values(), split, product):
         graph.graph.erase_node(each)
 
@@ -136,7 +72,7 @@ def _is_of_many_rows(product: Node) -> bool:
     if _rank(product) != 3 or few_bits.reads_few_bits(product):
         return False
     batch, tokens, _ = product.meta["val"].shape
-    return isinstance(batch, int) and not _is_one(tokens)
+    return isinstance(batch, int) and not is_one(tokens)
 
 
 def _gated(node: Node) -> Any:
@@ -167,15 +103,5 @@ def _made_by(node: Node, gate: Node) -> bool:
     return node is not gate
 
 
-def _call(graph: GraphModule, target: Any, *args: Any, **kwargs: Any) -> Node:
-    node = graph.graph.call_function(target, args, kwargs)
-    node.meta["val"] = target(*map_arg(args, lambda each: each.meta["val"]), **kwargs)
-    return node
-
-
 def _rank(node: Any) -> int:
     return node.meta["val"].dim() if isinstance(node, Node) and "val" in node.meta else -1
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1

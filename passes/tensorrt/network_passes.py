@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.fx import GraphModule
 
 from passes.graph.driver import Pass
-from passes.tensorrt import few_bits, many_rows, network_form, rows
+from passes.tensorrt import few_bits, gates, heads, network_form, rows
 
 PASSES: tuple[Pass[GraphModule], ...] = (
     Pass("write_known_sizes", network_form.prepare),
@@ -13,6 +13,6 @@ PASSES: tuple[Pass[GraphModule], ...] = (
     Pass("write_squares", rows.write_squares, optional=True),
     Pass("fuse_rows", rows.fuse, optional=True),
     Pass("join_queries_and_keys", rows.join, optional=True),
-    Pass("read_heads_twice", many_rows.read_heads_twice, optional=True),
-    Pass("multiply_gates", many_rows.multiply_gates, optional=True),
+    Pass("read_heads_twice", heads.read_twice, optional=True),
+    Pass("multiply_gates", gates.multiply_gates, optional=True),
 )
