@@ -12,7 +12,7 @@ from passes.precision import FEW_BITS
 from pipeline.compare.ratios import Ratio, ratio
 from pipeline.compare.rows import Figure
 from pipeline.compare.sources import Found
-from pipeline.config.schema import STRATEGIES
+from pipeline.config.choices import STRATEGIES
 from pipeline.record.report import times_count
 
 CACHES = {"none": "no cache", "dynamic": "DynamicCache", "static": "static cache", "in_engine": "cache in the engine"}

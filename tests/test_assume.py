@@ -18,7 +18,8 @@ from torch import Tensor
 from passes.errors import RunError, UserError
 from passes.proof.conditions import CONDITIONS, LARGEST_POSITION
 from pipeline.__main__ import _main, compose_config
-from pipeline.config.schema import ASSUMPTIONS, ShapeConfig
+from pipeline.config.choices import ASSUMPTIONS
+from pipeline.config.schema import ShapeConfig
 from pipeline.config.verification import VerifyConfig
 from pipeline.engine import guard
 from pipeline.record.console import StageDisplay

@@ -17,9 +17,9 @@ from conftest import CONF
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
+from pipeline.config.choices import STAGES
 from pipeline.config.keys import schema_keys
 from pipeline.config.overrides import for_hydra, model_by_name
-from pipeline.config.schema import STAGES
 
 ROOT = CONF.parent
 LOCAL = f"model.path={Path(__file__).parent / 'data-that-is-not-there'}"

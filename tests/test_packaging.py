@@ -86,7 +86,7 @@ def test_the_installed_package_finds_its_data_and_its_strategies(unpacked: Path,
     script = (
         "import pipeline, passes\n"
         "print(pipeline.__file__, passes.__file__)\n"
-        "from pipeline.config.schema import STRATEGIES\n"
+        "from pipeline.config.choices import STRATEGIES\n"
         "from passes.graph.strategies import strategy\n"
         "from pipeline.model.text import token_batch\n"
         "from importlib.resources import files\n"

@@ -15,7 +15,8 @@ from passes.graph import driver
 from passes.graph.passes import PASSES
 from passes.graph.rewrite import rewrite
 from passes.tensorrt import network_passes
-from pipeline.config.schema import OPTIONAL_PASSES, StrategyConfig
+from pipeline.config.choices import OPTIONAL_PASSES
+from pipeline.config.schema import StrategyConfig
 from pipeline.engine.network import ours
 from pipeline.engine.programs import dropped
 

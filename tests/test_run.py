@@ -21,7 +21,7 @@ from runs import APART, DONE, GPU, SMALL, artifacts, do, failure, mlflow_run, ou
 
 from passes.errors import UserError
 from pipeline.__main__ import _main, compose_config
-from pipeline.config.schema import STAGES
+from pipeline.config.choices import STAGES
 from pipeline.engine.runner import open_engine
 from pipeline.host import interrupts
 from pipeline.record.console import StageDisplay

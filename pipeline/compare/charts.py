@@ -12,7 +12,7 @@ from pipeline.compare.labels import Section, shared
 from pipeline.compare.numbers import number
 from pipeline.compare.rows import Measure, Row, Timing
 from pipeline.compare.verdicts import Standing
-from pipeline.config.schema import STAGES
+from pipeline.config.choices import STAGES
 
 MARGIN = 1.04  # of the longest bar: its whisker must not touch the edge
 

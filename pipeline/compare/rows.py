@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from passes.errors import UserError
 from pipeline.compare.sources import Found
 from pipeline.config.axes import Axes, axes, settings
-from pipeline.config.schema import STRATEGIES
+from pipeline.config.choices import STRATEGIES
 from pipeline.record.report import GRAPH, engine_bytes, error_share, times_count, verified_by, worst_case
 
 RIVALS = {"torch_compile": "torch.compile", "eager": "PyTorch eager", "plugin": "attention plugin"}

@@ -7,10 +7,7 @@ from pathlib import Path
 
 from passes.errors import UserError
 from passes.precision import FEW_BITS, PRECISIONS
-from pipeline.config.lengths import GRANULE, positions
-from pipeline.config.quantize import check_quantize
-from pipeline.config.refusals import at_least, one_of
-from pipeline.config.schema import (
+from pipeline.config.choices import (
     ASSUMPTIONS,
     ATTENTIONS,
     BACKEND_OPTIONS,
@@ -23,11 +20,11 @@ from pipeline.config.schema import (
     OPTIONAL_PASSES,
     STAGES,
     STRATEGIES,
-    Config,
-    ModelConfig,
-    ShapeConfig,
-    StrategyConfig,
 )
+from pipeline.config.lengths import GRANULE, positions
+from pipeline.config.quantize import check_quantize
+from pipeline.config.refusals import at_least, one_of
+from pipeline.config.schema import Config, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.config.verification import check_verification
 from pipeline.host import gguf_header
 

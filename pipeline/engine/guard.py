@@ -13,7 +13,7 @@ from torch import Tensor
 
 from passes.errors import RunError, UserError
 from passes.proof.conditions import LARGEST_POSITION
-from pipeline.config.schema import ASSUMPTIONS
+from pipeline.config.choices import ASSUMPTIONS
 
 
 def _one_more_each(positions: Tensor) -> Tensor:

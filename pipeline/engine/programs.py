@@ -15,8 +15,9 @@ from passes.graph.rewrite import rewrite
 from passes.graph.rewritten import Rewritten
 from passes.proof.conditions import CONDITIONS
 from passes.quantised import QuantisedWeight
+from pipeline.config.choices import STRATEGIES
 from pipeline.config.lengths import longest_sequence
-from pipeline.config.schema import STRATEGIES, CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
+from pipeline.config.schema import CacheConfig, GenerateShape, ModelConfig, ShapeConfig, StrategyConfig
 from pipeline.engine.sections import Attention, attention_of
 from pipeline.model import few_bits
 from pipeline.trace import cached_forms, call_form, chunk_form, rings

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from passes.errors import RunError
-from pipeline.config.schema import STAGES
+from pipeline.config.choices import STAGES
 from pipeline.config.verification import VerifyConfig
 from pipeline.engine.sections import Engines
 from pipeline.host.plain_json import from_json, to_json
