@@ -117,6 +117,29 @@ def test_a_product_that_is_no_gates_partner_is_left_alone() -> None:
     assert gated(lambda gate, up, x: (silu(gate) + x[..., :1]) * up) == 0  # of something else as well
 
 
+@pytest.mark.parametrize(("outputs", "first", "found"), [(32, 16, 1), (17, 16, 0)])
+def test_one_product_for_both_is_taken_apart_where_it_is_in_two_equal_parts(
+    outputs: int, first: int, found: int
+) -> None:
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both = torch.nn.Linear(8, outputs)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate, up = self.both(x).split(first, -1)
+            return torch.nn.functional.silu(gate) * up
+
+    torch.manual_seed(0)
+    rows = torch.randn(2, 5, 8)
+    graph = torch.export.export(Layer(), (rows,)).module()
+    before = graph(rows)
+    assert gates.multiply_gates(graph) == found
+    graph.graph.lint()
+    graph.recompile()
+    torch.testing.assert_close(graph(rows), before, rtol=1e-6, atol=1e-6)
+
+
 def sources(data: bytes) -> list[str]:
     """The signatures of the fused kernels whose source is in an engine, ``__myl_SiluMul(half, half, half)``, and the
     names of products with something behind."""

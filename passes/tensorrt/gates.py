@@ -50,9 +50,11 @@ def _take_apart(graph: GraphModule, split: Node) -> None:
     parts: dict[Any, Node] = {part.args[1]: part for part in split.users if part.target is getitem}
     if any(each is None for each in weights) or sorted(parts) != [0, 1] or len(split.users) != 2:
         return
+    half, is_odd = divmod(weights[0].shape[0], 2)
+    if is_odd or any(part.meta["val"].shape[-1] != half for part in parts.values()):
+        return
     if not any(_activates(user, gate, up) for gate, up in permutations(parts.values()) for user in up.users):
         return
-    half = weights[0].shape[0] // 2
     for number, part in parts.items():
         with graph.graph.inserting_before(product):
             own = [put(graph, f"{product.name}_{number}", each.detach()[number * half :][:half]) for each in weights]
