@@ -29,25 +29,33 @@ PARTS: dict[str, list[list[str]]] = {
     "prompts": [["experiment=prefill"], ["experiment=prefill", "row=prefill/dynamic", "shape.exact=[]"]],
     "lengths": [["experiment=prompt_lengths"]],
     "batches": [["experiment=batches"]],
-    "windows": [["experiment=windows"]],
+    "windows": [["experiment=windows", "model=gemma3_270m"]],
+    "windows_mistral": [["experiment=windows", "model=mistral_7b"]],
     "long": [["experiment=long_prompts"]],
-    "precisions": [
-        ["experiment=precision"],
+    "long_gemma": [["experiment=long_prompts", "model=gemma3_270m", "cache.chunk=2048"]],
+    "precisions": [["experiment=precision"]],
+    "precisions_gemma": [
         [
             "experiment=precision",
             *GEMMA,
             "precision=bf16,int8_weights,int4_weights,fp8",
             "sweep.baseline=precision:bf16",
         ],
-        ["experiment=precision", "model=llama3_1b,qwen3_0_6b", "model.weights=random", "verify.quality=false"],
-        ["experiment=precision", *IN_BLOCKS_OF_32],
-        ["experiment=precision", *GEMMA, *IN_BLOCKS_OF_32],
     ],
+    "precisions_random": [
+        ["experiment=precision", "model=llama3_1b,qwen3_0_6b", "model.weights=random", "verify.quality=false"],
+    ],
+    "blocks": [["experiment=precision", *IN_BLOCKS_OF_32]],
+    "blocks_gemma": [["experiment=precision", *GEMMA, *IN_BLOCKS_OF_32]],
     "hybrids": [["experiment=hybrids"]],
     "passes": [["experiment=without_passes"]],
+    "passes_of_prompts": [
+        ["experiment=prefill", "row=prefill/dynamic", "strategy.without=[],[read_heads_twice],[multiply_gates]"],
+    ],
     "smollm2": [["model=smollm2_135m", "precision=fp16,bf16"]],
 }
-"""The settings of each sweep.  Real weights (``smollm2``) are fetched, or found where they were fetched before."""
+"""The settings of each sweep.  Real weights (``smollm2``, those of ``precisions`` and ``blocks``) are fetched, or found
+where they were fetched before."""
 WORK = Path("outputs/measure")
 ENGINES = ("*.trt",)
 
