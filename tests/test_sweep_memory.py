@@ -68,6 +68,18 @@ def test_what_finds_too_little_memory_beside_others_is_done_again_by_itself(caps
     assert "seed=1: too little memory beside the others; again by itself" in capsys.readouterr().err
 
 
+def test_what_an_interruption_leaves_to_be_done_again_has_its_row() -> None:
+    def interrupted(seed: int) -> str | None:
+        raise KeyboardInterrupt
+
+    tasks = Tasks({0: "out_of_memory", 2: "out_of_memory"}.get, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        waves.do(tasks, jobs(3), 3)  # type: ignore[arg-type]
+    assert len(tasks.alone_done) == 1
+    left = ({0, 2} - set(tasks.alone_done)).pop()
+    assert dict(tasks.rows) == {1: None, left: "out_of_memory"}
+
+
 def test_a_job_that_was_alone_already_is_not_done_again() -> None:
     tasks = Tasks({2: "out_of_memory"}.get, {}.get)
     waves.do(tasks, jobs(3), 2)  # type: ignore[arg-type]

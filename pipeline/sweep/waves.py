@@ -28,33 +28,38 @@ def do(task: Task, jobs: Sequence[Job], at_once: int) -> None:
     """Do ``jobs``, ``at_once`` at a time, and again one by one those that did not fit beside others.  Ctrl-C and
     SIGTERM end those that run, and their rows are kept."""
     crowded_out: list[Done] = []
-    for start in range(0, len(jobs), at_once):
-        wave = jobs[start : start + at_once]
-        turns = isolation.Turns(len(wave))
-        with ThreadPoolExecutor(len(wave)) as pool:
-            open_ = {pool.submit(task.attempt, job.config, turns) for job in wave}
-            try:
-                for future in as_completed(set(open_)):
-                    open_.discard(future)
-                    done = future.result()
-                    if len(wave) > 1 and _short(done):
-                        print(
-                            f"{task.label(done)}: too little memory beside the others; again by itself", file=sys.stderr
-                        )
-                        crowded_out.append(done)
-                    else:
-                        task.finish(done)
-            except BaseException:
-                turns.cancel()
-                isolation.end_all()
-                for future in open_:
-                    with suppress(KeyboardInterrupt):  # each of them says so
-                        task.finish(future.result())
-                for done in crowded_out:
+    try:
+        for start in range(0, len(jobs), at_once):
+            _wave(task, jobs[start : start + at_once], crowded_out)
+        while crowded_out:
+            task.do(crowded_out.pop(0).config)
+    finally:  # an interruption left them
+        for done in crowded_out:
+            task.finish(done)
+
+
+def _wave(task: Task, wave: Sequence[Job], crowded_out: list[Done]) -> None:
+    """Do them together; those that did not fit go into ``crowded_out`` and have no row yet."""
+    turns = isolation.Turns(len(wave))
+    with ThreadPoolExecutor(len(wave)) as pool:
+        open_ = {pool.submit(task.attempt, job.config, turns) for job in wave}
+        try:
+            for future in as_completed(set(open_)):
+                open_.discard(future)
+                done = future.result()
+                if len(wave) > 1 and _short(done):
+                    said = f"{task.label(done)}: too little memory beside the others; again by itself"
+                    print(said, file=sys.stderr)
+                    crowded_out.append(done)
+                else:
                     task.finish(done)
-                raise
-    for done in crowded_out:
-        task.do(done.config)
+        except BaseException:
+            turns.cancel()
+            isolation.end_all()
+            for future in open_:
+                with suppress(KeyboardInterrupt):  # each of them says so
+                    task.finish(future.result())
+            raise
 
 
 def _short(done: Done) -> bool:
