@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-from passes.errors import message_line
 from passes.precision import PRECISIONS
 from passes.private.of_torch_tensorrt import builder_config
 from passes.proof.sizes import bounds_of
-from passes.tensorrt.versions import Stack, stderr_held, tensorrt_errors
+from passes.tensorrt.versions import Stack, first_error, stderr_held, tensorrt_errors
 
 _log = logging.getLogger(__name__)
 
@@ -176,7 +175,7 @@ class FusedKernels:
                 _add_profile(interpreter.builder, config, asked)
                 if interpreter.builder.build_serialized_network(network, config) is not None:
                     return None
-        return message_line(errors[0]) if errors else "TensorRT gave no reason"
+        return first_error(errors)
 
 
 def _add_profile(builder: Any, config: Any, asked: Asked) -> None:

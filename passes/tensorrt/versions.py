@@ -13,7 +13,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from passes.errors import UserError
+from passes.errors import UserError, message_line
 from passes.private import of_torch_tensorrt
 
 
@@ -114,6 +114,11 @@ HARMLESS = (
     "Failed attempt to rename a layer",  # Torch-TensorRT gives two constants one name
     "CUDA driver version is insufficient",  # of a builder without a GPU, which goes on
 )
+
+
+def first_error(messages: Sequence[str]) -> str:
+    """Of what :func:`tensorrt_errors` collected, in a line."""
+    return message_line(messages[0]) if messages else "TensorRT gave no reason"
 
 
 @contextlib.contextmanager

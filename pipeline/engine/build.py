@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from passes.errors import RunError, message_line
-from passes.tensorrt.versions import Stack, tensorrt_errors
+from passes.errors import RunError
+from passes.tensorrt.versions import Stack, first_error, tensorrt_errors
 from pipeline.engine import kernel_cache, profiles
 from pipeline.engine.network import Network, target
 from pipeline.engine.sections import Engine
@@ -46,7 +46,7 @@ def build_engine(
         config.progress_monitor = _monitor(stack, lambda *step: not held and progress(*step))
         data = interpreter.builder.build_serialized_network(net, config)
     if data is None:
-        first = message_line(errors[0]) if errors else "TensorRT gave no reason"
+        first = first_error(errors)
         kind = "out_of_memory" if "OutOfMemory" in first else "build"
         raise RunError(kind, first)
     engine = replace(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from passes.errors import RunError, UserError, message_line
-from passes.tensorrt.versions import Stack, tensorrt_errors
+from passes.tensorrt.versions import Stack, first_error, tensorrt_errors
 from pipeline.engine import kernel_cache, profiles
 from pipeline.host import gpu
 
@@ -182,11 +182,9 @@ def _loaded(runtime: Any, data: Any) -> Any:
         engine = runtime.deserialize_cuda_engine(data)
     if engine is not None:
         return engine
-    first = message_line(errors[0]) if errors else "it gave no reason"
-    size = memoryview(data).nbytes
+    first, size = first_error(errors), memoryview(data).nbytes
     if (free is not None and free < size) or "OutOfMemory" in first:
-        room = "unknown" if free is None else f"{free / 1e9:.1f} GB"
-        raise RunError("out_of_memory", f"device memory: an engine of {size / 1e9:.1f} GB, {room} free")
+        raise gpu.no_room(f"{size / 2**30:.2f} GiB", free)
     raise RunError("deserialize", f"TensorRT cannot load the engine on this GPU: {first}")
 
 

@@ -214,11 +214,15 @@ def _named(nvml: ModuleType) -> object | None:
 def out_of_memory(error: BaseException, free_bytes: int | None) -> RunError:
     """``RunError("out_of_memory")`` that says what was needed and what was free."""
     needed = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+    return no_room(needed[1] if needed else "more than there was", free_bytes)
+
+
+def no_room(needed: str, free_bytes: int | None) -> RunError:
+    """The same, where what was ``needed`` is known."""
     free = "an unknown amount" if free_bytes is None else f"{free_bytes / 2**30:.2f} GiB"
     return RunError(
         "out_of_memory",
-        f"device memory: {needed[1] if needed else 'more than there was'} needed at once, {free} free; "
-        "take a smaller batch, length or model",
+        f"device memory: {needed} needed at once, {free} free; take a smaller batch, length or model",
     )
 
 
