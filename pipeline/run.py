@@ -294,7 +294,7 @@ def _measure(record: Record, loaded: Loaded, what: Machine, turn: Turn) -> None:
             what.runner, what.generator, loaded.model, config.benchmark, logits=config.model.logits,
             precision=config.quantize.products_in(config.precision), seed=config.seed, cached=cached, waiting=waiting,
             few_bits=(config.holds_small("engine"), config.holds_small("decode")),
-            own_weights=what.executed == "engine", held=what.held, context_bytes=loaded.context_bytes,
+            held=what.held, context_bytes=loaded.context_bytes,
         ):  # fmt: skip
             record.put_benchmark(found)
         record.draw(found)

@@ -32,6 +32,7 @@ from pipeline.compare.labels import sections
 from pipeline.compare.rows import row
 from pipeline.compare.sources import read, read_file
 from pipeline.config.schema import BenchmarkConfig, BenchmarkShape, GenerateShape
+from pipeline.engine.session import Held
 from pipeline.host.plain_json import from_json, to_json
 from pipeline.measure import stage
 from pipeline.measure.prompt import measure
@@ -188,14 +189,14 @@ def test_the_model_gives_up_its_weights_for_what_has_its_own() -> None:
             seen.append(tokens.device.type)
             super().prepare(tokens)
 
-    for own_weights in (False, True):
+    for held in (None, lambda: Held(0, 0)):
         clock = SimulatedClock()
         (found,) = stage.measure(
             Watched(clock), None, loaded, BenchmarkConfig("prefill", [BenchmarkShape(1, 32)], min_seconds=0.0),
-            logits="last", precision="fp16", seed=0, cached=True, waiting=(), clock=clock, own_weights=own_weights,
+            logits="last", precision="fp16", seed=0, cached=True, waiting=(), clock=clock, held=held,
         )  # type: ignore[arg-type]  # fmt: skip
         assert found.benchmark.prefill is not None
-        assert {weight.is_meta for weight in loaded.model.parameters()} == {own_weights}
+        assert {weight.is_meta for weight in loaded.model.parameters()} == {held is not None}
     assert set(seen) == {"cpu"}  # where the model was
 
 

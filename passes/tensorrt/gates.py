@@ -80,13 +80,11 @@ def _is_of_many_rows(product: Node) -> bool:
 def _gated(node: Node) -> Any:
     """The product that ``node`` multiplies with what an activation made of another product of the same rows, if it does
     that, to many rows."""
-    args: Any = node.args
-    if node.target is not MUL or not all(isinstance(arg, Node) for arg in args):
-        return None
-    for activated, up in (args, args[::-1]):
-        if up.target is LINEAR and len(up.users) == 1 and _is_of_many_rows(up):
+    ups: list[Any] = [arg for arg in node.all_input_nodes if arg.target is LINEAR] if node.target is MUL else []
+    for up in ups:
+        if len(up.users) == 1 and _is_of_many_rows(up):
             gates = [user for user in up.args[0].users if user is not up and user.target is LINEAR]
-            if any(_made_by(activated, gate) for gate in gates):
+            if any(_activates(node, gate, up) for gate in gates):
                 return up
     return None
 

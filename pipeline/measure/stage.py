@@ -37,7 +37,6 @@ def measure(
     waiting: Collection[int],
     clock: Clock | None = None,
     few_bits: tuple[bool, bool] = (True, True),
-    own_weights: bool = False,
     held: Callable[[], Held] | None = None,
     context_bytes: int | None = None,
 ) -> Iterator[BenchmarkResult]:
@@ -46,8 +45,8 @@ def measure(
     ``logits``: ``last`` or ``all``, those that a prompt gives.  ``cached``: a step of ``generator`` reads a cache.
     ``few_bits``: whether quantised weights are so in the engine of prompts, and in that of steps.
     ``waiting``: ids of processes that are known to launch nothing.  ``clock``: for a device other than the GPU.
-    ``own_weights``: what is timed has those of its own, as an engine has; the model gives up its, for good.
-    ``held``, ``context_bytes``: of the device's memory, for the report.
+    ``held``: of engines, which have weights of their own; the model gives up its, for good.  None: it is the model that
+    is timed.  ``context_bytes``: of the device's memory, before the model was loaded.
     """
 
     def told(result: BenchmarkResult) -> BenchmarkResult:
@@ -60,7 +59,7 @@ def measure(
     read_state = partial(gpu.read_state, waiting)
     kind = "real text" if loaded.tokenizer is not None else "random, seeded"
     tokens = partial(tokens_for, loaded, seed=seed, device=loaded.model.device)
-    if own_weights:
+    if held is not None:
         loaded.model.to("meta")
     gc.collect()
     gpu.give_back()  # what the verification took
